@@ -1,0 +1,29 @@
+"""1-bit error-feedback gradient communication for Lightning.
+
+Importing the package registers the strategies, so that ``Trainer(strategy="onebit_ddp")`` works.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_onebit.callbacks import CommMonitor, PhaseSwitch
+from lightning_onebit.comm.allreduce import ErrorFeedback, compressed_all_reduce
+from lightning_onebit.phase import Phase
+from lightning_onebit.stability import FixedStep, VarianceStability
+from lightning_onebit.stats import CommStats
+from lightning_onebit.strategy import OneBitDDPStrategy
+from lightning_onebit.version import __version__
+
+__all__ = [
+    "CommMonitor",
+    "CommStats",
+    "ErrorFeedback",
+    "FixedStep",
+    "OneBitDDPStrategy",
+    "Phase",
+    "PhaseSwitch",
+    "VarianceStability",
+    "__version__",
+    "compressed_all_reduce",
+]
+
+OneBitDDPStrategy.register_strategies(StrategyRegistry)

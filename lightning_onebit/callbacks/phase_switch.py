@@ -1,0 +1,102 @@
+"""The callback that ends the warm-up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_onebit.phase import Phase
+from lightning_onebit.stability import Criterion, Observation, VarianceStability, Verdict
+from lightning_onebit.strategy import OneBitDDPStrategy, strategy_of
+
+
+class PhaseSwitch(Callback):
+    """Watches the second moment during warm-up and freezes it, once, when the criterion says so.
+
+    Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step. The strategy
+    adds one with the default criterion if the Trainer has none.
+
+    Args:
+        criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
+
+    Example::
+
+        Trainer(strategy="onebit_ddp", callbacks=[PhaseSwitch(criterion=VarianceStability(tolerance=0.03))])
+    """
+
+    def __init__(self, criterion: Criterion | None = None) -> None:
+        if criterion is not None and not isinstance(criterion, Criterion):
+            raise TypeError(
+                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
+            )
+        self.criterion = criterion if criterion is not None else VarianceStability()
+        self._history: list[Observation] = []
+        self._last_step = 0
+        self._reason = "no second moment has been observed"
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = strategy_of(trainer)
+        if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
+            return
+        self._plan = self.criterion.plan(total_steps=_total_steps(trainer), beta2=strategy.beta2)
+        for remark in self._plan.remarks:
+            rank_zero_info(f"{type(self).__name__}: {remark}")
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        strategy = strategy_of(trainer)
+        if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
+            return
+        step = strategy.optimizer_steps
+        if step == self._last_step or not self._plan.observes(step):
+            return
+        self._last_step = step
+        verdict = self._judge(strategy, step) if strategy.is_global_zero else None
+        # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
+        if strategy.broadcast_decision(verdict is not None and verdict.freeze):
+            if verdict is not None:
+                announce = rank_zero_warn if verdict.forced else rank_zero_info
+                announce(f"{type(self).__name__}: freezing the second moment after step {step}: {verdict.reason}.")
+            self._history.clear()
+            strategy.freeze_variance()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = strategy_of(trainer)
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"This run never compressed anything: after {strategy.optimizer_steps} optimizer steps it was still in"
+                f" warm-up, that is plain DDP ({self._reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
+                " use PhaseSwitch(criterion=FixedStep(n))."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        history = [{"step": o.step, "variances": dict(o.variances), "learning_rate": o.learning_rate} for o in self._history]
+        return {"history": history, "last_step": self._last_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = [Observation(**entry) for entry in state_dict["history"]]
+        self._last_step = state_dict["last_step"]
+
+    def _judge(self, strategy: OneBitDDPStrategy, step: int) -> Verdict:
+        self._history = [o for o in self._history if step - self._plan.history <= o.step < step]
+        self._history.append(
+            Observation(step=step, variances=strategy.second_moments(), learning_rate=strategy.learning_rate)
+        )
+        verdict = self.criterion.judge(self._history, self._plan)
+        self._reason = verdict.reason
+        return verdict
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run; infinite if the Trainer does not know."""
+    total = trainer.estimated_stepping_batches
+    return float(total) if total > 0 else math.inf

@@ -1,0 +1,241 @@
+"""The compressed all-reduce: an all-to-all of signs, an average on the serving rank, an all-gather of signs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from lightning_onebit.codec import Codec, make_codec
+from lightning_onebit.codec.layout import SEGMENT_NUMEL, BucketLayout, plan_buckets
+from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.config import CompressionConfig, Scale
+
+
+class CompressedBucket:
+    """One bucket's exchange: steps 2 to 5 of the algorithm (1-bit Adam, arXiv 2102.02888, algorithm 1).
+
+    The caller adds its values to the worker errors of :attr:`buffers`, calls :meth:`encode_segment_` for every segment, then
+    :meth:`exchange_` once on all ranks, and reads the averaged result with :meth:`decode_result_`.
+
+    Args:
+        layout: places of blocks and bytes.
+        communicator: the ranks that take part.
+        codec: the quantizer.
+        dtype: dtype of errors and results, float32 or float64.
+        device: where they live.
+    """
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        communicator: Communicator,
+        codec: Codec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        self.communicator = communicator
+        self.codec = codec
+        self.buffers = ErrorFeedbackBuffers(layout, rank=communicator.rank, dtype=dtype, device=device)
+        self.live: list[Tensor | None] = [None] * len(layout.segments)
+        """Per segment, bit set where an element takes part in its block (see
+        :class:`~lightning_onebit.codec.reference.ReferenceCodec`); ``None`` if all do. The same on all ranks."""
+        most_numel = max((s.segment.numel for s in self.buffers.chunk), default=0)
+        self._sum = torch.empty(most_numel, dtype=dtype, device=device)
+        self._quantized = torch.empty(most_numel, dtype=dtype, device=device)
+
+    def encode_segment_(self, index: int) -> None:
+        """Step 2: quantize the worker error (value included) into the outgoing message; the rest stays."""
+        views = self.buffers.segments[index]
+        self.codec.encode_(views.worker_error, views.sent_signs, views.sent_scales, live=self.live[index])
+
+    def exchange_(self, skip: Callable[[int], bool] = lambda _: False) -> None:
+        """Steps 3 to 5: send, average and quantize the own chunk, gather everybody's.
+
+        Args:
+            skip: tells, by its index and alike on all ranks, of each segment whether it sits out this step: its
+                errors are untouched and its previous result is kept.
+        """
+        with record_function("onebit::all_to_all"):
+            self.communicator.all_to_all_(self.buffers.received, self.buffers.sent)
+        with record_function("onebit::serve"):
+            self._serve_(skip)
+        with record_function("onebit::all_gather"):
+            self.communicator.all_gather_(self.buffers.result, self.buffers.served)
+
+    def decode_result_(self, index: int, out: Tensor, factor: float = 1.0) -> None:
+        """Write ``factor`` times the last result of a segment to ``out``, the same bits on all ranks."""
+        views = self.buffers.segments[index]
+        self.codec.decode_(out, views.result_signs, views.result_scales, factor, live=self.live[index])
+
+    def _serve_(self, skip: Callable[[int], bool]) -> None:
+        for served in self.buffers.chunk:
+            if skip(served.index):
+                views = self.buffers.segments[served.index]
+                served.result_signs.copy_(views.result_signs)
+                served.result_scales.copy_(views.result_scales)
+                continue
+            live = self.live[served.index]
+            total, quantized = self._sum[: served.segment.numel], self._quantized[: served.segment.numel]
+            total.zero_()
+            # Summed in rank order, so that the result does not depend on who serves the block.
+            for signs, scales in zip(served.received_signs, served.received_scales, strict=True):
+                self.codec.decode_(quantized, signs, scales, live=live)
+                total.add_(quantized)
+            served.server_error.add_(total.div_(self.communicator.world_size))
+            self.codec.encode_(served.server_error, served.result_signs, served.result_scales, live=live)
+            if live is not None:
+                # A sign bit of a dead element is a wake-up call: pass on every rank's.
+                for signs in served.received_signs:
+                    served.result_signs.bitwise_or_(signs & ~live)
+
+
+class ErrorFeedback:
+    """State of :func:`compressed_all_reduce` for one tensor: create once, pass at every call.
+
+    Args:
+        tensor: a tensor of the shape, dtype and device that will be reduced; only these are used.
+        group: process group; ``None`` for the default one.
+        block_size: elements per scale, a multiple of 8.
+        scale: ``"l2"`` or ``"l1"``.
+        bucket_cap_mb: size of one exchange, in MiB of float32; changes messages, not results.
+
+    Raises:
+        TypeError: if the tensor is not real floating point.
+        ValueError: if an argument is outside its domain.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        *,
+        group: dist.ProcessGroup | None = None,
+        block_size: int = 2048,
+        scale: Scale = "l2",
+        bucket_cap_mb: float = 25.0,
+    ) -> None:
+        if not tensor.is_floating_point():
+            raise TypeError(f"Cannot compress a tensor of dtype {tensor.dtype}. Must be real floating point.")
+        config = CompressionConfig(block_size=block_size, scale=scale, bucket_cap_mb=bucket_cap_mb)
+        self.communicator = Communicator(group)
+        self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
+        codec = make_codec(config, device=self.device, dtype=self.dtype)
+        layouts = plan_buckets(
+            [tensor.numel()],
+            block_size=block_size,
+            world_size=self.communicator.world_size,
+            bucket_numel=config.bucket_cap_numel,
+        )
+        self.buckets = [
+            CompressedBucket(layout, self.communicator, codec, dtype=self.dtype, device=self.device) for layout in layouts
+        ]
+
+    @property
+    def worker_error(self) -> Tensor:
+        """What this rank has not sent yet: a copy, of the tensor's shape."""
+        parts = [bucket.buffers.worker_error for bucket in self.buckets]
+        return torch.cat(parts).view(self.shape) if parts else torch.zeros(self.shape, dtype=self.dtype)
+
+    @property
+    def server_error(self) -> Tensor:
+        """What this rank as a server has not passed on yet: a copy of the tensor's shape, zero where others serve."""
+        error = torch.zeros(self.shape.numel(), dtype=self.dtype, device=self.device)
+        for bucket, start in zip(self.buckets, bucket_starts([b.layout for b in self.buckets]), strict=True):
+            for served in bucket.buffers.chunk:
+                offset = start + served.segment.offset
+                error[offset : offset + served.segment.numel] = served.server_error
+        return error.view(self.shape)
+
+
+def compressed_all_reduce(
+    tensor: Tensor,
+    error_feedback: ErrorFeedback | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    block_size: int = 2048,
+    scale: Scale = "l2",
+) -> Tensor:
+    """Average a tensor over the ranks, sending one bit per element and one scale per block.
+
+    All ranks get the same bits. What quantization leaves out is kept in ``error_feedback`` and sent by later calls, so the
+    sum over calls follows the exact one; without it that part is lost.
+
+    Args:
+        tensor: float16, bfloat16, float32 or float64, any shape, the same on all ranks. Overwritten by the average.
+        error_feedback: state kept between calls, made for this tensor; it also fixes group, block size and scale.
+        group: process group; ``None`` for the default one.
+        block_size: elements per scale, a multiple of 8.
+        scale: ``"l2"`` (root mean square of a block) or ``"l1"`` (mean absolute value).
+
+    Returns:
+        ``tensor``.
+
+    Raises:
+        FloatingPointError: on all ranks, if a value is infinite or NaN on any; nothing has been changed then.
+        ValueError: on all ranks, if the number of elements differs between ranks; and if ``error_feedback`` does
+            not fit the tensor.
+    """
+    if error_feedback is None:
+        error_feedback = ErrorFeedback(tensor, group=group, block_size=block_size, scale=scale)
+    elif group is not None and group is not error_feedback.communicator.group:
+        raise ValueError("`group` differs from that of `error_feedback`. HINT: pass it to `ErrorFeedback` only.")
+    if error_feedback.shape != tensor.shape:
+        raise ValueError(
+            f"The error feedback was made for shape {tuple(error_feedback.shape)}, not {tuple(tensor.shape)}."
+            " HINT: keep one `ErrorFeedback` per tensor."
+        )
+    _check_agreement(tensor, error_feedback.communicator)
+
+    flat = tensor.reshape(-1)
+    buckets = error_feedback.buckets
+    starts = bucket_starts([bucket.layout for bucket in buckets])
+    for bucket, start in zip(buckets, starts, strict=True):
+        bucket.buffers.worker_error.add_(flat[start : start + bucket.layout.numel])
+        for index in range(len(bucket.layout.segments)):
+            bucket.encode_segment_(index)
+        bucket.exchange_()
+        decoded = torch.empty(min(bucket.layout.numel, SEGMENT_NUMEL), dtype=error_feedback.dtype, device=flat.device)
+        for index, segment in enumerate(bucket.layout.segments):
+            part = decoded[: segment.numel]
+            bucket.decode_result_(index, part)
+            flat[start + segment.offset : start + segment.offset + segment.numel] = part
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view(tensor.shape))
+    return tensor
+
+
+def error_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Errors are kept in float32, or in float64 for float64 tensors: half precision would lose them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bucket_starts(layouts: Sequence[BucketLayout]) -> list[int]:
+    """First element of each bucket when the buckets are laid end to end."""
+    starts, start = [], 0
+    for layout in layouts:
+        starts.append(start)
+        start += layout.numel
+    return starts
+
+
+def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:
+    """Fail on all ranks alike, before anything is exchanged or changed."""
+    numel = tensor.numel()
+    finite = bool(torch.isfinite(tensor).all())
+    facts = torch.tensor([not finite, numel, -numel], dtype=torch.int64, device=tensor.device)
+    communicator.all_reduce_max_(facts)
+    any_nonfinite, largest, minus_smallest = facts.tolist()
+    if largest != -minus_smallest:
+        raise ValueError(
+            f"The ranks passed different numbers of elements: from {-minus_smallest} to {largest},"
+            f" {numel} on rank {communicator.rank}. All must be equal."
+        )
+    if any_nonfinite:
+        where = "this rank" if not finite else "another rank"
+        raise FloatingPointError(f"The tensor holds infinite or NaN values on {where}. Nothing was exchanged.")

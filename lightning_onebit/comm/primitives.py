@@ -1,0 +1,111 @@
+"""The only callers of torch.distributed collectives. Each one counts the bytes that it sends and the time it takes.
+
+Differences between torch versions are settled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_onebit.stats import PhaseCounters, ring_all_reduce_nbytes
+
+if hasattr(dist, "all_gather_single"):  # torch >= 2.13
+    _all_gather_single = dist.all_gather_single
+else:
+    _all_gather_single = dist.all_gather_into_tensor
+
+
+class Communicator:
+    """Collectives of one process group. Every rank must make the same calls in the same order.
+
+    Without an initialized process group, or with one rank, each collective is the copy it amounts to.
+
+    Args:
+        group: the process group; ``None`` for the default one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank(group) if initialized else 0
+        self.world_size: int = dist.get_world_size(group) if initialized else 1
+        if self.rank < 0:
+            raise ValueError("This process does not belong to the process group. HINT: call on member ranks only.")
+        self.counters = PhaseCounters()
+
+    def all_to_all_(self, received: Tensor, sent: Tensor) -> None:
+        """Part r of ``sent [world_size * k]`` goes to rank r; part r of ``received`` comes from rank r."""
+        if self.world_size == 1:
+            received.copy_(sent)
+            return
+        with self._counting(sent.nbytes * (self.world_size - 1) // self.world_size):
+            dist.all_to_all_single(received, sent, group=self.group)
+
+    def all_gather_(self, gathered: Tensor, part: Tensor) -> None:
+        """Part r of ``gathered [world_size * k]`` becomes ``part [k]`` of rank r."""
+        if self.world_size == 1:
+            gathered.copy_(part)
+            return
+        with self._counting(part.nbytes * (self.world_size - 1)):
+            _all_gather_single(gathered, part, group=self.group)
+
+    def all_reduce_max_(self, tensor: Tensor) -> None:
+        """Elementwise maximum over the ranks, in place."""
+        self._all_reduce_(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_mean_(self, tensor: Tensor) -> None:
+        """Elementwise mean over the ranks, in place; bitwise what DDP computes (it scales first, then sums)."""
+        if self.world_size > 1:
+            tensor.mul_(1.0 / self.world_size)
+        self._all_reduce_(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_mean_future(self, tensor: Tensor) -> torch.futures.Future[Tensor]:
+        """:meth:`all_reduce_mean_`, not waited for; the future holds ``tensor``."""
+        if self.world_size == 1:
+            return completed_future(tensor)
+        sent = ring_all_reduce_nbytes(tensor.nbytes, self.world_size)
+        self._count(sent, seconds=0.0)
+        tensor.mul_(1.0 / self.world_size)
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def broadcast_int(self, value: int, *, source: int = 0, device: torch.device) -> int:
+        """The ``value`` of rank ``source`` of the group, on all ranks."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64, device=device)
+        with self._counting(tensor.nbytes if self.rank == source else 0):
+            dist.broadcast(tensor, group=self.group, group_src=source)
+        return int(tensor)
+
+    def _all_reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        if self.world_size == 1:
+            return
+        with self._counting(ring_all_reduce_nbytes(tensor.nbytes, self.world_size)):
+            dist.all_reduce(tensor, operation, group=self.group)
+
+    @contextmanager
+    def _counting(self, nbytes: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._count(nbytes, time.perf_counter() - start)
+
+    def _count(self, nbytes: int, seconds: float) -> None:
+        # Every collective used here is symmetric: a rank receives as much as it sends.
+        self.counters.bytes_sent += nbytes
+        self.counters.bytes_received += nbytes
+        self.counters.seconds_waited += seconds
+
+
+def completed_future(tensor: Tensor) -> torch.futures.Future[Tensor]:
+    """A future that already holds ``tensor``."""
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(tensor)
+    return future

@@ -1,0 +1,59 @@
+"""Validated settings of the compression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scale = Literal["l2", "l1"]
+Space = Literal["update", "momentum"]
+
+MAX_BLOCK_SIZE = 16384
+"""Up to this length torch reduces a block on one thread, so its norm does not depend on the blocks
+beside it. Longer blocks would also save nothing: scales are 0.2% of the message at this size."""
+
+MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How tensors are quantized and cut into messages.
+
+    Raises:
+        ValueError: if a value lies outside its domain; the message names value, domain and remedy.
+    """
+
+    block_size: int = 2048
+    """Elements that share one scale. A positive multiple of 8, at most 16384."""
+
+    scale: Scale = "l2"
+    """``"l2"``: root mean square of the block, ``"l1"``: mean absolute value."""
+
+    space: Space = "update"
+    """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
+    itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
+
+    bucket_cap_mb: float = 25.0
+    """Size of one exchange, in MiB of float32 gradient. The result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.block_size != int(self.block_size) or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"Invalid block_size: {self.block_size}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
+                " so that every block fills whole bytes. HINT: the default, 2048, suits most models."
+            )
+        if self.scale not in ("l2", "l1"):
+            raise ValueError(
+                f"Invalid scale: {self.scale!r}. Must be 'l2' (root mean square) or 'l1' (mean absolute value)."
+            )
+        if self.space not in ("update", "momentum"):
+            raise ValueError(
+                f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
+            )
+        if not self.bucket_cap_mb > 0:
+            raise ValueError(f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be > 0 (MiB of float32 gradient).")
+
+    @property
+    def bucket_cap_numel(self) -> int:
+        """Elements per bucket: ``bucket_cap_mb`` in float32 elements, at least one block."""
+        return max(self.block_size, int(self.bucket_cap_mb * MEBIBYTE) // 4)

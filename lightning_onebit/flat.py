@@ -1,0 +1,38 @@
+"""Tensors as flat vectors in memory order, without a copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """The elements in memory order, ``[numel]``, sharing storage. The tensor must be dense: :func:`is_dense`."""
+    tensor = tensor.detach()
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def flat_gradient(param: Tensor) -> Tensor | None:
+    """The gradient's elements in the memory order of its parameter."""
+    grad = param.grad
+    if grad is None or grad.stride() == param.stride() or (grad.is_contiguous() and param.is_contiguous()):
+        return None if grad is None else flat_view(grad)
+    return flat_view(torch.empty_like(param, memory_format=torch.preserve_format).copy_(grad))
+
+
+def unflatten_like(flat: Tensor, like: Tensor) -> Tensor:
+    """Inverse of :func:`flat_view` for a tensor strided as ``like``."""
+    return flat.view_as(like) if like.is_contiguous() else flat.as_strided(like.shape, like.stride())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gap or overlap (contiguous, channels_last, transposed, ...)."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size == 0:
+            return True
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

@@ -1,0 +1,192 @@
+"""Adam and AdamW with a frozen second moment (1-bit Adam, arXiv 2102.02888, algorithm 1).
+
+With the second moment fixed at v_hat, Adam is momentum SGD with one step size per coordinate, and linear in the gradients: error
+feedback works. In update space the preconditioned momentum u is what travels:
+
+    D    = sqrt(v_hat) + eps                                     fixed at the freeze
+    u_i  = beta1 u + (1 - beta1) clamp(g_i / D, +-kappa)         kappa = 1 / sqrt(1 - beta2)
+    x    = x - lr u / (1 - beta1^t)
+
+In momentum space (the paper's) m_i = beta1 m + (1 - beta1) g_i travels, and D divides the average afterwards.
+
+The clamp restores the bound that an unfrozen Adam has: a gradient out of nowhere enters v before it divides, and so moves
+m / sqrt(v) by at most (1 - beta1) / sqrt(1 - beta2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from typing_extensions import override
+
+from lightning_onebit.optim.method import CompressedMethod
+
+WOKEN_VARIANCE = 1e-34
+"""Second moment of a coordinate whose first gradient came after the freeze: far below eps, but not the zero of a dead one.
+In update space it stays: D = eps and the clamp give such a coordinate the first step that Adam would give it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamCoefficients:
+    """One step's numbers of one parameter."""
+
+    beta1: float
+    eps: float
+    kappa: float
+    step_size: float
+    """lr / (1 - beta1^t)"""
+    coupled_decay: float
+    """Adam's weight decay: times the parameter, added to the gradient."""
+    shrink: float
+    """AdamW's weight decay: 1 - lr * weight_decay."""
+    sign: float
+    """-1 to maximize."""
+
+
+class FrozenAdam(CompressedMethod[AdamCoefficients]):
+    """1-bit Adam and AdamW, on the state of ``torch.optim.Adam``.
+
+    While frozen, ``state["exp_avg_sq"]`` holds v_hat, the bias-corrected second moment at the freeze, and counts as corrected
+    for good; ``state["step"]`` goes on counting.
+    """
+
+    optimizer_types = (Adam, AdamW)
+
+    @classmethod
+    @override
+    def validate(cls, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            if group["amsgrad"]:
+                raise ValueError(
+                    f"amsgrad=True (parameter group {index}) is not supported: its running maximum of the second moment"
+                    " contradicts a frozen one. Use amsgrad=False."
+                )
+            if group["differentiable"]:
+                raise ValueError(
+                    f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
+                    " signs. Use differentiable=False."
+                )
+
+    @override
+    def freeze_(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.optimizer.state[param]
+        if not state:  # never had a gradient on any rank
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        correction = self._bias_correction2(param, group)
+        if correction > 0:
+            state["exp_avg_sq"].div_(correction)
+
+    @override
+    def thawed(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return self.optimizer.state[param]["exp_avg_sq"] * self._bias_correction2(param, group)
+
+    @override
+    def count_step_(self, param: Tensor) -> None:
+        step = self.optimizer.state[param]["step"]
+        step += 1
+
+    @override
+    def coefficients(self, param: Tensor, group: Mapping[str, Any]) -> AdamCoefficients:
+        step = max(1.0, float(self.optimizer.state[param]["step"]))
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        decoupled = isinstance(self.optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        return AdamCoefficients(
+            beta1=beta1,
+            eps=float(group["eps"]),
+            kappa=1.0 / math.sqrt(1.0 - beta2),
+            step_size=lr / (1.0 - beta1**step),
+            coupled_decay=0.0 if decoupled else weight_decay,
+            shrink=1.0 - lr * weight_decay if decoupled else 1.0,
+            sign=-1.0 if group["maximize"] else 1.0,
+        )
+
+    @override
+    def momentum_decay(self, coefficients: AdamCoefficients) -> float:
+        return coefficients.beta1
+
+    @override
+    def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
+        out.copy_(exp_avg)
+        if self.config.space == "update":
+            out.div_(self._denominator(exp_avg_sq, float(group["eps"])))
+
+    @override
+    def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
+        if self.config.space == "update":
+            direction = self._denominator(exp_avg_sq, float(group["eps"])).mul_(direction)
+        out.copy_(direction)
+
+    @override
+    def add_gradient_(
+        self, error: Tensor, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: AdamCoefficients
+    ) -> None:
+        # No fused multiply-add (`alpha=`) anywhere: it rounds differently in vectorized loops and in their
+        # remainders, and the result would depend on how a parameter was cut into segments.
+        c, numel = coefficients, error.numel()
+        if grad is None or grad.dtype != error.dtype or c.coupled_decay or c.sign < 0:
+            gradient = self._workspace(1, numel)
+            gradient.zero_() if grad is None else gradient.copy_(grad).mul_(c.sign)
+            if c.coupled_decay:
+                gradient.add_(self._workspace(0, numel).copy_(param).mul_(c.coupled_decay))
+        else:
+            gradient = grad
+        if self.config.space == "update":
+            local = self._denominator(exp_avg_sq, c.eps)
+            torch.div(gradient, local, out=local).clamp_(-c.kappa, c.kappa).mul_(1.0 - c.beta1)
+        else:
+            local = torch.mul(gradient, 1.0 - c.beta1, out=self._workspace(0, numel))
+        error.add_(local)
+
+    @override
+    def decay_(self, param: Tensor, coefficients: AdamCoefficients) -> None:
+        if coefficients.shrink != 1.0:
+            param.mul_(coefficients.shrink)
+
+    @override
+    def direction_factor(self, coefficients: AdamCoefficients) -> float:
+        return -coefficients.step_size
+
+    @override
+    def apply_(self, param: Tensor, direction: Tensor, exp_avg_sq: Tensor, coefficients: AdamCoefficients) -> None:
+        if self.config.space == "momentum":
+            self._estimate_woken_variance_(exp_avg_sq, direction, coefficients)
+            direction.div_(self._denominator(exp_avg_sq, coefficients.eps))
+        param.add_(direction)
+
+    @override
+    def dead(self, exp_avg_sq: Tensor) -> Tensor:
+        return exp_avg_sq == 0
+
+    @override
+    def wake_(self, exp_avg_sq: Tensor, woken: Tensor) -> None:
+        exp_avg_sq.masked_fill_(woken, WOKEN_VARIANCE)
+
+    def _estimate_woken_variance_(self, exp_avg_sq: Tensor, direction: Tensor, c: AdamCoefficients) -> None:
+        """Momentum space only, where D = eps would turn a block's quantization step into a leap.
+
+        The first momentum sent for a woken coordinate is +-scale, which bounds neither its first gradient,
+        scale / (1 - beta1), nor its steady one, scale; the variance in the middle of the two is taken.
+        """
+        woken = exp_avg_sq == WOKEN_VARIANCE
+        if c.step_size and woken.any():
+            squared_scale = direction.div(c.step_size).square_()
+            estimate = (squared_scale / (1.0 - c.beta1)).to(exp_avg_sq.dtype)
+            exp_avg_sq.copy_(torch.where(woken & (estimate > 0), estimate, exp_avg_sq))
+
+    def _denominator(self, exp_avg_sq: Tensor, eps: float) -> Tensor:
+        """D = sqrt(v_hat) + eps, in workspace 0."""
+        out = self._workspace(0, exp_avg_sq.numel())
+        source = exp_avg_sq if exp_avg_sq.dtype == out.dtype else out.copy_(exp_avg_sq)
+        return torch.sqrt(source, out=out).add_(eps)
+
+    def _bias_correction2(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        return 1.0 - float(group["betas"][1]) ** float(self.optimizer.state[param]["step"])

@@ -1,0 +1,69 @@
+"""Counters: what was sent, what dense DDP would have sent, how long the training thread waited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_onebit.phase import Phase
+
+DENSE_ELEMENT_NBYTES = 4
+"""Dense gradients are counted as float32, the width of DDP's default."""
+
+
+def ring_all_reduce_nbytes(nbytes: int, world_size: int) -> int:
+    """Bytes that each rank sends (and receives) in a bandwidth-optimal all-reduce of ``nbytes``.
+
+    A reduce-scatter followed by an all-gather: ``2 (n - 1) / n`` times the data (Patarasuk and Yuan, 2009).
+    """
+    return 2 * (world_size - 1) * nbytes // world_size
+
+
+@dataclass
+class PhaseCounters:
+    """What one phase has cost this rank so far."""
+
+    steps: int = 0
+    """Optimizer steps, those of all optimizers added up."""
+    bytes_sent: int = 0
+    """Bytes handed to the network: payload, without headers of the transport."""
+    bytes_received: int = 0
+    dense_equivalent_bytes: int = 0
+    """Bytes that dense float32 DDP would have sent in the same steps."""
+    seconds_waited: float = 0.0
+    """Time the training thread spent inside exchanges. Counted for compressed exchanges only: during
+    warm-up DDP waits inside its own backward."""
+
+
+@dataclass
+class CommStats:
+    """Communication of this rank, by phase; attributes of the same names as in a phase give the sum.
+
+    Read it as ``strategy.comm_stats``.
+    """
+
+    phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in Phase})
+
+    def __getitem__(self, phase: Phase) -> PhaseCounters:
+        return self.phases[phase]
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(counters.bytes_sent for counters in self.phases.values())
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(counters.bytes_received for counters in self.phases.values())
+
+    @property
+    def dense_equivalent_bytes(self) -> int:
+        return sum(counters.dense_equivalent_bytes for counters in self.phases.values())
+
+    @property
+    def seconds_waited(self) -> float:
+        return sum(counters.seconds_waited for counters in self.phases.values())
+
+    @property
+    def compression_ratio(self) -> float:
+        """Dense-equivalent bytes over bytes sent in the compressed phase; NaN before it."""
+        compressed = self.phases[Phase.COMPRESSED]
+        return compressed.dense_equivalent_bytes / compressed.bytes_sent if compressed.bytes_sent else float("nan")

@@ -1,0 +1,399 @@
+"""The Lightning strategy: DDP whose gradients are averaged densely during warm-up and as signs afterwards."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.ddp_hook import HookState, phase_hook
+from lightning_onebit.engine import CompressedOptimizer, check_parameters
+from lightning_onebit.optim import method_for
+from lightning_onebit.phase import Phase
+from lightning_onebit.stats import CommStats
+
+CHECKPOINT_KEY = "lightning_onebit"
+CHECKPOINT_VERSION = 1
+
+
+class OneBitDDPStrategy(DDPStrategy):
+    """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
+
+    Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
+    compressed phase: gradients stay local, and the optimizer step exchanges signs and block scales.
+
+    Args:
+        block_size: elements that share one scale; a multiple of 8, at most 16384.
+        scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
+        space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
+        overlap: whether buckets are exchanged during backward. ``"auto"`` and ``False``: after it. ``True`` is not available.
+        hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True`` is not
+            available.
+        bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: 25, as in DDP.
+        **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
+            :class:`~torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: if an argument is outside its domain, or asks for a communication hook or model averaging.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        block_size: int = 2048,
+        scale: Scale = "l2",
+        space: Space = "update",
+        overlap: bool | Literal["auto"] = "auto",
+        hierarchical: bool | Literal["auto"] = "auto",
+        bucket_cap_mb: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_unavailable("overlap", overlap, "exchanges happen in the optimizer step, after backward")
+        _check_unavailable("hierarchical", hierarchical, "all ranks exchange with each other directly")
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            **({} if bucket_cap_mb is None else {"bucket_cap_mb": bucket_cap_mb}),
+        )
+        for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{type(self).__name__} does its own gradient communication and cannot be combined with {name}="
+                    f"{kwargs[name]!r}. HINT: leave it out, or use strategy='ddp'."
+                )
+        super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
+        self.comm_stats = CommStats()
+        self._hook_state: HookState | None = None
+        self._compressed: dict[Optimizer, CompressedOptimizer] = {}
+        self._steps: dict[Optimizer, int] = {}
+        self._phase = Phase.WARMUP
+        self._stepping = False
+
+    # What a user reads and calls
+
+    @property
+    def phase(self) -> Phase:
+        """``Phase.WARMUP`` or ``Phase.COMPRESSED``."""
+        return self._phase
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that every optimizer has made: with several, those of the one that made fewest."""
+        return min(self._steps.values(), default=0)
+
+    def freeze_variance(self) -> None:
+        """Freeze the second moment and compress from the next optimizer step on.
+
+        Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
+        quantized: training goes on as exact Adam with a frozen second moment.
+
+        Raises:
+            RuntimeError: outside ``fit``, or before the first optimizer step.
+        """
+        if self._phase is Phase.COMPRESSED:
+            return
+        if self._hook_state is None:
+            raise RuntimeError("freeze_variance() needs a running `trainer.fit`. HINT: call it from a callback.")
+        if self.optimizer_steps == 0:
+            raise RuntimeError("freeze_variance() was called before the first optimizer step: no second moment yet.")
+        self._enter_compressed_phase()
+
+    def resume_warmup(self) -> None:
+        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
+
+        Call on all ranks, between two batches. Without effect in warm-up.
+        """
+        if self._phase is Phase.WARMUP:
+            return
+        for compressed in self._compressed.values():
+            compressed.thaw_()
+        self._compressed.clear()
+        self._set_phase(Phase.WARMUP)
+
+    # What callbacks need
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment; of all parameter groups the slowest."""
+        return max((float(g["betas"][1]) for o in self.optimizers for g in o.param_groups if "betas" in g), default=0.0)
+
+    @property
+    def learning_rate(self) -> float:
+        """The largest of all parameter groups."""
+        return max((float(group["lr"]) for o in self.optimizers for group in o.param_groups), default=0.0)
+
+    def second_moments(self) -> dict[str, float]:
+        """||v_hat||_1 of every parameter, bias-corrected, by parameter name; in warm-up only."""
+        names, norms, corrections = [], [], []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    state = optimizer.state.get(p)
+                    if state and "exp_avg_sq" in state and float(state["step"]) > 0:
+                        names.append(self._names[p])
+                        norms.append(state["exp_avg_sq"].sum(dtype=torch.float32))
+                        corrections.append(1.0 - float(group["betas"][1]) ** float(state["step"]))
+        values = torch.stack(norms).tolist() if norms else []
+        return {name: value / correction for name, value, correction in zip(names, values, corrections, strict=True)}
+
+    def broadcast_decision(self, decision: bool) -> bool:
+        """Rank 0's decision, on all ranks. Collective."""
+        assert self._hook_state is not None
+        communicator = self._hook_state.communicator
+        return bool(communicator.broadcast_int(int(decision), device=self.root_device))
+
+    # Set-up
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            _ensure_phase_switch(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self._reset()
+        self._hook_state = HookState(Communicator())
+        self._set_phase(Phase.WARMUP)
+        self.model.register_comm_hook(self._hook_state, phase_hook)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        assert self.lightning_module is not None
+        self._names = {p: name for name, p in self.lightning_module.named_parameters()}
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} does not support precision='16-mixed': its loss scaler skips steps on one rank only."
+                " HINT: use precision='bf16-mixed' or '32-true'."
+            )
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+            raise ValueError(
+                f"{type(self).__name__} does not support gradient_clip_val={trainer.gradient_clip_val} with the algorithm"
+                " 'norm': in the compressed phase no rank has the averaged gradient, and local norms differ. HINT: use"
+                " gradient_clip_algorithm='value'; the compressed phase bounds every coordinate's step by itself."
+            )
+        _refuse_sparse_gradients(self.lightning_module)
+        for optimizer in self.optimizers:
+            method_for(optimizer)
+            check_parameters(optimizer, self._names)
+            self._steps[optimizer] = 0
+            optimizer.register_step_pre_hook(self._guard)
+        if self.world_size == 1:
+            rank_zero_warn(
+                f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
+                " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
+            )
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        """Lightning registers a user's hook here, on CUDA only; ours is registered in :meth:`configure_ddp`."""
+
+    # Steps
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        compressed = self._compressed.get(optimizer)
+        if compressed is None:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            self.comm_stats[Phase.WARMUP].steps += 1
+        else:
+            with self._replaced_step(optimizer, compressed):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._steps[optimizer] += 1
+        return output
+
+    @contextmanager
+    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
+        """Within, ``optimizer.step`` is the compressed step. The object stays the same, as schedulers are bound to it."""
+
+        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if not compressed.step():
+                rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
+            return loss
+
+        previous = optimizer.__dict__.get("step")
+        # The decorator runs the user's step hooks, as for every torch optimizer.
+        optimizer.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+            if previous is None:
+                del optimizer.step
+            else:
+                optimizer.step = previous  # type: ignore[method-assign]
+
+    def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
+        if self._phase is Phase.COMPRESSED and not self._stepping:
+            raise RuntimeError(
+                "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
+                " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`."
+            )
+
+    # State
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
+            checkpoint[CHECKPOINT_KEY] = self._compressed_state()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for compressed in self._compressed.values():
+            compressed.close()
+        self._compressed.clear()
+        self._set_phase(Phase.WARMUP)
+        super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
+            self._steps[optimizer] = int(max(steps, default=0))
+        state = checkpoint.get(CHECKPOINT_KEY)
+        if state is None:
+            return
+        if state["version"] != CHECKPOINT_VERSION:
+            raise ValueError(
+                f"The checkpoint holds version {state['version']} of the state of lightning_onebit; this is version"
+                f" {CHECKPOINT_VERSION}. HINT: install the version of lightning_onebit that wrote it."
+            )
+        self._enter_compressed_phase()
+        for optimizer, outstanding in zip(self.optimizers, state["outstanding"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            errors = {params[int(i)]: error.to(self.root_device) for i, error in outstanding.items()}
+            self._compressed[optimizer].add_outstanding_(errors)
+
+    def _compressed_state(self) -> dict[str, Any]:
+        """What a stock checkpoint has no place for: tensors and plain containers only. Collective."""
+        outstanding = []
+        interrupted = self.lightning_module is not None and self.lightning_module.trainer.interrupted
+        for optimizer in self.optimizers:
+            # After an exception other ranks may be anywhere: no collectives then, and the errors are lost.
+            errors = {} if interrupted else self._compressed[optimizer].outstanding()
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            outstanding.append({str(i): errors[p].cpu() for i, p in enumerate(params) if p in errors})
+        if interrupted:
+            rank_zero_warn("Saving after an exception: the errors of error feedback are not part of this checkpoint.")
+        return {"version": CHECKPOINT_VERSION, "outstanding": outstanding}
+
+    def _enter_compressed_phase(self) -> None:
+        assert self._hook_state is not None
+        communicator = self._hook_state.communicator
+        self._compressed = {
+            optimizer: CompressedOptimizer(optimizer, self.config, communicator, self._names)
+            for optimizer in self.optimizers
+        }
+        self._set_phase(Phase.COMPRESSED)
+
+    def _set_phase(self, phase: Phase) -> None:
+        self._phase = phase
+        if self._hook_state is not None:
+            self._hook_state.phase = phase
+            self._hook_state.communicator.counters = self.comm_stats[phase]
+
+    def _reset(self) -> None:
+        """Forget an earlier fit."""
+        for compressed in self._compressed.values():
+            compressed.close()
+        self._compressed.clear()
+        self._steps.clear()
+        self.comm_stats = CommStats()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            name = f"onebit_ddp{suffix}"
+            variants: dict[str, dict[str, Any]] = {
+                name: {},
+                f"{name}_find_unused_parameters_false": {"find_unused_parameters": False},
+                f"{name}_find_unused_parameters_true": {"find_unused_parameters": True},
+            }
+            for variant, init_params in variants.items():
+                if variant not in strategy_registry:
+                    strategy_registry.register(
+                        variant,
+                        cls,
+                        description=f"1-bit DDP strategy with `start_method` '{start_method}'",
+                        start_method=start_method,
+                        **init_params,
+                    )
+
+
+def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
+    """The Trainer's strategy, if it is this one.
+
+    Raises:
+        TypeError: if it is another.
+    """
+    if not isinstance(trainer.strategy, OneBitDDPStrategy):
+        raise TypeError(
+            f"This callback belongs to OneBitDDPStrategy, but the Trainer uses {type(trainer.strategy).__name__}. HINT: use"
+            " Trainer(strategy='onebit_ddp')."
+        )
+    return trainer.strategy
+
+
+def _ensure_phase_switch(trainer: pl.Trainer) -> None:
+    """Add the default switch if there is none; refuse two."""
+    from lightning_onebit.callbacks.phase_switch import PhaseSwitch
+
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    switches = [callback for callback in callbacks if isinstance(callback, PhaseSwitch)]
+    if len(switches) > 1:
+        raise ValueError(f"Found {len(switches)} PhaseSwitch callbacks. There must be one: keep the one you mean.")
+    if not switches:
+        # Before the checkpoints, which Lightning keeps last: they must save the phase that the batch ended in.
+        position = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(position, PhaseSwitch())
+        if trainer.world_size > 1:
+            rank_zero_info("Using PhaseSwitch() with its default criterion, VarianceStability(), to end the warm-up.")
+
+
+def _check_unavailable(name: str, value: object, what_happens: str) -> None:
+    if value is True:
+        raise ValueError(f"{name}=True is not available in this version: {what_happens}. Use 'auto' or False.")
+    if value is not False and value != "auto":
+        raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto' or False.")
+
+
+def _refuse_sparse_gradients(module: nn.Module) -> None:
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
+            raise ValueError(
+                f"The layer {name!r} ({type(submodule).__name__}) produces sparse gradients, which cannot be compressed."
+                " Use sparse=False: rows without gradient are recognized and stay as they are."
+            )
