@@ -27,8 +27,8 @@ class CompressedOptimizer:
     """Steps an optimizer in the compressed phase, from local gradients in ``p.grad``, with the same result on every rank.
 
     Creating it freezes the optimizer's state: the second moment for good, while the momentum moves into the
-    pipeline and its memory is freed (``state["exp_avg"]`` is gone until :meth:`thaw_`). ``optimizer.state_dict()`` stays that
-    of a stock optimizer all the same. ``p.grad`` is only read.
+    pipeline and its memory is freed (``state["exp_avg"]`` is gone until :meth:`thaw_`). ``optimizer.state_dict()``
+    stays that of a stock optimizer all the same. ``p.grad`` is only read.
 
     Args:
         optimizer: a supported optimizer, with warm-up state that is the same on all ranks.
@@ -262,7 +262,7 @@ class _Pipeline:
                     if self._quantized:
                         bucket.encode_segment_(piece.index)
             if self._quantized:
-                bucket.exchange_(skip=lambda index, pieces=pieces: coefficients[pieces[index].parameter] is None)
+                bucket.exchange_(skip={piece.index for piece in pieces if coefficients[piece.parameter] is None})
             with record_function("onebit::apply"):
                 for piece in pieces:
                     c = coefficients[piece.parameter]
@@ -359,7 +359,7 @@ class _Pipeline:
         live = piece.bucket.live[piece.index]
         if live is None or not self._quantized:
             return
-        woken_bits = piece.bucket.buffers.segments[piece.index].result_signs & ~live
+        woken_bits = piece.bucket.buffers.segments[piece.index].result.signs & ~live
         if woken_bits.any():
             self._method.wake_(variance, unpack_bits(woken_bits, piece.numel))
             live |= woken_bits

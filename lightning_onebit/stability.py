@@ -93,7 +93,7 @@ class FixedStep(Criterion):
             )
 
     def plan(self, *, total_steps: float, beta2: float) -> Plan:
-        remarks = ()
+        remarks: tuple[str, ...] = ()
         if self.n >= total_steps:
             remarks = (
                 f"FixedStep({self.n}) does not end the warm-up within this run of {total_steps:.0f} optimizer steps:"
@@ -109,8 +109,8 @@ class FixedStep(Criterion):
 class VarianceStability(Criterion):
     """Freeze once the second moment of every parameter tensor has stopped changing.
 
-    Compares v_hat, bias-corrected, with itself one window earlier, tensor by tensor: |ratio - 1| <= tolerance must hold for the
-    one that changes most, at several observations in a row, while the learning rate does not rise.
+    Compares v_hat, bias-corrected, with itself one window earlier, tensor by tensor: |ratio - 1| <= tolerance must hold
+    for the one that changes most, at several observations in a row, while the learning rate does not rise.
     """
 
     tolerance: float = 0.04

@@ -41,9 +41,10 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
-        overlap: whether buckets are exchanged during backward. ``"auto"`` and ``False``: after it. ``True`` is not available.
-        hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True`` is not
+        overlap: whether buckets are exchanged during backward. ``"auto"`` and ``False``: after it. ``True`` is not
             available.
+        hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True``
+            is not available.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: 25, as in DDP.
         **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
@@ -181,7 +182,7 @@ class OneBitDDPStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
-        self._names = {p: name for name, p in self.lightning_module.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} does not support precision='16-mixed': its loss scaler skips steps on one rank only."

@@ -45,7 +45,7 @@ class CommMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or max(1, trainer.log_every_n_steps)
+        every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if (batch_idx + 1) % every:
             return
         strategy = strategy_of(trainer)

@@ -18,8 +18,8 @@ from lightning_onebit.strategy import OneBitDDPStrategy, strategy_of
 class PhaseSwitch(Callback):
     """Watches the second moment during warm-up and freezes it, once, when the criterion says so.
 
-    Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step. The strategy
-    adds one with the default criterion if the Trainer has none.
+    Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step.
+    The strategy adds one with the default criterion if the Trainer has none.
 
     Args:
         criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
@@ -69,7 +69,8 @@ class PhaseSwitch(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = strategy_of(trainer)
-        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not trainer.fast_dev_run:
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
             rank_zero_warn(
                 f"This run never compressed anything: after {strategy.optimizer_steps} optimizer steps it was still in"
                 f" warm-up, that is plain DDP ({self._reason}). HINT: train longer, set `max_steps` of VarianceStability, or"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,14 +53,14 @@ class CompressedBucket:
     def encode_segment_(self, index: int) -> None:
         """Step 2: quantize the worker error (value included) into the outgoing message; the rest stays."""
         views = self.buffers.segments[index]
-        self.codec.encode_(views.worker_error, views.sent_signs, views.sent_scales, live=self.live[index])
+        self.codec.encode_(views.worker_error, *views.sent, live=self.live[index])
 
-    def exchange_(self, skip: Callable[[int], bool] = lambda _: False) -> None:
+    def exchange_(self, skip: Container[int] = ()) -> None:
         """Steps 3 to 5: send, average and quantize the own chunk, gather everybody's.
 
         Args:
-            skip: tells, by its index and alike on all ranks, of each segment whether it sits out this step: its
-                errors are untouched and its previous result is kept.
+            skip: indices of the segments that sit out this step, the same on all ranks: their errors are untouched
+                and their previous results are kept.
         """
         with record_function("onebit::all_to_all"):
             self.communicator.all_to_all_(self.buffers.received, self.buffers.sent)
@@ -71,29 +71,27 @@ class CompressedBucket:
 
     def decode_result_(self, index: int, out: Tensor, factor: float = 1.0) -> None:
         """Write ``factor`` times the last result of a segment to ``out``, the same bits on all ranks."""
-        views = self.buffers.segments[index]
-        self.codec.decode_(out, views.result_signs, views.result_scales, factor, live=self.live[index])
+        self.codec.decode_(out, *self.buffers.segments[index].result, factor, live=self.live[index])
 
-    def _serve_(self, skip: Callable[[int], bool]) -> None:
+    def _serve_(self, skip: Container[int]) -> None:
         for served in self.buffers.chunk:
-            if skip(served.index):
-                views = self.buffers.segments[served.index]
-                served.result_signs.copy_(views.result_signs)
-                served.result_scales.copy_(views.result_scales)
+            if served.index in skip:
+                for new, kept in zip(served.result, self.buffers.segments[served.index].result, strict=True):
+                    new.copy_(kept)
                 continue
             live = self.live[served.index]
             total, quantized = self._sum[: served.segment.numel], self._quantized[: served.segment.numel]
             total.zero_()
             # Summed in rank order, so that the result does not depend on who serves the block.
-            for signs, scales in zip(served.received_signs, served.received_scales, strict=True):
-                self.codec.decode_(quantized, signs, scales, live=live)
+            for received in served.received:
+                self.codec.decode_(quantized, *received, live=live)
                 total.add_(quantized)
             served.server_error.add_(total.div_(self.communicator.world_size))
-            self.codec.encode_(served.server_error, served.result_signs, served.result_scales, live=live)
+            self.codec.encode_(served.server_error, *served.result, live=live)
             if live is not None:
                 # A sign bit of a dead element is a wake-up call: pass on every rank's.
-                for signs in served.received_signs:
-                    served.result_signs.bitwise_or_(signs & ~live)
+                for received in served.received:
+                    served.result.signs.bitwise_or_(received.signs & ~live)
 
 
 class ErrorFeedback:

@@ -10,6 +10,7 @@ one left out, so that quantization delays information but loses none:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +18,27 @@ from torch import Tensor
 from lightning_onebit.codec.layout import BucketLayout, Segment
 
 
-@dataclass(frozen=True)
+class Encoded(NamedTuple):
+    """A quantized segment: views of a message."""
+
+    signs: Tensor
+    """uint8 ``[ceil(numel / 8)]``"""
+    scales: Tensor
+    """float32 ``[blocks]``"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentViews:
     """The parts of a bucket's buffers that belong to one segment."""
 
     segment: Segment
     worker_error: Tensor
-    """``[numel]``. Between :meth:`CompressedBucket.exchange_` and the next one the error; callers add values to it."""
-    sent_signs: Tensor
-    sent_scales: Tensor
-    result_signs: Tensor
-    result_scales: Tensor
+    """``[numel]``; before a segment is encoded, callers add the new values to it."""
+    sent: Encoded
+    result: Encoded
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServedSegment:
     """A segment of the chunk that this rank serves."""
 
@@ -38,11 +46,9 @@ class ServedSegment:
     index: int
     """Position of the segment in the bucket."""
     server_error: Tensor
-    received_signs: tuple[Tensor, ...]
+    received: tuple[Encoded, ...]
     """One per rank, in rank order."""
-    received_scales: tuple[Tensor, ...]
-    result_signs: Tensor
-    result_scales: Tensor
+    result: Encoded
 
 
 class ErrorFeedbackBuffers:
@@ -73,34 +79,31 @@ class ErrorFeedbackBuffers:
 
         self.segments = tuple(
             SegmentViews(
-                s,
-                self.worker_error[s.offset : s.offset + s.numel],
-                *_signs_and_scales(self.sent, s),
-                *_signs_and_scales(self.result, s),
+                segment=s,
+                worker_error=self.worker_error[s.offset : s.offset + s.numel],
+                sent=_encoded(self.sent, s),
+                result=_encoded(self.result, s),
             )
             for s in layout.segments
         )
-        chunk_start = rank * layout.chunk_nbytes
         self.chunk = tuple(
             ServedSegment(
-                s,
-                layout.segments.index(s),
-                self.server_error[s.offset - first : s.offset - first + s.numel],
-                *zip(
-                    *(
-                        _signs_and_scales(self.received, s, shift=source * layout.chunk_nbytes - chunk_start)
-                        for source in range(layout.world_size)
-                    ),
-                    strict=True,
+                segment=s,
+                index=layout.segments.index(s),
+                server_error=self.server_error[s.offset - first : s.offset - first + s.numel],
+                received=tuple(
+                    _encoded(self.received, s, shift=(source - rank) * layout.chunk_nbytes)
+                    for source in range(layout.world_size)
                 ),
-                *_signs_and_scales(self.served, s, shift=-chunk_start),
+                result=_encoded(self.served, s, shift=-rank * layout.chunk_nbytes),
             )
             for s in chunk
         )
 
 
-def _signs_and_scales(messages: Tensor, segment: Segment, shift: int = 0) -> tuple[Tensor, Tensor]:
-    """Views of a segment's sign bytes and float32 scales, ``shift`` bytes away from its own place."""
-    signs = messages[segment.signs_offset + shift : segment.signs_end + shift]
-    scales = messages[segment.scales_offset + shift : segment.scales_end + shift].view(torch.float32)
-    return signs, scales
+def _encoded(messages: Tensor, segment: Segment, shift: int = 0) -> Encoded:
+    """Views of a segment in a message, ``shift`` bytes away from its place among the messages to all ranks."""
+    return Encoded(
+        signs=messages[segment.signs_offset + shift : segment.signs_end + shift],
+        scales=messages[segment.scales_offset + shift : segment.scales_end + shift].view(torch.float32),
+    )

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lightning_onebit.stats import PhaseCounters, ring_all_reduce_nbytes
 
-if hasattr(dist, "all_gather_single"):  # torch >= 2.13
-    _all_gather_single = dist.all_gather_single
-else:
-    _all_gather_single = dist.all_gather_into_tensor
+# Renamed in torch 2.13.
+_all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 class Communicator:

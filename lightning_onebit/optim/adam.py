@@ -1,7 +1,7 @@
 """Adam and AdamW with a frozen second moment (1-bit Adam, arXiv 2102.02888, algorithm 1).
 
-With the second moment fixed at v_hat, Adam is momentum SGD with one step size per coordinate, and linear in the gradients: error
-feedback works. In update space the preconditioned momentum u is what travels:
+With the second moment fixed at v_hat, Adam is momentum SGD with one step size per coordinate, and linear in the
+gradients: error feedback works. In update space the preconditioned momentum u is what travels:
 
     D    = sqrt(v_hat) + eps                                     fixed at the freeze
     u_i  = beta1 u + (1 - beta1) clamp(g_i / D, +-kappa)         kappa = 1 / sqrt(1 - beta2)
@@ -52,8 +52,8 @@ class AdamCoefficients:
 class FrozenAdam(CompressedMethod[AdamCoefficients]):
     """1-bit Adam and AdamW, on the state of ``torch.optim.Adam``.
 
-    While frozen, ``state["exp_avg_sq"]`` holds v_hat, the bias-corrected second moment at the freeze, and counts as corrected
-    for good; ``state["step"]`` goes on counting.
+    While frozen, ``state["exp_avg_sq"]`` holds v_hat, the bias-corrected second moment at the freeze, which needs no
+    further correction; ``state["step"]`` goes on counting.
     """
 
     optimizer_types = (Adam, AdamW)

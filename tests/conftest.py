@@ -1,0 +1,26 @@
+"""Nothing may leak from one test to the next: threads, environment variables, process groups."""
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+# Forked ranks must not inherit a pool of OpenMP threads that did not survive the fork.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_leaks():
+    environment = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    leaked_threads = [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    assert not leaked_threads
+    leaked_group = dist.is_initialized()
+    assert not leaked_group
+    changed = {k: v for k, v in os.environ.items() if environment.get(k) != v and not k.startswith("PYTEST_")}
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not changed
