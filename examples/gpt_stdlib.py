@@ -89,7 +89,8 @@ class GPT(pl.LightningModule):
             if parameter.ndim == 2:
                 # Layers that write into the residual stream start smaller: their outputs add up (GPT-2).
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+                scale = 1.0 / math.sqrt(parameter.shape[1])
+                nn.init.normal_(parameter, std=scale / math.sqrt(2 * layers) if residual else scale)
 
     def forward(self, words: Tensor) -> Tensor:
         """Word ids [batch, context] to logits [batch, context, vocabulary_size]."""

@@ -357,9 +357,10 @@ class _Pipeline:
     def _wake_(self, piece: _Piece, variance: Tensor) -> None:
         """Let coordinates live whose wake-up call, from whichever rank, came with the last result."""
         live = piece.bucket.live[piece.index]
-        if live is None or not self._quantized:
+        if live is None:
             return
-        woken_bits = piece.bucket.buffers.segments[piece.index].result.signs & ~live
+        calls = piece.bucket.buffers.segments[piece.index].result.signs if self._quantized else pack_bits(piece.error != 0)
+        woken_bits = calls & ~live
         if woken_bits.any():
             self._method.wake_(variance, unpack_bits(woken_bits, piece.numel))
             live |= woken_bits

@@ -24,7 +24,9 @@ def reduce_steps(rank, numel, steps, dtype=torch.float32, **kwargs):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize(("numel", "block_size", "scale"), [(1, 8, "l2"), (1009, 64, "l2"), (4999, 2048, "l1"), (37, 16, "l1")])
+@pytest.mark.parametrize(
+    ("numel", "block_size", "scale"), [(1, 8, "l2"), (1009, 64, "l2"), (4999, 2048, "l1"), (37, 16, "l1")]
+)
 def test_equals_float64_model(world_size, numel, block_size, scale):
     outcomes = run_ranks(
         world_size, lambda rank: reduce_steps(rank, numel, steps=8, block_size=block_size, scale=scale, dtype=torch.float64)

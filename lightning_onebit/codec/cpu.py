@@ -82,7 +82,7 @@ class CpuCodec:
         for rows, row_factors in zip(self._rows(decoded), self._split(factors, numel), strict=True):
             rows.mul_(row_factors[:, None])
         if live is not None:
-            decoded.masked_fill_(self._expand(self._mask_of_byte, live, self._mask)[:numel] == 0, 0.0)
+            decoded.masked_fill_(self._expand(self._mask_of_byte, live, self._mask)[:numel] == 0, -0.0)
         if decoded.data_ptr() != out.data_ptr():
             out.copy_(decoded)
 

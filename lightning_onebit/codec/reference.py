@@ -66,13 +66,13 @@ class ReferenceCodec:
         values.sub_(quantized)
 
     def decode_(self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None) -> None:
-        """Write ``factor * q`` to ``out``; dead elements become 0."""
+        """Write ``factor * q`` to ``out``; dead elements become -0.0, which added to anything leaves its bits alone."""
         numel = out.numel()
         bits = unpack_bits(signs, numel)
         element_scales = (scales.to(out.dtype) * factor).repeat_interleave(self.block_size)[:numel]
         out.copy_(torch.where(bits, element_scales, -element_scales))
         if live is not None:
-            out.masked_fill_(~unpack_bits(live, numel), 0.0)
+            out.masked_fill_(~unpack_bits(live, numel), -0.0)
 
     def _block_scales(self, values: Tensor, live_mask: Tensor | None) -> Tensor:
         padding = -values.numel() % self.block_size

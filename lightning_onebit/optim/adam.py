@@ -28,8 +28,8 @@ from typing_extensions import override
 from lightning_onebit.optim.method import CompressedMethod
 
 WOKEN_VARIANCE = 1e-34
-"""Second moment of a coordinate whose first gradient came after the freeze: far below eps, but not the zero of a dead one.
-In update space it stays: D = eps and the clamp give such a coordinate the first step that Adam would give it."""
+"""Second moment with which a coordinate starts whose first gradient comes after the freeze: far below eps, but not the zero of
+a dead one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class AdamCoefficients:
     """One step's numbers of one parameter."""
 
     beta1: float
+    beta2: float
     eps: float
     kappa: float
     step_size: float
@@ -54,9 +55,19 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
 
     While frozen, ``state["exp_avg_sq"]`` holds v_hat, the bias-corrected second moment at the freeze, which needs no
     further correction; ``state["step"]`` goes on counting.
+
+    **Late coordinates**, those whose first gradient comes after the freeze, have nothing frozen to divide by. In update
+    space D is needed by the worker alone, so each rank goes on as Adam would, from the gradients that it sees: v = beta2 v +
+    (1 - beta2) g_i^2, kept in ``exp_avg_sq`` with a minus sign. Outside, they have the variance of a new coordinate, the
+    same on all ranks.
     """
 
     optimizer_types = (Adam, AdamW)
+
+    @override
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_late = False
 
     @classmethod
     @override
@@ -81,12 +92,17 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
         correction = self._bias_correction2(param, group)
+        exp_avg_sq = state["exp_avg_sq"]
         if correction > 0:
-            state["exp_avg_sq"].div_(correction)
+            exp_avg_sq.div_(correction)
+        # An earlier compressed phase may have left late coordinates behind.
+        late = (exp_avg_sq > 0) & (exp_avg_sq <= 2 * WOKEN_VARIANCE)
+        if late.any():
+            self.wake_(exp_avg_sq, late)
 
     @override
     def thawed(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return self.optimizer.state[param]["exp_avg_sq"] * self._bias_correction2(param, group)
+        return self._shared(self.optimizer.state[param]["exp_avg_sq"]) * self._bias_correction2(param, group)
 
     @override
     def count_step_(self, param: Tensor) -> None:
@@ -101,6 +117,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         decoupled = isinstance(self.optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         return AdamCoefficients(
             beta1=beta1,
+            beta2=beta2,
             eps=float(group["eps"]),
             kappa=1.0 / math.sqrt(1.0 - beta2),
             step_size=lr / (1.0 - beta1**step),
@@ -122,7 +139,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     @override
     def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         if self.config.space == "update":
-            direction = self._denominator(exp_avg_sq, float(group["eps"])).mul_(direction)
+            direction = self._denominator(self._shared(exp_avg_sq), float(group["eps"])).mul_(direction)
         out.copy_(direction)
 
     @override
@@ -140,7 +157,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         else:
             gradient = grad
         if self.config.space == "update":
-            local = self._denominator(exp_avg_sq, c.eps)
+            local = self._denominator(self._with_late_variance(exp_avg_sq, gradient, c.beta2), c.eps)
             torch.div(gradient, local, out=local).clamp_(-c.kappa, c.kappa).mul_(1.0 - c.beta1)
         else:
             local = torch.mul(gradient, 1.0 - c.beta1, out=self._workspace(0, numel))
@@ -168,7 +185,24 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
 
     @override
     def wake_(self, exp_avg_sq: Tensor, woken: Tensor) -> None:
-        exp_avg_sq.masked_fill_(woken, WOKEN_VARIANCE)
+        late = self.config.space == "update"
+        self._has_late = self._has_late or late
+        exp_avg_sq.masked_fill_(woken, -WOKEN_VARIANCE if late else WOKEN_VARIANCE)
+
+    def _with_late_variance(self, exp_avg_sq: Tensor, gradient: Tensor, beta2: float) -> Tensor:
+        """Second moments to divide by, after an Adam update of the late coordinates (in place)."""
+        if not self._has_late:
+            return exp_avg_sq
+        late = exp_avg_sq < 0
+        if not late.any():
+            return exp_avg_sq
+        adapted = exp_avg_sq.mul(beta2).sub_(gradient.square().mul_(1.0 - beta2))  # minus the new variance
+        exp_avg_sq.copy_(torch.where(late, adapted, exp_avg_sq))
+        return exp_avg_sq.abs()
+
+    def _shared(self, exp_avg_sq: Tensor) -> Tensor:
+        """The second moment as far as all ranks know the same."""
+        return exp_avg_sq.masked_fill(exp_avg_sq < 0, WOKEN_VARIANCE) if self._has_late else exp_avg_sq
 
     def _estimate_woken_variance_(self, exp_avg_sq: Tensor, direction: Tensor, c: AdamCoefficients) -> None:
         """Momentum space only, where D = eps would turn a block's quantization step into a leap.
