@@ -119,11 +119,11 @@ class VarianceStability(Criterion):
     """Steps between the compared moments; ``None``: 1 / (1 - beta2), shortened for short runs."""
     patience: int = 3
     """Observations in a row that must pass; there are ten in a window. >= 1."""
-    min_steps: int | float = 0
+    min_steps: int | float = 100
     """Shortest warm-up, in optimizer steps, or as a fraction of the run if a float below 1."""
     max_steps: int | float | None = 0.3
-    """Longest warm-up, likewise: then the moment is frozen as it is, with a warning. ``None``: wait for ever.
-    A fraction has no effect on a run of unknown length."""
+    """Longest warm-up, likewise, but not shorter than the shortest: then the moment is frozen as it is, with a warning.
+    ``None``: wait for ever. A fraction has no effect on a run of unknown length."""
 
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
@@ -140,15 +140,16 @@ class VarianceStability(Criterion):
                 )
         if self.max_steps == 0:
             raise ValueError("Invalid max_steps: 0. Must be > 0, or None to wait for ever.")
+        if self.max_steps is not None and self.max_steps >= 1 and self.min_steps > self.max_steps:
+            raise ValueError(
+                f"Invalid min_steps: {self.min_steps}. Must not be more than max_steps={self.max_steps}."
+                " HINT: lower min_steps or raise max_steps."
+            )
 
     def plan(self, *, total_steps: float, beta2: float) -> Plan:
         min_steps = _as_steps(self.min_steps, total_steps, otherwise=0)
         max_steps = math.inf if self.max_steps is None else _as_steps(self.max_steps, total_steps, otherwise=math.inf)
-        if min_steps > max_steps:
-            raise ValueError(
-                f"min_steps={self.min_steps} is more than max_steps={self.max_steps} in a run of {total_steps:.0f} optimizer"
-                f" steps ({min_steps:.0f} against {max_steps:.0f}). HINT: lower min_steps or raise max_steps."
-            )
+        max_steps = max(max_steps, min_steps)
         remarks = []
         memory = round(1.0 / (1.0 - beta2))
         window = memory if self.window is None else int(self.window)

@@ -288,7 +288,7 @@ def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, new_ro
 
 
 def test_an_outlier_moves_its_block_no_more_than_the_clamp_allows():
-    """A gradient 10^6 times the frozen deviation counts as kappa deviations: it cannot raise the block's scale beyond that."""
+    """A gradient 10^6 times the frozen deviation counts as kappa deviations: it cannot raise the block's scale further."""
     numel, beta1, beta2, lr = 64, 0.9, 0.999, 1e-3
     kappa = 1 / math.sqrt(1 - beta2)
 

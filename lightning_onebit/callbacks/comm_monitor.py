@@ -37,6 +37,10 @@ class CommMonitor(Callback):
         self._last = (0, 0, 0.0)
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy_of(trainer)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         stats = strategy_of(trainer).comm_stats
         self._last = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited

@@ -35,9 +35,13 @@ class PhaseSwitch(Callback):
                 f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
             )
         self.criterion = criterion if criterion is not None else VarianceStability()
-        self._history: list[Observation] = []
-        self._last_step = 0
-        self._reason = "no second moment has been observed"
+        self._forget()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy_of(trainer)
+        if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
+            self._forget()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,7 +67,7 @@ class PhaseSwitch(Callback):
             if verdict is not None:
                 announce = rank_zero_warn if verdict.forced else rank_zero_info
                 announce(f"{type(self).__name__}: freezing the second moment after step {step}: {verdict.reason}.")
-            self._history.clear()
+            self._history = []
             strategy.freeze_variance()
 
     @override
@@ -86,6 +90,11 @@ class PhaseSwitch(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._history = [Observation(**entry) for entry in state_dict["history"]]
         self._last_step = state_dict["last_step"]
+
+    def _forget(self) -> None:
+        self._history: list[Observation] = []
+        self._last_step = 0
+        self._reason = "no second moment has been observed"
 
     def _judge(self, strategy: OneBitDDPStrategy, step: int) -> Verdict:
         self._history = [o for o in self._history if step - self._plan.history <= o.step < step]

@@ -28,8 +28,8 @@ from typing_extensions import override
 from lightning_onebit.optim.method import CompressedMethod
 
 WOKEN_VARIANCE = 1e-34
-"""Second moment with which a coordinate starts whose first gradient comes after the freeze: far below eps, but not the zero of
-a dead one."""
+"""Second moment with which a coordinate starts whose first gradient comes after the freeze: far below eps, but not the
+zero of a dead one."""
 
 
 @dataclass(frozen=True, kw_only=True)
