@@ -9,6 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 FEATURES, CLASSES, BATCH_SIZE = 12, 5, 8
 
 
+def adam(module):
+    return torch.optim.Adam(module.parameters(), lr=1e-2)
+
+
 class Classifier(pl.LightningModule):
     """An MLP on Gaussian data. ``configure`` makes optimizers from the module."""
 
@@ -17,7 +21,7 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(FEATURES, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh())
         self.head = nn.Linear(hidden, CLASSES)
-        self.configure = configure or (lambda module: torch.optim.Adam(module.parameters(), lr=1e-2))
+        self.configure = configure or adam
 
     def training_step(self, batch, batch_idx):
         x, y = batch
