@@ -112,7 +112,10 @@ class CompressedOptimizer:
 
     @torch.no_grad()
     def add_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
-        """Take over what an earlier run had not applied: added to the worker error of every rank."""
+        """Take over what an earlier run had not applied: added to the worker error of every rank.
+
+        A single rank, which has no error, applies it at once.
+        """
         for pipeline in self._pipelines:
             pipeline.add_outstanding_(errors)
 
@@ -290,6 +293,9 @@ class _Pipeline:
         return {p: unflatten_like(error, p) for p, error in errors.items()}
 
     def add_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
+        if not self._quantized:
+            self._apply_outstanding_(errors)
+            return
         flat = [flat_view(errors[p]) if p in errors else None for p in self.parameters]
         for piece in self._all_pieces():
             error = flat[piece.parameter]
@@ -318,15 +324,19 @@ class _Pipeline:
     def thaw_(self, outstanding: Mapping[Tensor, Tensor]) -> None:
         stock = self.stock_state()
         for piece in self._all_pieces():
-            p = self.parameters[piece.parameter]
-            variance = piece.of(self._variance(p))
-            self._wake_(piece, variance)
-            coefficients = self._method.coefficients(p, self._group(p))
-            direction = self._decoded[: piece.numel].copy_(piece.of(flat_view(outstanding[p])))
-            direction.mul_(self._method.direction_factor(coefficients))
-            self._method.apply_(piece.of(flat_view(p)), direction, variance, coefficients)
+            self._wake_(piece, piece.of(self._variance(self.parameters[piece.parameter])))
+        self._apply_outstanding_(outstanding)
         for p in self.parameters:
             self.optimizer.state[p].update(stock[p])
+
+    def _apply_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
+        for piece in self._all_pieces():
+            p = self.parameters[piece.parameter]
+            if p in errors:
+                coefficients = self._method.coefficients(p, self._group(p))
+                direction = self._decoded[: piece.numel].copy_(piece.of(flat_view(errors[p])))
+                direction.mul_(self._method.direction_factor(coefficients))
+                self._method.apply_(piece.of(flat_view(p)), direction, piece.of(self._variance(p)), coefficients)
 
     def _take_momentum(self, piece: _Piece) -> None:
         """Step t = T_w. The first compressed step adds beta1 u and a zero error: put beta1 u in the error's place.

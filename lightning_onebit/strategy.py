@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
@@ -26,9 +27,6 @@ from lightning_onebit.engine import CompressedOptimizer, check_parameters
 from lightning_onebit.optim import method_for
 from lightning_onebit.phase import Phase
 from lightning_onebit.stats import CommStats
-
-CHECKPOINT_KEY = "lightning_onebit"
-CHECKPOINT_VERSION = 1
 
 
 class OneBitDDPStrategy(DDPStrategy):
@@ -270,7 +268,12 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            checkpoint[CHECKPOINT_KEY] = self._compressed_state()
+            assert self.lightning_module is not None
+            # After an exception the other ranks may be anywhere: nothing collective then.
+            interrupted = self.lightning_module.trainer.interrupted
+            checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
+            if interrupted:
+                rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -284,31 +287,9 @@ class OneBitDDPStrategy(DDPStrategy):
             steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
             self._steps[optimizer] = int(max(steps, default=0))
         state = checkpoint.get(CHECKPOINT_KEY)
-        if state is None:
-            return
-        if state["version"] != CHECKPOINT_VERSION:
-            raise ValueError(
-                f"The checkpoint holds version {state['version']} of the state of lightning_onebit; this is version"
-                f" {CHECKPOINT_VERSION}. HINT: install the version of lightning_onebit that wrote it."
-            )
-        self._enter_compressed_phase()
-        for optimizer, outstanding in zip(self.optimizers, state["outstanding"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            errors = {params[int(i)]: error.to(self.root_device) for i, error in outstanding.items()}
-            self._compressed[optimizer].add_outstanding_(errors)
-
-    def _compressed_state(self) -> dict[str, Any]:
-        """What a stock checkpoint has no place for: tensors and plain containers only. Collective."""
-        outstanding = []
-        interrupted = self.lightning_module is not None and self.lightning_module.trainer.interrupted
-        for optimizer in self.optimizers:
-            # After an exception other ranks may be anywhere: no collectives then, and the errors are lost.
-            errors = {} if interrupted else self._compressed[optimizer].outstanding()
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            outstanding.append({str(i): errors[p].cpu() for i, p in enumerate(params) if p in errors})
-        if interrupted:
-            rank_zero_warn("Saving after an exception: the errors of error feedback are not part of this checkpoint.")
-        return {"version": CHECKPOINT_VERSION, "outstanding": outstanding}
+        if state is not None:
+            self._enter_compressed_phase()
+            load_compressed_state(list(self._compressed.values()), state)
 
     def _enter_compressed_phase(self) -> None:
         assert self._hook_state is not None

@@ -111,7 +111,11 @@ def test_ranks_agree_bitwise_in_both_phases(world_size, space):
 def test_fixed_step_counts_optimizer_steps(accumulate):
     def fn(rank):
         trainer, recorder = fit(
-            "onebit_ddp", 2, batches=12 * accumulate, callbacks=[PhaseSwitch(FixedStep(7))], accumulate_grad_batches=accumulate
+            "onebit_ddp",
+            2,
+            batches=12 * accumulate,
+            callbacks=[PhaseSwitch(FixedStep(7))],
+            accumulate_grad_batches=accumulate,
         )
         stats = trainer.strategy.comm_stats
         assert (stats[WARMUP].steps, stats[COMPRESSED].steps) == (7, 5)
@@ -366,7 +370,10 @@ def test_one_process_frozen_by_hand_goes_on_unquantized():
 @pytest.mark.parametrize(
     ("configure", "message"),
     [
-        (lambda m: torch.optim.RMSprop(m.parameters()), r"RMSprop cannot be compressed. Supported are exactly: .*Adam, .*AdamW"),
+        (
+            lambda m: torch.optim.RMSprop(m.parameters()),
+            r"RMSprop cannot be compressed. Supported are exactly: .*Adam, .*AdamW",
+        ),
         (lambda m: type("Mine", (torch.optim.Adam,), {})(m.parameters()), "Mine cannot be compressed"),
         (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), "amsgrad=True"),
         (lambda m: torch.optim.AdamW(m.parameters(), differentiable=True, foreach=False), "differentiable=True"),
@@ -557,7 +564,11 @@ def test_unused_parameters_and_a_nonfinite_loss_do_not_stop_the_run():
     def fn(rank):
         with Messages() as messages:
             _, recorder = fit(
-                "onebit_ddp_find_unused_parameters_true", 2, batches=30, model=Patchy(), callbacks=[PhaseSwitch(FixedStep(8))]
+                "onebit_ddp_find_unused_parameters_true",
+                2,
+                batches=30,
+                model=Patchy(),
+                callbacks=[PhaseSwitch(FixedStep(8))],
             )
         assert same_params(recorder.params[14:15], recorder.params[15:16])
         assert not same_params(recorder.params[15:16], recorder.params[16:17])
