@@ -10,10 +10,9 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -23,9 +22,9 @@ from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_c
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
-from lightning_onebit.engine import CompressedOptimizer, check_parameters
-from lightning_onebit.optim import method_for
+from lightning_onebit.engine import CompressedOptimizer
 from lightning_onebit.phase import Phase
+from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
 from lightning_onebit.stats import CommStats
 
 
@@ -165,7 +164,10 @@ class OneBitDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
-            _ensure_phase_switch(trainer)
+            # Here, as it is built on this module.
+            from lightning_onebit.callbacks.phase_switch import ensure_phase_switch
+
+            ensure_phase_switch(trainer)
 
     @override
     def configure_ddp(self) -> None:
@@ -181,21 +183,10 @@ class OneBitDDPStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
         self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
-        if getattr(self.precision_plugin, "scaler", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__} does not support precision='16-mixed': its loss scaler skips steps on one rank only."
-                " HINT: use precision='bf16-mixed' or '32-true'."
-            )
-        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
-            raise ValueError(
-                f"{type(self).__name__} does not support gradient_clip_val={trainer.gradient_clip_val} with the algorithm"
-                " 'norm': in the compressed phase no rank has the averaged gradient, and local norms differ. HINT: use"
-                " gradient_clip_algorithm='value'; the compressed phase bounds every coordinate's step by itself."
-            )
-        _refuse_sparse_gradients(self.lightning_module)
+        check_trainer(trainer)
+        check_module(self.lightning_module)
         for optimizer in self.optimizers:
-            method_for(optimizer)
-            check_parameters(optimizer, self._names)
+            check_optimizer(optimizer, self._names)
             self._steps[optimizer] = 0
             optimizer.register_step_pre_hook(self._guard)
         if self.world_size == 1:
@@ -349,33 +340,8 @@ def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
     return trainer.strategy
 
 
-def _ensure_phase_switch(trainer: pl.Trainer) -> None:
-    """Add the default switch if there is none; refuse two."""
-    from lightning_onebit.callbacks.phase_switch import PhaseSwitch
-
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    switches = [callback for callback in callbacks if isinstance(callback, PhaseSwitch)]
-    if len(switches) > 1:
-        raise ValueError(f"Found {len(switches)} PhaseSwitch callbacks. There must be one: keep the one you mean.")
-    if not switches:
-        # Before the checkpoints, which Lightning keeps last: they must save the phase that the batch ended in.
-        position = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
-        callbacks.insert(position, PhaseSwitch())
-        if trainer.world_size > 1:
-            rank_zero_info("Using PhaseSwitch() with its default criterion, VarianceStability(), to end the warm-up.")
-
-
 def _check_unavailable(name: str, value: object, what_happens: str) -> None:
     if value is True:
         raise ValueError(f"{name}=True is not available in this version: {what_happens}. Use 'auto' or False.")
     if value is not False and value != "auto":
         raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto' or False.")
-
-
-def _refuse_sparse_gradients(module: nn.Module) -> None:
-    for name, submodule in module.named_modules():
-        if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
-            raise ValueError(
-                f"The layer {name!r} ({type(submodule).__name__}) produces sparse gradients, which cannot be compressed."
-                " Use sparse=False: rows without gradient are recognized and stay as they are."
-            )

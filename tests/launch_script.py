@@ -1,4 +1,4 @@
-"""A training script as a user would write it; run by test_launchers.py. Each rank writes what it saw to the output folder."""
+"""A training script as a user would write it, run by test_launchers.py. Each rank reports to the output folder."""
 
 import json
 import sys

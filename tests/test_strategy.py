@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import run_trainers
 from torch import nn
-from trainers import Classifier, Recorder, data, fit, make_trainer, same_params
+from trainers import Classifier, data, fit, make_trainer, same_params
 
 from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 
@@ -372,7 +372,7 @@ def test_one_process_frozen_by_hand_goes_on_unquantized():
     [
         (
             lambda m: torch.optim.RMSprop(m.parameters()),
-            r"RMSprop cannot be compressed. Supported are exactly: .*Adam, .*AdamW",
+            r"RMSprop cannot be compressed. Supported are exactly: .*Adam",
         ),
         (lambda m: type("Mine", (torch.optim.Adam,), {})(m.parameters()), "Mine cannot be compressed"),
         (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), "amsgrad=True"),
@@ -551,7 +551,7 @@ def test_unused_parameters_and_a_nonfinite_loss_do_not_stop_the_run():
     class Patchy(Classifier):
         def __init__(self):
             super().__init__()
-            self.extra = nn.Linear(FEATURES := 12, 5)
+            self.extra = nn.Linear(12, 5)
 
         def training_step(self, batch, batch_idx):
             x, y = batch

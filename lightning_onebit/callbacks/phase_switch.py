@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -35,13 +35,15 @@ class PhaseSwitch(Callback):
                 f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
             )
         self.criterion = criterion if criterion is not None else VarianceStability()
-        self._forget()
+        self._history: list[Observation] = []
+        self._last_step = 0
+        self._reason = ""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy_of(trainer)
         if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
-            self._forget()
+            self._history, self._last_step, self._reason = [], 0, "no second moment has been observed"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -91,11 +93,6 @@ class PhaseSwitch(Callback):
         self._history = [Observation(**entry) for entry in state_dict["history"]]
         self._last_step = state_dict["last_step"]
 
-    def _forget(self) -> None:
-        self._history: list[Observation] = []
-        self._last_step = 0
-        self._reason = "no second moment has been observed"
-
     def _judge(self, strategy: OneBitDDPStrategy, step: int) -> Verdict:
         self._history = [o for o in self._history if step - self._plan.history <= o.step < step]
         self._history.append(
@@ -110,3 +107,17 @@ def _total_steps(trainer: pl.Trainer) -> float:
     """Optimizer steps of the whole run; infinite if the Trainer does not know."""
     total = trainer.estimated_stepping_batches
     return float(total) if total > 0 else math.inf
+
+
+def ensure_phase_switch(trainer: pl.Trainer) -> None:
+    """Add the default switch if there is none; refuse two."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    switches = [callback for callback in callbacks if isinstance(callback, PhaseSwitch)]
+    if len(switches) > 1:
+        raise ValueError(f"Found {len(switches)} PhaseSwitch callbacks. There must be one: keep the one you mean.")
+    if not switches:
+        # Before the checkpoints, which Lightning keeps last: they must save the phase that the batch ended in.
+        position = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(position, PhaseSwitch())
+        if trainer.world_size > 1:
+            rank_zero_info("Using PhaseSwitch() with its default criterion, VarianceStability(), to end the warm-up.")

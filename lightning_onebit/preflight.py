@@ -1,0 +1,61 @@
+"""What is refused before training starts, each with a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_onebit.flat import is_dense
+from lightning_onebit.optim import method_for
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Raise ``ValueError`` if a setting of the Trainer cannot be honoured in the compressed phase."""
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
+            " HINT: use precision='bf16-mixed' or '32-true'."
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
+        raise ValueError(
+            f"gradient_clip_val={trainer.gradient_clip_val} with the algorithm 'norm' is not supported: in the compressed"
+            " phase no rank has the averaged gradient, and the norms of local ones differ. HINT: use"
+            " gradient_clip_algorithm='value'; the compressed phase bounds every coordinate's step by itself."
+        )
+
+
+def check_module(module: nn.Module) -> None:
+    """Raise ``ValueError`` if a layer produces sparse gradients."""
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
+            raise ValueError(
+                f"The layer {name!r} ({type(submodule).__name__}) produces sparse gradients, which cannot be compressed."
+                " Use sparse=False: rows without gradient are recognized and stay as they are."
+            )
+
+
+def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Raise ``ValueError`` if the optimizer, or one of its parameters, cannot be compressed.
+
+    Args:
+        optimizer: what ``configure_optimizers`` returned.
+        names: parameter names for messages.
+    """
+    method_for(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.get(p, "a parameter")
+            if not p.is_floating_point() or p.dtype == torch.float16:
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16: the second moment"
+                    " of float16 gradients underflows. HINT: use precision='bf16-true' or a mixed precision."
+                )
+            if p.layout != torch.strided or not is_dense(p):
+                raise ValueError(
+                    f"The parameter {name!r} (strides {p.stride() if p.layout == torch.strided else p.layout}) is sparse,"
+                    " or shares memory between its elements. HINT: use `.contiguous()`."
+                )
