@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -15,6 +16,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.optim import method_for
 from lightning_onebit.pipeline import Pipeline
+from lightning_onebit.sketch import NormSketch
 from lightning_onebit.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
 
 
@@ -45,6 +47,7 @@ class CompressedOptimizer:
         self.optimizer = optimizer
         self.communicator = communicator
         self._names = names
+        self._sketches = 0
         self._numels = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
         method_type = method_for(optimizer)
         self._check_second_moments()
@@ -96,6 +99,26 @@ class CompressedOptimizer:
         return finite
 
     @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale the local gradients so that the norm of their mean over the ranks is at most ``max_norm``. Collective.
+
+        As ``torch.nn.utils.clip_grad_norm_`` does under DDP, but with the norm estimated by a sketch (within about 1%),
+        as no rank has the mean. All ranks use the same coefficient.
+
+        Returns:
+            The estimated norm before clipping, 0-d.
+        """
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        sketch = NormSketch(self._sketches, device=self._pipelines[0].device)
+        self._sketches += 1
+        sketch.add_(grads, [p.numel() for p in params])
+        self.communicator.all_reduce_mean_(sketch.buckets)
+        norm = sketch.norm()
+        clip_grads_with_norm_([p for p in params if p.grad is not None], max_norm, norm)
+        return norm
+
+    @torch.no_grad()
     def outstanding(self) -> dict[Tensor, Tensor]:
         """Per parameter, what has not been applied yet: mean worker error plus server error. Collective.
 
@@ -141,7 +164,7 @@ class CompressedOptimizer:
         device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
         flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
         if grads:
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = get_total_norm(grads)
             flags[0] = (~torch.isfinite(norm)).to(device)
         self.communicator.all_reduce_max_(flags)
         any_nonfinite, *active = flags.tolist()

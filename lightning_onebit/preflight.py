@@ -20,12 +20,6 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
             " HINT: use precision='bf16-mixed' or '32-true'."
         )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, "norm"):
-        raise ValueError(
-            f"gradient_clip_val={trainer.gradient_clip_val} with the algorithm 'norm' is not supported: in the compressed"
-            " phase no rank has the averaged gradient, and the norms of local ones differ. HINT: use"
-            " gradient_clip_algorithm='value'; the compressed phase bounds every coordinate's step by itself."
-        )
 
 
 def check_module(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -199,7 +200,23 @@ class OneBitDDPStrategy(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         """Lightning registers a user's hook here, on CUDA only; ours is registered in :meth:`configure_ddp`."""
 
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        if not isinstance(getattr(plugin.clip_grad_by_norm, "__self__", None), OneBitDDPStrategy):
+            self._dense_clip_grad_by_norm = plugin.clip_grad_by_norm
+        plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
     # Steps
+
+    def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
+        compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
+        if compressed is None:
+            self._dense_clip_grad_by_norm(optimizer, clip_val)
+        else:
+            compressed.clip_grad_norm_(float(clip_val))
 
     @override
     def optimizer_step(

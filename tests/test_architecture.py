@@ -18,8 +18,8 @@ FLOORS = [
     {"config", "phase", "version"},
     {"codec", "optim", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
-    {"engine", "ddp_hook"},
-    {"strategy", "checkpoint", "callbacks"},
+    {"engine", "pipeline", "ddp_hook"},
+    {"strategy", "preflight", "checkpoint", "callbacks"},
     {"doctor", "__main__"},
     {"__init__"},
 ]

@@ -640,3 +640,52 @@ def test_gradients_stay_local_after_the_switch():
 
     first, second = run_trainers(2, fn)
     assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == [True] * 4 + [False] * 4
+
+
+class ClippedGradients(pl.Callback):
+    """Keeps the factor by which clipping has scaled the gradients at each step."""
+
+    def __init__(self):
+        self.factors, self.before = [], None
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before = pl_module.head.weight.grad.clone()
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if self.before is not None:
+            self.factors.append((pl_module.head.weight.grad.norm() / self.before.norm()).item())
+
+
+def test_clipping_by_norm_means_the_same_as_under_ddp():
+    """With the learning rate 0 both see the same gradients: coefficients agree within 3%, and bitwise between ranks."""
+
+    def fn(rank):
+        def factors(strategy, callbacks):
+            clipped = ClippedGradients()
+            options = {"gradient_clip_val": 0.05, "model": Classifier(lambda m: torch.optim.Adam(m.parameters(), lr=0.0))}
+            fit(strategy, 2, batches=20, callbacks=[*callbacks, clipped], **options)
+            return clipped.factors
+
+        return factors("ddp", []), factors("onebit_ddp", [PhaseSwitch(FixedStep(5))])
+
+    (dense, ours), (_, other) = run_trainers(2, fn)
+    assert max(dense) < 0.5
+    assert ours == pytest.approx(other, rel=1e-6)
+    assert ours[:5] == pytest.approx(dense[:5], rel=1e-6)
+    assert ours[5:] == pytest.approx(dense[5:], rel=0.03)
+
+
+def test_clipping_by_value_and_by_hand():
+    class ByHand(Classifier):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+
+    def fn(rank):
+        switch = {"callbacks": [PhaseSwitch(FixedStep(5))]}
+        by_value = fit("onebit_ddp", 2, gradient_clip_val=0.1, gradient_clip_algorithm="value", **switch)[1]
+        by_hand = fit("onebit_ddp", 2, model=ByHand(), **switch)[1]
+        return by_value.params, by_hand.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first[0], second[0])
+    assert same_params(first[1], second[1])
