@@ -35,7 +35,7 @@ from lightning_onebit.stats import ring_all_reduce_nbytes
 
 STRATEGIES = ("ddp", "onebit_ddp")
 RANKS = 2
-VALIDATIONS = 12
+VALIDATIONS = 10
 MEGABYTE = 1_000_000
 UNTIMED_STEPS = 10
 """The first steps of a run allocate and fill caches: they are left out of the step time."""
@@ -256,39 +256,35 @@ def draw(dense: Record, onebit: Record, path: Path) -> None:
 
     figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
     loss, sent = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for record, color in ((dense, "#2f6db3"), (onebit, "#d9592a")):
-        steps = range(1, len(record.train_losses) + 1)
-        validated, validation_losses = zip(*record.validations, strict=True)
+    # The second run lies on top of the first one: the first is drawn wide and pale, to be seen below it.
+    looks = (
+        (dense, {"color": "#8db4e2", "linewidth": 5}, {"marker": "o", "markersize": 9}),
+        (onebit, {"color": "#c8401a", "linewidth": 1.3}, {"marker": "D", "markersize": 4}),
+    )
+    steps = len(dense.train_losses)
+    for record, line, marker in looks:
+        at = range(1, steps + 1)
+        loss.plot(at, smoothed(record.train_losses), label=f"{record.strategy}: training, smoothed", **line)
+        validated = list(zip(*record.validations, strict=True))
         loss.plot(
-            steps,
-            smoothed(record.train_losses),
-            color=color,
-            linewidth=1.5,
-            alpha=0.85,
-            label=f"{record.strategy}: training",
-        )
-        loss.plot(
-            validated,
-            validation_losses,
-            color=color,
-            linestyle=":",
-            marker="o" if record is dense else "D",
-            markersize=5,
-            markeredgecolor="white",
+            *validated,
             label=f"{record.strategy}: validation",
+            color=line["color"],
+            linestyle="none",
+            clip_on=False,
+            **marker,
         )
         megabytes = [nbytes / MEGABYTE for nbytes in record.bytes_sent]
-        sent.plot(steps, megabytes, color=color, linewidth=2)
-        sent.annotate(
-            f" {megabytes[-1]:,.0f} MB", (steps[-1], megabytes[-1]), color=color, va="center", annotation_clip=False
-        )
-    loss.set_ylabel("loss, nats per word")
+        sent.plot(at, megabytes, **line)
+        sent.annotate(f" {megabytes[-1]:,.0f} MB", (steps, megabytes[-1]), va="center", annotation_clip=False)
     loss.set_title(f"A GPT of {dense.parameters:,} parameters learns Python's standard library on {RANKS} processes")
-    loss.legend(frameon=False)
+    loss.set_ylabel("loss, nats per word")
+    loss.set_ylim(top=dense.train_losses[steps // 50])  # the first fall would press all else together
+    loss.legend(frameon=False, loc="upper right")
     sent.set_ylabel("sent per rank, MB")
-    sent.set_xlabel("optimizer step")
     sent.set_ylim(bottom=0)
-    sent.set_xlim(0, len(dense.train_losses))
+    sent.set_xlabel("optimizer step")
+    sent.set_xlim(0, steps)
     for axes in (loss, sent):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -297,8 +293,8 @@ def draw(dense: Record, onebit: Record, path: Path) -> None:
         for axes in (loss, sent):
             axes.axvline(switch, color="#444444", linestyle="--", linewidth=1.2)
         loss.annotate(
-            f"step {switch}: onebit_ddp freezes the second moment\nand sends 1 bit per gradient element",
-            (switch, 0.97),
+            f"step {switch}: second moment frozen,\nfrom here on 1 bit per parameter",
+            (switch, 0.98),
             xycoords=loss.get_xaxis_transform(),
             xytext=(6, 0),
             textcoords="offset points",
@@ -318,7 +314,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for loss.png, records and logs")
-    parser.add_argument("--steps", type=int, default=1200, help=f"optimizer steps of each run, a multiple of {VALIDATIONS}")
+    parser.add_argument("--steps", type=int, default=1000, help=f"optimizer steps of each run, a multiple of {VALIDATIONS}")
     parser.add_argument("--batch-size", type=int, default=8, help=f"windows per rank and step; there are {RANKS} ranks")
     parser.add_argument("--context", type=int, default=64, help="words per window")
     parser.add_argument("--d-model", type=int, default=128, help="width of the GPT")

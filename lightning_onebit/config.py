@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,8 @@ class CompressionConfig:
     """Size of one exchange, in MiB of float32 gradient. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        if self.block_size != int(self.block_size) or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
+        integral = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
+        if not integral or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(
                 f"Invalid block_size: {self.block_size}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
                 " so that every block fills whole bytes. HINT: the default, 2048, suits most models."
@@ -50,8 +52,10 @@ class CompressionConfig:
             raise ValueError(
                 f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
             )
-        if not self.bucket_cap_mb > 0:
-            raise ValueError(f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be > 0 (MiB of float32 gradient).")
+        if not 0 < self.bucket_cap_mb < math.inf:
+            raise ValueError(
+                f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
+            )
 
     @property
     def bucket_cap_numel(self) -> int:

@@ -122,10 +122,13 @@ class Pipeline:
                     c = coefficients[piece.parameter]
                     if c is None:
                         continue
-                    direction = self._direction(piece, self._method.direction_factor(c))
-                    param = piece.of(params[piece.parameter])
+                    param, factor = piece.of(params[piece.parameter]), self._method.direction_factor(c)
                     self._method.decay_(param, c)
-                    self._method.apply_(param, direction, piece.of(variances[piece.parameter]), c)
+                    if self._quantized and self._method.only_adds and param.dtype == self._dtype:
+                        bucket.add_result_(piece.index, param, factor)
+                    else:
+                        variance = piece.of(variances[piece.parameter])
+                        self._method.apply_(param, self._direction(piece, factor), variance, c)
 
     def outstanding(self) -> dict[Tensor, Tensor]:
         errors = {p: torch.zeros(p.numel(), dtype=self._dtype, device=self.device) for p in self.parameters}
@@ -209,9 +212,7 @@ class Pipeline:
     def _add_momentum_(self, piece: _Piece, decay: float) -> None:
         """The first term of step 1: decay times the last average, on top of the error."""
         if self._quantized:
-            decoded = self._decoded[: piece.numel]
-            piece.bucket.decode_result_(piece.index, decoded, decay)
-            piece.error.add_(decoded)
+            piece.bucket.add_result_(piece.index, piece.error, decay)
         else:
             piece.error.mul_(decay)
 

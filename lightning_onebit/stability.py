@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 OBSERVATIONS_PER_WINDOW = 10
+DEFAULT_MIN_STEPS = 100
 WINDOWS_PER_WARMUP = 4
 """A window is shortened so that at least this many fit into the longest warm-up allowed."""
 
@@ -86,7 +87,7 @@ class FixedStep(Criterion):
     n: int
 
     def __post_init__(self) -> None:
-        if self.n != int(self.n) or self.n < 1:
+        if not _is_whole(self.n) or self.n < 1:
             raise ValueError(
                 f"Invalid number of warm-up steps: FixedStep({self.n}). Must be an integer >= 1: Adam has no second moment"
                 " before its first step. HINT: 15% to 25% of the run is a usual choice."
@@ -102,7 +103,8 @@ class FixedStep(Criterion):
         return Plan(every=1, start=self.n, remarks=remarks)
 
     def judge(self, history: Sequence[Observation], plan: Plan) -> Verdict:
-        return Verdict(freeze=history[-1].step >= self.n, reason=f"{self.n} warm-up steps are done")
+        step = history[-1].step
+        return Verdict(freeze=step >= self.n, reason=f"{step} of {self.n} warm-up steps are done")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,9 @@ class VarianceStability(Criterion):
     """Steps between the compared moments; ``None``: 1 / (1 - beta2), shortened for short runs."""
     patience: int = 3
     """Observations in a row that must pass; there are ten in a window. >= 1."""
-    min_steps: int | float = 100
-    """Shortest warm-up, in optimizer steps, or as a fraction of the run if a float below 1."""
+    min_steps: int | float | None = None
+    """Shortest warm-up, in optimizer steps, or as a fraction of the run if a float below 1.
+    ``None``: 100 steps, or ``max_steps`` if that is less."""
     max_steps: int | float | None = 0.3
     """Longest warm-up, likewise, but not shorter than the shortest: then the moment is frozen as it is, with a warning.
     ``None``: wait for ever. A fraction has no effect on a run of unknown length."""
@@ -128,29 +131,39 @@ class VarianceStability(Criterion):
     def __post_init__(self) -> None:
         if not self.tolerance > 0:
             raise ValueError(f"Invalid tolerance: {self.tolerance}. Must be > 0; 0.04 is the default.")
-        if self.window is not None and (self.window != int(self.window) or self.window < 1):
+        if self.window is not None and (not _is_whole(self.window) or self.window < 1):
             raise ValueError(f"Invalid window: {self.window}. Must be an integer >= 1, or None for 1 / (1 - beta2).")
-        if self.patience != int(self.patience) or self.patience < 1:
+        if not _is_whole(self.patience) or self.patience < 1:
             raise ValueError(f"Invalid patience: {self.patience}. Must be an integer >= 1.")
         for name, steps in (("min_steps", self.min_steps), ("max_steps", self.max_steps)):
-            if steps is not None and (steps < 0 or (steps >= 1 and steps != int(steps))):
+            if steps is not None and not (0 <= steps < 1 or (steps >= 1 and _is_whole(steps))):
                 raise ValueError(
                     f"Invalid {name}: {steps}. Must be an integer number of optimizer steps >= 1, or a fraction of the"
                     " run between 0 and 1."
                 )
         if self.max_steps == 0:
             raise ValueError("Invalid max_steps: 0. Must be > 0, or None to wait for ever.")
-        if self.max_steps is not None and self.max_steps >= 1 and self.min_steps > self.max_steps:
+        if self.max_steps is not None and self.max_steps >= 1 and (self.min_steps or 0) > self.max_steps:
             raise ValueError(
                 f"Invalid min_steps: {self.min_steps}. Must not be more than max_steps={self.max_steps}."
                 " HINT: lower min_steps or raise max_steps."
             )
 
     def plan(self, *, total_steps: float, beta2: float) -> Plan:
-        min_steps = _as_steps(self.min_steps, total_steps, otherwise=0)
         max_steps = math.inf if self.max_steps is None else _as_steps(self.max_steps, total_steps, otherwise=math.inf)
+        if self.min_steps is not None:
+            min_steps = _as_steps(self.min_steps, total_steps, otherwise=0)
+        elif self.max_steps is not None and self.max_steps >= 1:
+            min_steps = min(DEFAULT_MIN_STEPS, max_steps)
+        else:
+            min_steps = DEFAULT_MIN_STEPS
         max_steps = max(max_steps, min_steps)
         remarks = []
+        if min_steps >= total_steps:
+            remarks.append(
+                f"This run of {total_steps:.0f} optimizer steps is not longer than its shortest warm-up of {min_steps:.0f}"
+                " steps: nothing will be compressed. HINT: set min_steps, or use FixedStep(n)."
+            )
         memory = round(1.0 / (1.0 - beta2))
         window = memory if self.window is None else int(self.window)
         longest = min(max_steps, total_steps)
@@ -223,6 +236,10 @@ def relative_change(old: float, new: float) -> float:
         return 0.0
     change = abs(new / old - 1.0) if old else math.inf
     return change if math.isfinite(change) else math.inf
+
+
+def _is_whole(value: float) -> bool:
+    return math.isfinite(value) and value == int(value)
 
 
 def _as_steps(value: int | float, total_steps: float, *, otherwise: float) -> float:

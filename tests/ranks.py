@@ -96,6 +96,7 @@ def _rank_main(sender, rank, world_size, num_nodes, store, port, fn, args):
         RANK=str(rank),
         LOCAL_RANK=str(rank % local_world_size),
         NODE_RANK=str(rank // local_world_size),
+        OMP_NUM_THREADS="1",  # else Lightning raises the number: see conftest.py
     )
     try:
         if store is not None:

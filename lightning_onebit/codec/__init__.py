@@ -25,6 +25,10 @@ class Codec(Protocol):
         self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
     ) -> None: ...
 
+    def add_decoded_(
+        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
+    ) -> None: ...
+
 
 def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Codec:
     """The fastest codec for tensors of ``dtype`` (float32 or float64) on ``device``, for up to a segment per call."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_onebit.codec.layout import sign_nbytes
-from lightning_onebit.codec.reference import block_norms, scales_from_norms
+from lightning_onebit.codec.reference import block_scales
 from lightning_onebit.config import Scale
 
 # Eight bytes of value 0 or 1, read as one little-endian integer and multiplied by this, have their
@@ -42,10 +42,12 @@ class CpuCodec:
         real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(real)
         self._mask_of_byte = BYTE_BITS.astype(real)
+        self._bytes = np.empty(padded // 8, dtype=np.intp)
         self._bits = np.zeros(padded, dtype=bool)
-        self._bit_words = self._bits.view(np.uint64)
-        self._words = np.empty_like(self._bit_words)
-        self._quantized = torch.empty(padded, dtype=dtype)
+        self._words = np.empty(padded // 8, dtype=np.uint64)
+        self._nonzero = np.empty(padded, dtype=bool)
+        self._dead = np.empty(padded, dtype=bool)
+        self._decoded = torch.empty(padded, dtype=dtype)
         self._mask = torch.empty(padded, dtype=dtype)
 
     def encode_(self, values: Tensor, signs: Tensor, scales: Tensor, live: Tensor | None = None) -> None:
@@ -53,56 +55,75 @@ class CpuCodec:
         numel = values.numel()
         if numel == 0:
             return
-        quantized = self._quantized[:numel]
+        array = values.numpy()
+        bits = self._bits[: signs.numel() * 8]
         if live is None:
-            scales.copy_(self._block_scales(values, None))
+            scales.copy_(self._scales(values))
+            np.greater_equal(array, 0, out=bits[:numel])
         else:
             mask = self._expand(self._mask_of_byte, live, self._mask)[:numel]
-            scales.copy_(self._block_scales(torch.mul(values, mask, out=quantized), mask))
-
-        bits = self._bits[: sign_nbytes(numel) * 8]
+            counted = torch.mul(values, mask, out=self._decoded[:numel])
+            scales.copy_(self._scales(counted, mask))
+            np.greater_equal(array, 0, out=bits[:numel])
+            dead = np.equal(mask.numpy(), 0, out=self._dead[:numel])
+            np.copyto(bits[:numel], np.not_equal(array, 0, out=self._nonzero[:numel]), where=dead)
         bits[numel:] = False
-        np.greater_equal(values.numpy(), 0, out=bits[:numel])
-        if live is not None:
-            np.copyto(bits[:numel], values.numpy() != 0, where=mask.numpy() == 0)
-        words = self._words[: signs.numel()]
-        np.multiply(self._bit_words[: signs.numel()], GATHER_BITS, out=words)
+        words = np.multiply(bits.view(np.uint64), GATHER_BITS, out=self._words[: signs.numel()])
         np.copyto(signs.numpy(), words.view(np.uint8)[TOP_BYTE])
-
-        self.decode_(quantized, signs, scales, live=live)
-        values.sub_(quantized)
+        self.add_decoded_(values, signs, scales, -1.0, live=live)
 
     def decode_(self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None) -> None:
         """See :meth:`ReferenceCodec.decode_`."""
         numel = out.numel()
+        if numel == 0:
+            return
         # A short last byte has no room in `out`: decode through the workspace then.
-        target = out if numel % 8 == 0 else self._quantized
+        target = out if numel % 8 == 0 else self._decoded
         decoded = self._expand(self._signs_of_byte, signs, target)[:numel]
         factors = scales.to(out.dtype) * factor
         for rows, row_factors in zip(self._rows(decoded), self._split(factors, numel), strict=True):
             rows.mul_(row_factors[:, None])
         if live is not None:
-            decoded.masked_fill_(self._expand(self._mask_of_byte, live, self._mask)[:numel] == 0, -0.0)
+            mask = self._expand(self._mask_of_byte, live, self._mask)[:numel]
+            dead = np.equal(mask.numpy(), 0, out=self._dead[:numel])
+            decoded.masked_fill_(torch.from_numpy(dead), -0.0)
         if decoded.data_ptr() != out.data_ptr():
             out.copy_(decoded)
 
-    def _block_scales(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Scales of all blocks; ``mask`` is 1 where an element counts, and ``values`` 0 where it does not."""
+    def add_decoded_(
+        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
+    ) -> None:
+        """See :meth:`ReferenceCodec.add_decoded_`."""
+        numel = target.numel()
+        if numel == 0:
+            return
+        decoded = self._decoded[:numel]
+        if live is not None:
+            self.decode_(decoded, signs, scales, factor, live=live)
+            target.add_(decoded)
+            return
+        self._expand(self._signs_of_byte, signs, self._decoded)
+        factors = scales.to(target.dtype) * factor
+        parts = zip(self._rows(target), self._rows(decoded), self._split(factors, numel), strict=True)
+        for rows, sign_rows, row_factors in parts:
+            # The product is exact, so whether it is fused with the addition makes no difference.
+            rows.addcmul_(sign_rows, row_factors[:, None])
+
+    def _scales(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Scales of all blocks; where ``mask`` is 0, ``values`` are 0 and do not count."""
         rows = self._rows(values)
         if mask is None:
-            sizes = [row.new_full((row.shape[0],), row.shape[1]) for row in rows]
+            parts = [block_scales(row, float(row.shape[1]), self.scale) for row in rows]
         else:
-            sizes = [row.sum(dim=1) for row in self._rows(mask)]
-        return torch.cat(
-            [
-                scales_from_norms(block_norms(row, self.scale), size, self.scale)
-                for row, size in zip(rows, sizes, strict=True)
-            ]
-        )
+            sizes = [row.sum(dim=1).clamp_(min=1) for row in self._rows(mask)]
+            parts = [block_scales(row, size, self.scale) for row, size in zip(rows, sizes, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, values: Tensor) -> list[Tensor]:
         """``values`` as ``[blocks, block_size]`` and the short last block as ``[1, rest]``, where there are any."""
         whole = values.numel() // self.block_size * self.block_size
+        if whole == values.numel():
+            return [values.view(-1, self.block_size)]
         rows = values[:whole].view(-1, self.block_size), values[None, whole:]
         return [row for row in rows if row.numel()]
 
@@ -111,9 +132,11 @@ class CpuCodec:
         whole = numel // self.block_size
         return [part for part in (per_block[:whole], per_block[whole:]) if part.numel()]
 
-    @staticmethod
-    def _expand(table: np.ndarray[Any, Any], packed: Tensor, out: Tensor) -> Tensor:
+    def _expand(self, table: np.ndarray[Any, Any], packed: Tensor, out: Tensor) -> Tensor:
         """Replace every byte by its row of ``table [256, 8]``; returns the part of ``out`` that was written."""
-        numel = packed.numel() * 8
-        np.take(table, packed.numpy(), axis=0, out=out.numpy()[:numel].reshape(-1, 8), mode="clip")
-        return out[:numel]
+        nbytes = packed.numel()
+        # `take` would make a copy of this type itself, and allocate it.
+        indices = self._bytes[:nbytes]
+        np.copyto(indices, packed.numpy())
+        np.take(table, indices, axis=0, out=out.numpy()[: nbytes * 8].reshape(-1, 8), mode="clip")
+        return out[: nbytes * 8]

@@ -51,19 +51,18 @@ class ReferenceCodec:
             live: bit set where an element takes part in its block; ``None`` if all do.
 
         Raises:
-            FloatingPointError: if a value is not finite. Nothing has been modified then.
+            FloatingPointError: if a value is not finite, or a scale is beyond float32. Nothing has been modified then.
         """
-        if values.numel() == 0:
+        numel = values.numel()
+        if numel == 0:
             return
-        live_mask = None if live is None else unpack_bits(live, values.numel())
-        scales.copy_(self._block_scales(values, live_mask))
-        bits = values >= 0
-        if live_mask is not None:
-            bits = torch.where(live_mask, bits, values != 0)
-        signs.copy_(pack_bits(bits))
-        quantized = torch.empty_like(values)
-        self.decode_(quantized, signs, scales, live=live)
-        values.sub_(quantized)
+        live_mask = torch.ones_like(values, dtype=torch.bool) if live is None else unpack_bits(live, numel)
+        padding = (0, -numel % self.block_size)
+        rows = torch.nn.functional.pad(values * live_mask, padding).view(-1, self.block_size)
+        sizes = torch.nn.functional.pad(live_mask, padding).view(-1, self.block_size).sum(dim=1)
+        scales.copy_(block_scales(rows, sizes.clamp(min=1).to(values.dtype), self.scale))
+        signs.copy_(pack_bits(torch.where(live_mask, values >= 0, values != 0)))
+        self.add_decoded_(values, signs, scales, -1.0, live=live)
 
     def decode_(self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None) -> None:
         """Write ``factor * q`` to ``out``; dead elements become -0.0, which added to anything leaves its bits alone."""
@@ -74,39 +73,48 @@ class ReferenceCodec:
         if live is not None:
             out.masked_fill_(~unpack_bits(live, numel), -0.0)
 
-    def _block_scales(self, values: Tensor, live_mask: Tensor | None) -> Tensor:
-        padding = -values.numel() % self.block_size
-        counted = torch.ones_like(values, dtype=torch.bool) if live_mask is None else live_mask
-        blocks = torch.nn.functional.pad(values * counted, (0, padding)).view(-1, self.block_size)
-        sizes = torch.nn.functional.pad(counted, (0, padding)).view(-1, self.block_size).sum(dim=1)
-        return scales_from_norms(block_norms(blocks, self.scale), sizes, self.scale)
+    def add_decoded_(
+        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
+    ) -> None:
+        """Add ``factor * q`` to ``target``, the same bits as :meth:`decode_` and an addition."""
+        decoded = torch.empty_like(target)
+        self.decode_(decoded, signs, scales, factor, live=live)
+        target.add_(decoded)
 
 
-def block_norms(blocks: Tensor, scale: Scale) -> Tensor:
-    """Norm of each row of ``blocks [rows, columns]``, safe from under- and overflow.
+def block_scales(rows: Tensor, sizes: Tensor | float, scale: Scale) -> Tensor:
+    """Scale of each row of ``rows [rows, columns]``: ``||c||_2 / sqrt(size)`` or ``||c||_1 / size``.
+
+    Each row by itself: one with values whose squares under- or overflow is computed in another way, and does not
+    change the rounding of the others.
+
+    Args:
+        rows: the blocks, zero where an element does not count.
+        sizes: how many elements count, at least 1, ``[rows]`` or the same for all.
+        scale: ``"l2"`` or ``"l1"``.
 
     Raises:
-        FloatingPointError: if a value is not finite.
+        FloatingPointError: if a value is not finite, or a scale is beyond float32.
     """
     order = 2 if scale == "l2" else 1
-    norms = torch.linalg.vector_norm(blocks, order, dim=1)
-    smallest, largest = torch.aminmax(norms)
+    norms = torch.linalg.vector_norm(rows, order, dim=1)
+    divisors = sizes if order == 1 else sizes**0.5
+    smallest, largest = (float(extreme) for extreme in torch.aminmax(norms))
     if smallest > SMALLEST_SAFE_NORM and largest < LARGEST_SAFE_NORM:
-        return norms
-    largest_values = torch.linalg.vector_norm(blocks, float("inf"), dim=1)
-    if not torch.isfinite(largest_values).all():
+        return norms.div_(divisors)
+
+    magnitudes = torch.linalg.vector_norm(rows, float("inf"), dim=1)
+    unsafe = (magnitudes > 0) & ~((norms > SMALLEST_SAFE_NORM) & (norms < LARGEST_SAFE_NORM))
+    result = norms / divisors
+    for row in unsafe.nonzero().flatten().tolist():
+        divisor = divisors[row] if isinstance(divisors, Tensor) else divisors
+        result[row] = torch.linalg.vector_norm(rows[row] / magnitudes[row], order) / divisor * magnitudes[row]
+    if not torch.isfinite(magnitudes).all() or not torch.isfinite(result.float()).all():
         raise FloatingPointError(
-            "Cannot quantize infinite or NaN values. HINT: a non-finite gradient has to be skipped on all ranks"
-            " before compression, or it would stay in the error feedback for ever."
+            "Cannot quantize infinite or NaN values, or values beyond float32. HINT: a non-finite gradient has to be skipped"
+            " on all ranks before compression, or it would stay in the error feedback for ever."
         )
-    nonzero = largest_values.clamp(min=torch.finfo(blocks.dtype).tiny)[:, None]
-    return torch.linalg.vector_norm(blocks / nonzero, order, dim=1) * nonzero[:, 0]
-
-
-def scales_from_norms(norms: Tensor, sizes: Tensor, scale: Scale) -> Tensor:
-    """``||c||_2 / sqrt(size)`` or ``||c||_1 / size``; an empty (all dead) block has scale 0."""
-    divisors = sizes.clamp(min=1).to(norms.dtype)
-    return norms / (divisors.sqrt() if scale == "l2" else divisors)
+    return result
 
 
 def pack_bits(bits: Tensor) -> Tensor:

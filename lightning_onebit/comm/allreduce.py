@@ -48,7 +48,6 @@ class CompressedBucket:
         :class:`~lightning_onebit.codec.reference.ReferenceCodec`); ``None`` if all do. The same on all ranks."""
         most_numel = max((s.segment.numel for s in self.buffers.chunk), default=0)
         self._sum = torch.empty(most_numel, dtype=dtype, device=device)
-        self._quantized = torch.empty(most_numel, dtype=dtype, device=device)
 
     def encode_segment_(self, index: int) -> None:
         """Step 2: quantize the worker error (value included) into the outgoing message; the rest stays."""
@@ -73,6 +72,10 @@ class CompressedBucket:
         """Write ``factor`` times the last result of a segment to ``out``, the same bits on all ranks."""
         self.codec.decode_(out, *self.buffers.segments[index].result, factor, live=self.live[index])
 
+    def add_result_(self, index: int, target: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor`` times the last result of a segment to ``target``, the same bits on all ranks."""
+        self.codec.add_decoded_(target, *self.buffers.segments[index].result, factor, live=self.live[index])
+
     def _serve_(self, skip: Container[int]) -> None:
         for served in self.buffers.chunk:
             if served.index in skip:
@@ -80,12 +83,10 @@ class CompressedBucket:
                     new.copy_(kept)
                 continue
             live = self.live[served.index]
-            total, quantized = self._sum[: served.segment.numel], self._quantized[: served.segment.numel]
-            total.zero_()
+            total = self._sum[: served.segment.numel].zero_()
             # Summed in rank order, so that the result does not depend on who serves the block.
             for received in served.received:
-                self.codec.decode_(quantized, *received, live=live)
-                total.add_(quantized)
+                self.codec.add_decoded_(total, *received, live=live)
             served.server_error.add_(total.div_(self.communicator.world_size))
             self.codec.encode_(served.server_error, *served.result, live=live)
             if live is not None:

@@ -172,6 +172,11 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     def direction_factor(self, coefficients: AdamCoefficients) -> float:
         return -coefficients.step_size
 
+    @property
+    @override
+    def only_adds(self) -> bool:
+        return self.config.space == "update"
+
     @override
     def apply_(self, param: Tensor, direction: Tensor, exp_avg_sq: Tensor, coefficients: AdamCoefficients) -> None:
         if self.config.space == "momentum":

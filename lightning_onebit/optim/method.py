@@ -93,6 +93,11 @@ class CompressedMethod(ABC, Generic[Coefficients]):
     def direction_factor(self, coefficients: Coefficients) -> float:
         """What the average is to be multiplied with before :meth:`apply_`."""
 
+    @property
+    @abstractmethod
+    def only_adds(self) -> bool:
+        """Whether all that :meth:`apply_` does is to add ``direction`` to ``param``."""
+
     @abstractmethod
     def apply_(self, param: Tensor, direction: Tensor, exp_avg_sq: Tensor, coefficients: Coefficients) -> None:
         """Update ``param`` in place with the scaled average ``direction``, which may be overwritten."""

@@ -1,0 +1,49 @@
+# Needs Python 3.10 or newer, make, and a network for the first target that installs.
+# All that is made here stays in this folder: `make clean` removes it.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGUMENTS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (3 minutes)'
+	@echo 'make test    run the tests'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DEMO_ARGUMENTS=$(DEMO_ARGUMENTS)'
+	@echo '           such as DEMO_ARGUMENTS="--steps 200 --output runs/short"; --help lists them'
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(DEMO_ARGUMENTS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps are newer than what was installed from: a changed requirement installs again.
+# torch comes first and by itself, so that its version is the tested one, whatever else asks for it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[test,examples]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
