@@ -80,9 +80,9 @@ class CpuCodec:
         # A short last byte has no room in `out`: decode through the workspace then.
         target = out if numel % 8 == 0 else self._decoded
         decoded = self._expand(self._signs_of_byte, signs, target)[:numel]
-        factors = scales.to(out.dtype) * factor
-        for rows, row_factors in zip(self._rows(decoded), self._split(factors, numel), strict=True):
-            rows.mul_(row_factors[:, None])
+        factors = (scales.to(self._decoded.dtype) * factor)[:, None]
+        for rows, blocks in self._rows(decoded):
+            rows.mul_(factors[blocks])
         if live is not None:
             mask = self._expand(self._mask_of_byte, live, self._mask)[:numel]
             dead = np.equal(mask.numpy(), 0, out=self._dead[:numel])
@@ -103,34 +103,34 @@ class CpuCodec:
             target.add_(decoded)
             return
         self._expand(self._signs_of_byte, signs, self._decoded)
-        factors = scales.to(target.dtype) * factor
-        parts = zip(self._rows(target), self._rows(decoded), self._split(factors, numel), strict=True)
-        for rows, sign_rows, row_factors in parts:
+        factors = (scales.to(self._decoded.dtype) * factor)[:, None]
+        for (rows, blocks), (sign_rows, _) in zip(self._rows(target), self._rows(decoded), strict=True):
             # The product is exact, so whether it is fused with the addition makes no difference.
-            rows.addcmul_(sign_rows, row_factors[:, None])
+            rows.addcmul_(sign_rows, factors[blocks])
 
     def _scales(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scales of all blocks; where ``mask`` is 0, ``values`` are 0 and do not count."""
-        rows = self._rows(values)
         if mask is None:
-            parts = [block_scales(row, float(row.shape[1]), self.scale) for row in rows]
+            parts = [block_scales(rows, float(rows.shape[1]), self.scale) for rows, _ in self._rows(values)]
         else:
-            sizes = [row.sum(dim=1).clamp_(min=1) for row in self._rows(mask)]
-            parts = [block_scales(row, size, self.scale) for row, size in zip(rows, sizes, strict=True)]
+            parts = [
+                block_scales(rows, mask_rows.sum(dim=1).clamp_(min=1), self.scale)
+                for (rows, _), (mask_rows, _) in zip(self._rows(values), self._rows(mask), strict=True)
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _rows(self, values: Tensor) -> list[Tensor]:
-        """``values`` as ``[blocks, block_size]`` and the short last block as ``[1, rest]``, where there are any."""
-        whole = values.numel() // self.block_size * self.block_size
-        if whole == values.numel():
-            return [values.view(-1, self.block_size)]
-        rows = values[:whole].view(-1, self.block_size), values[None, whole:]
-        return [row for row in rows if row.numel()]
+    def _rows(self, values: Tensor) -> list[tuple[Tensor, slice]]:
+        """``values`` as ``[blocks, block_size]`` and the short last block as ``[1, rest]``, where there are any.
 
-    def _split(self, per_block: Tensor, numel: int) -> list[Tensor]:
-        """Cut a tensor with one entry per block as :meth:`_rows` cuts the values."""
-        whole = numel // self.block_size
-        return [part for part in (per_block[:whole], per_block[whole:]) if part.numel()]
+        Each with the slice that picks its blocks from a tensor with one entry per block.
+        """
+        numel, block_size = values.numel(), self.block_size
+        blocks = numel // block_size
+        whole = blocks * block_size
+        if whole == numel:
+            return [(values.view(blocks, block_size), slice(None))]
+        tail = (values[None, whole:], slice(blocks, None))
+        return [tail] if blocks == 0 else [(values[:whole].view(blocks, block_size), slice(blocks)), tail]
 
     def _expand(self, table: np.ndarray[Any, Any], packed: Tensor, out: Tensor) -> Tensor:
         """Replace every byte by its row of ``table [256, 8]``; returns the part of ``out`` that was written."""
@@ -138,5 +138,5 @@ class CpuCodec:
         # `take` would make a copy of this type itself, and allocate it.
         indices = self._bytes[:nbytes]
         np.copyto(indices, packed.numpy())
-        np.take(table, indices, axis=0, out=out.numpy()[: nbytes * 8].reshape(-1, 8), mode="clip")
+        table.take(indices, axis=0, out=out.numpy()[: nbytes * 8].reshape(nbytes, 8), mode="clip")
         return out[: nbytes * 8]
