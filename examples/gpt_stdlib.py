@@ -94,8 +94,7 @@ class GPT(pl.LightningModule):
 
     def forward(self, words: Tensor) -> Tensor:
         """Word ids [batch, context] to logits [batch, context, vocabulary_size]."""
-        # Tied weights: rows of length 1 suit the output, entries of size 1 the blocks (Vaswani et al. 2017, section 3.4).
-        x = math.sqrt(self.words.embedding_dim) * (self.words(words) + self.positions.weight[: words.shape[1]])
+        x = self.words(words) + self.positions.weight[: words.shape[1]]
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.words.weight)

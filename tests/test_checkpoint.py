@@ -1,5 +1,8 @@
 """Checkpoints of both phases: what they hold, and what a run does that resumes from them."""
 
+import copy
+import warnings
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -185,3 +188,50 @@ def test_foreign_version_is_refused(tmp_path):
             run(2, ckpt_path=path)
 
     run_trainers(2, fn)
+
+
+def test_schedulers_by_epoch_do_not_complain_after_a_resume(tmp_path):
+    """The first step that a resumed run makes is a compressed one; the scheduler must notice it."""
+    path = tmp_path / "compressed.ckpt"
+
+    def configure(module):
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    def fn(rank):
+        options = {"strategy": "onebit_ddp", "world_size": 2, "batches": BATCHES, "configure": configure}
+        fit(callbacks=[PhaseSwitch(FixedStep(FREEZE)), SaveAt(path, 20)], **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*lr_scheduler.step.*")
+            trainer, recorder = fit(callbacks=[PhaseSwitch(FixedStep(FREEZE))], ckpt_path=path, **options)
+        assert set(recorder.phases) == {COMPRESSED}
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)
+
+    run_trainers(2, fn)
+
+
+def test_rolling_back_to_a_checkpoint_of_the_warmup_leaves_the_compressed_phase():
+    """As the learning-rate finder does, which saves, trains and restores."""
+
+    class RollBack(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx + 1 == 5:
+                states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+                self.checkpoint = copy.deepcopy({"optimizer_states": states})
+            if batch_idx + 1 == 20:
+                assert trainer.strategy.phase is COMPRESSED
+                trainer.strategy.load_optimizer_state_dict(self.checkpoint)
+                assert trainer.strategy.phase is WARMUP
+                assert trainer.strategy.optimizer_steps == 5
+                state = trainer.optimizers[0].state_dict()["state"]
+                for index, entry in self.checkpoint["optimizer_states"][0]["state"].items():
+                    assert all(torch.equal(value, state[index][key]) for key, value in entry.items())
+
+    def fn(rank):
+        _, recorder = run(2, callbacks=[RollBack()])
+        # Step 10 is reached again five batches later.
+        assert recorder.phases[19:] == [WARMUP] * 5 + [COMPRESSED] * 6
+        return recorder.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)

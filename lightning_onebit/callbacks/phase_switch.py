@@ -60,9 +60,9 @@ class PhaseSwitch(Callback):
         if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
             return
         step = strategy.optimizer_steps
-        if step == self._last_step or not self._plan.observes(step):
+        has_stepped, self._last_step = step != self._last_step, step
+        if not has_stepped or not self._plan.observes(step):
             return
-        self._last_step = step
         verdict = self._judge(strategy, step) if strategy.is_global_zero else None
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
         if strategy.broadcast_decision(verdict is not None and verdict.freeze):
