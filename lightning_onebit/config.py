@@ -14,6 +14,9 @@ MAX_BLOCK_SIZE = 16384
 beside it. Longer blocks would also save nothing: scales are 0.2% of the message at this size."""
 
 MEBIBYTE = 1024 * 1024
+FLOAT32_NBYTES = 4
+BUCKETS = 8
+AUTOMATIC_BUCKET_MIB = (1, 25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class CompressionConfig:
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
-    bucket_cap_mb: float = 25.0
-    """Size of one exchange, in MiB of float32 gradient. The result does not depend on it."""
+    bucket_cap_mb: float | None = None
+    """Size of one exchange, in MiB of float32 gradient; ``None``: an eighth of the model, between 1 and 25 MiB, so that
+    exchanges overlap with work without becoming many. The result does not depend on it."""
 
     def __post_init__(self) -> None:
         integral = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
@@ -52,12 +56,14 @@ class CompressionConfig:
             raise ValueError(
                 f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
             )
-        if not 0 < self.bucket_cap_mb < math.inf:
+        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
             raise ValueError(
                 f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
             )
 
-    @property
-    def bucket_cap_numel(self) -> int:
-        """Elements per bucket: ``bucket_cap_mb`` in float32 elements, at least one block."""
-        return max(self.block_size, int(self.bucket_cap_mb * MEBIBYTE) // 4)
+    def bucket_numel(self, numel: int) -> int:
+        """Most elements of a bucket, for ``numel`` elements in all: at least one block."""
+        if self.bucket_cap_mb is not None:
+            return max(self.block_size, int(self.bucket_cap_mb * MEBIBYTE) // FLOAT32_NBYTES)
+        smallest, largest = (int(mebibytes * MEBIBYTE) // FLOAT32_NBYTES for mebibytes in AUTOMATIC_BUCKET_MIB)
+        return min(max(numel // BUCKETS, smallest), largest)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from lightning_onebit.comm.allreduce import error_dtype
+from lightning_onebit.comm.lane import InlineLane, Lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.optim import method_for
@@ -31,6 +32,8 @@ class CompressedOptimizer:
         optimizer: a supported optimizer (see :mod:`lightning_onebit.optim`), whose warm-up state is the same on all ranks.
         config: settings of the compression.
         communicator: the ranks that train together. With one rank nothing is quantized.
+        exchanges: the same ranks, on the process group of ``lane``; the same communicator if that is inline.
+        lane: where compressed exchanges are carried out.
         names: parameter names for messages.
 
     Raises:
@@ -43,6 +46,9 @@ class CompressedOptimizer:
         config: CompressionConfig,
         communicator: Communicator,
         names: Mapping[Tensor, str],
+        *,
+        exchanges: Communicator | None = None,
+        lane: Lane | InlineLane | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.communicator = communicator
@@ -62,6 +68,8 @@ class CompressedOptimizer:
                 method_type,
                 config,
                 communicator,
+                exchanges or communicator,
+                lane or InlineLane(),
                 dtype=dtype,
                 device=device,
             )

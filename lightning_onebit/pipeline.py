@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from lightning_onebit.codec import make_codec
 from lightning_onebit.codec.layout import SEGMENT_NUMEL, plan_buckets
 from lightning_onebit.codec.reference import pack_bits, unpack_bits
 from lightning_onebit.comm.allreduce import CompressedBucket
+from lightning_onebit.comm.lane import InlineLane, Lane, Ticket
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import flat_gradient, flat_view, unflatten_like
@@ -39,6 +42,16 @@ class _Piece:
         return self.bucket.buffers.segments[self.index].worker_error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What a step works on, by parameter: flat tensors, and numbers that are ``None`` if the parameter sits out."""
+
+    coefficients: Sequence[Any]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    variances: Sequence[Tensor]
+
+
 class Pipeline:
     """The parameters of one dtype and device: frozen, cut into buckets, stepped bucket by bucket."""
 
@@ -49,6 +62,8 @@ class Pipeline:
         method_type: type[CompressedMethod[Any]],
         config: CompressionConfig,
         communicator: Communicator,
+        exchanges: Communicator,
+        lane: InlineLane | Lane,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -58,6 +73,7 @@ class Pipeline:
         self.device = device
         self._dtype = dtype
         self._communicator = communicator
+        self._lane = lane
         self._quantized = communicator.world_size > 1
         if not self._quantized:  # the space of what is quantized decides nothing: take the one that is bounded
             config = replace(config, space="update")
@@ -66,12 +82,13 @@ class Pipeline:
         self._decoded = torch.empty(segment_numel, dtype=dtype, device=device)
         self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
-        codec = make_codec(config, device=device, dtype=dtype)
+        # One for each thread: a codec owns its workspace.
+        codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
         layouts = plan_buckets(
             [p.numel() for p in self.parameters],
             block_size=config.block_size,
             world_size=communicator.world_size,
-            bucket_numel=config.bucket_cap_numel,
+            bucket_numel=config.bucket_numel(sum(p.numel() for p in self.parameters)),
         )
         for p in self.parameters:
             self._method.freeze_(p, self._group(p))
@@ -79,7 +96,7 @@ class Pipeline:
         self._pieces: list[list[_Piece]] = []
         for layout in layouts:
             # Bucket by bucket, as the momentum's memory is freed: no second copy of all of it.
-            bucket = CompressedBucket(layout, communicator, codec, dtype=dtype, device=device)
+            bucket = CompressedBucket(layout, exchanges, codec, server_codec, dtype=dtype, device=device)
             pieces = [_Piece(bucket, i, s.parameter, s.start, s.numel) for i, s in enumerate(layout.segments)]
             self._buckets.append(bucket)
             self._pieces.append(pieces)
@@ -95,40 +112,68 @@ class Pipeline:
             if is_active:
                 self._method.count_step_(p)
             coefficients.append(self._method.coefficients(p, self._group(p)) if is_active else None)
-        grads = [flat_gradient(p) for p in self.parameters]
-        variances = [self._variance(p) for p in self.parameters]
+        step = _Step(
+            coefficients=coefficients,
+            params=params,
+            grads=[flat_gradient(p) for p in self.parameters],
+            variances=[self._variance(p) for p in self.parameters],
+        )
+        if not self._quantized:
+            for pieces in self._pieces:
+                self._encode_(pieces, step)
+                self._apply_(pieces, step)
+            return
+
+        # Bucket k is encoded, and bucket j < k applied, while the lane exchanges those in between.
+        tickets: list[Ticket] = []
+        applied = 0
         for bucket, pieces in zip(self._buckets, self._pieces, strict=True):
-            with record_function("onebit::encode"):
-                for piece in pieces:
-                    c, grad = coefficients[piece.parameter], grads[piece.parameter]
-                    if c is None:
-                        continue
-                    variance = piece.of(variances[piece.parameter])
-                    self._add_momentum_(piece, self._method.momentum_decay(c))
-                    self._wake_(piece, variance)
-                    self._method.add_gradient_(
-                        piece.error,
-                        None if grad is None else piece.of(grad),
-                        piece.of(params[piece.parameter]),
-                        variance,
-                        c,
-                    )
-                    if self._quantized:
-                        bucket.encode_segment_(piece.index)
-            if self._quantized:
-                bucket.exchange_(skip={piece.index for piece in pieces if coefficients[piece.parameter] is None})
-            with record_function("onebit::apply"):
-                for piece in pieces:
-                    c = coefficients[piece.parameter]
-                    if c is None:
-                        continue
-                    param, factor = piece.of(params[piece.parameter]), self._method.direction_factor(c)
-                    self._method.decay_(param, c)
-                    if self._quantized and self._method.only_adds and param.dtype == self._dtype:
-                        bucket.add_result_(piece.index, param, factor)
-                    else:
-                        variance = piece.of(variances[piece.parameter])
-                        self._method.apply_(param, self._direction(piece, factor), variance, c)
+            self._encode_(pieces, step)
+            skip = {piece.index for piece in pieces if coefficients[piece.parameter] is None}
+            tickets.append(self._lane.submit(partial(bucket.exchange_, skip)))
+            while applied < len(tickets) and tickets[applied].done():
+                self._finish_(tickets, applied, step)
+                applied += 1
+        for index in range(applied, len(tickets)):
+            self._finish_(tickets, index, step)
+
+    def _finish_(self, tickets: Sequence[Ticket], index: int, step: _Step) -> None:
+        start = time.perf_counter()
+        with record_function("onebit::wait"):
+            tickets[index].wait()
+        self._communicator.counters.seconds_waited += time.perf_counter() - start
+        self._apply_(self._pieces[index], step)
+
+    def _encode_(self, pieces: Sequence[_Piece], step: _Step) -> None:
+        """Steps 1 and 2: add the local momentum to the error and quantize it."""
+        with record_function("onebit::encode"):
+            for piece in pieces:
+                index = piece.parameter
+                c, grad = step.coefficients[index], step.grads[index]
+                if c is None:
+                    continue
+                variance = piece.of(step.variances[index])
+                self._add_momentum_(piece, self._method.momentum_decay(c))
+                self._wake_(piece, variance)
+                local = None if grad is None else piece.of(grad)
+                self._method.add_gradient_(piece.error, local, piece.of(step.params[index]), variance, c)
+                if self._quantized:
+                    piece.bucket.encode_segment_(piece.index)
+
+    def _apply_(self, pieces: Sequence[_Piece], step: _Step) -> None:
+        """Step 6."""
+        with record_function("onebit::apply"):
+            for piece in pieces:
+                c = step.coefficients[piece.parameter]
+                if c is None:
+                    continue
+                param, factor = piece.of(step.params[piece.parameter]), self._method.direction_factor(c)
+                self._method.decay_(param, c)
+                if self._quantized and self._method.only_adds and param.dtype == self._dtype:
+                    piece.bucket.add_result_(piece.index, param, factor)
+                else:
+                    variance = piece.of(step.variances[piece.parameter])
+                    self._method.apply_(param, self._direction(piece, factor), variance, c)
 
     def outstanding(self) -> dict[Tensor, Tensor]:
         errors = {p: torch.zeros(p.numel(), dtype=self._dtype, device=self.device) for p in self.parameters}

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
-from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.lane import InlineLane, Lane
+from lightning_onebit.comm.primitives import Communicator, new_group
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.engine import CompressedOptimizer
@@ -43,7 +44,8 @@ class OneBitDDPStrategy(DDPStrategy):
             available.
         hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True``
             is not available.
-        bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: 25, as in DDP.
+        bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
+            the former, an eighth of the model, between 1 and 25, for the latter.
         **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
@@ -68,7 +70,7 @@ class OneBitDDPStrategy(DDPStrategy):
             block_size=block_size,
             scale=scale,
             space=space,
-            **({} if bucket_cap_mb is None else {"bucket_cap_mb": bucket_cap_mb}),
+            bucket_cap_mb=bucket_cap_mb,
         )
         for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
             if kwargs.get(name) is not None:
@@ -83,6 +85,8 @@ class OneBitDDPStrategy(DDPStrategy):
         self._steps: dict[Optimizer, int] = {}
         self._phase = Phase.WARMUP
         self._stepping = False
+        self._exchanges: Communicator | None = None
+        self._lane: Lane | InlineLane = InlineLane()
 
     # What a user reads and calls
 
@@ -176,6 +180,8 @@ class OneBitDDPStrategy(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         self._reset()
         self._hook_state = HookState(Communicator())
+        if self._exchanges is None and self.world_size > 1:
+            self._exchanges = Communicator(new_group(self._timeout), waits=False)
         self._set_phase(Phase.WARMUP)
         self.model.register_comm_hook(self._hook_state, phase_hook)
 
@@ -301,9 +307,19 @@ class OneBitDDPStrategy(DDPStrategy):
 
     def _enter_compressed_phase(self) -> None:
         assert self._hook_state is not None
-        communicator = self._hook_state.communicator
+        self._lane.close()
+        # Work on CUDA is asynchronous by itself, and a thread would need streams of its own.
+        threaded = self._exchanges is not None and self.root_device.type == "cpu"
+        self._lane = Lane() if threaded else InlineLane()
         self._compressed = {
-            optimizer: CompressedOptimizer(optimizer, self.config, communicator, self._names)
+            optimizer: CompressedOptimizer(
+                optimizer,
+                self.config,
+                self._hook_state.communicator,
+                self._names,
+                exchanges=self._exchanges if threaded else None,
+                lane=self._lane,
+            )
             for optimizer in self.optimizers
         }
         self._set_phase(Phase.COMPRESSED)
@@ -313,6 +329,8 @@ class OneBitDDPStrategy(DDPStrategy):
         if self._hook_state is not None:
             self._hook_state.phase = phase
             self._hook_state.communicator.counters = self.comm_stats[phase]
+        if self._exchanges is not None:
+            self._exchanges.counters = self.comm_stats[phase]
 
     def _reset(self) -> None:
         """Forget an earlier fit."""
@@ -321,6 +339,11 @@ class OneBitDDPStrategy(DDPStrategy):
         self._compressed.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
+
+    @override
+    def teardown(self) -> None:
+        self._lane.close()
+        super().teardown()
 
     @classmethod
     @override

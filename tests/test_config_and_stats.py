@@ -48,7 +48,7 @@ def test_valid_settings_are_kept(block_size, scale, space):
 
 def test_defaults():
     config = CompressionConfig()
-    assert (config.block_size, config.scale, config.space, config.bucket_cap_mb) == (2048, "l2", "update", 25.0)
+    assert (config.block_size, config.scale, config.space, config.bucket_cap_mb) == (2048, "l2", "update", None)
 
 
 def test_an_accepted_block_size_works():
@@ -71,7 +71,12 @@ def test_settings_are_keyword_only_and_frozen():
 
 @pytest.mark.parametrize(("bucket_cap_mb", "numel"), [(25.0, 6_553_600), (1, 262_144), (0.5, 131_072), (1e-9, 2048)])
 def test_bucket_cap_is_mebibytes_of_float32_but_at_least_a_block(bucket_cap_mb, numel):
-    assert CompressionConfig(bucket_cap_mb=bucket_cap_mb).bucket_cap_numel == numel
+    assert CompressionConfig(bucket_cap_mb=bucket_cap_mb).bucket_numel(10**9) == numel
+
+
+@pytest.mark.parametrize(("model", "bucket"), [(1000, 262_144), (8_000_000, 1_000_000), (10**9, 6_553_600)])
+def test_automatic_buckets_are_an_eighth_of_the_model_within_limits(model, bucket):
+    assert CompressionConfig().bucket_numel(model) == bucket
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ class CompressedBucket:
     Args:
         layout: places of blocks and bytes.
         communicator: the ranks that take part.
-        codec: the quantizer.
+        codec: the quantizer of the worker, used by the thread that encodes and decodes.
+        server_codec: the quantizer of the server, used by the thread that exchanges; may be the same in one thread.
         dtype: dtype of errors and results, float32 or float64.
         device: where they live.
     """
@@ -35,6 +36,7 @@ class CompressedBucket:
         layout: BucketLayout,
         communicator: Communicator,
         codec: Codec,
+        server_codec: Codec,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -42,6 +44,7 @@ class CompressedBucket:
         self.layout = layout
         self.communicator = communicator
         self.codec = codec
+        self.server_codec = server_codec
         self.buffers = ErrorFeedbackBuffers(layout, rank=communicator.rank, dtype=dtype, device=device)
         self.live: list[Tensor | None] = [None] * len(layout.segments)
         """Per segment, bit set where an element takes part in its block (see
@@ -86,9 +89,9 @@ class CompressedBucket:
             total = self._sum[: served.segment.numel].zero_()
             # Summed in rank order, so that the result does not depend on who serves the block.
             for received in served.received:
-                self.codec.add_decoded_(total, *received, live=live)
+                self.server_codec.add_decoded_(total, *received, live=live)
             served.server_error.add_(total.div_(self.communicator.world_size))
-            self.codec.encode_(served.server_error, *served.result, live=live)
+            self.server_codec.encode_(served.server_error, *served.result, live=live)
             if live is not None:
                 # A sign bit of a dead element is a wake-up call: pass on every rank's.
                 for received in served.received:
@@ -103,7 +106,8 @@ class ErrorFeedback:
         group: process group; ``None`` for the default one.
         block_size: elements per scale, a multiple of 8.
         scale: ``"l2"`` or ``"l1"``.
-        bucket_cap_mb: size of one exchange, in MiB of float32; changes messages, not results.
+        bucket_cap_mb: size of one exchange, in MiB of float32; ``None``: by the tensor's size. Changes messages, not
+            results.
 
     Raises:
         TypeError: if the tensor is not real floating point.
@@ -117,7 +121,7 @@ class ErrorFeedback:
         group: dist.ProcessGroup | None = None,
         block_size: int = 2048,
         scale: Scale = "l2",
-        bucket_cap_mb: float = 25.0,
+        bucket_cap_mb: float | None = None,
     ) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"Cannot compress a tensor of dtype {tensor.dtype}. Must be real floating point.")
@@ -129,10 +133,11 @@ class ErrorFeedback:
             [tensor.numel()],
             block_size=block_size,
             world_size=self.communicator.world_size,
-            bucket_numel=config.bucket_cap_numel,
+            bucket_numel=config.bucket_numel(tensor.numel()),
         )
         self.buckets = [
-            CompressedBucket(layout, self.communicator, codec, dtype=self.dtype, device=self.device) for layout in layouts
+            CompressedBucket(layout, self.communicator, codec, codec, dtype=self.dtype, device=self.device)
+            for layout in layouts
         ]
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,10 +27,12 @@ class Communicator:
 
     Args:
         group: the process group; ``None`` for the default one.
+        waits: whether the calling thread has nothing else to do meanwhile, so that the time counts as waited.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, waits: bool = True) -> None:
         self.group = group
+        self.waits = waits
         initialized = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank(group) if initialized else 0
         self.world_size: int = dist.get_world_size(group) if initialized else 1
@@ -99,7 +102,13 @@ class Communicator:
         # Every collective used here is symmetric: a rank receives as much as it sends.
         self.counters.bytes_sent += nbytes
         self.counters.bytes_received += nbytes
-        self.counters.seconds_waited += seconds
+        if self.waits:
+            self.counters.seconds_waited += seconds
+
+
+def new_group(timeout: timedelta | None) -> dist.ProcessGroup:
+    """A process group of all ranks, with the backend of the default one, on which nobody else communicates. Collective."""
+    return dist.new_group(timeout=timeout)
 
 
 def completed_future(tensor: Tensor) -> torch.futures.Future[Tensor]:

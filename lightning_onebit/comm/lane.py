@@ -1,0 +1,87 @@
+"""One thread that carries out exchanges in the order in which they were submitted.
+
+Collectives must be issued in the same order on all ranks, and from one thread only: completing futures from callbacks,
+or two threads on one process group, mixes them up. So the exchanges of a run have one thread, and a process group of
+their own, on which nobody else communicates.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+
+class Ticket:
+    """An exchange that was submitted."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._finished = threading.Event()
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether :meth:`wait` would return at once."""
+        return self._finished.is_set()
+
+    def wait(self) -> None:
+        """Block until the exchange is complete.
+
+        Raises:
+            RuntimeError: if it failed, with the cause attached.
+        """
+        self._finished.wait()
+        if self._error is not None:
+            raise RuntimeError(
+                f"A compressed exchange failed on this rank: {self._error}. The other ranks cannot go on without it; resume"
+                " from the last checkpoint."
+            ) from self._error
+
+    def run(self, failed: BaseException | None = None) -> BaseException | None:
+        """Do the work, unless an earlier one ``failed``. Returns the error, if there was one; never raises."""
+        self._error = failed
+        if failed is None:
+            try:
+                self._work()
+            except BaseException as error:
+                self._error = error
+        self._finished.set()
+        return self._error
+
+
+class InlineLane:
+    """Carries out each exchange when it is submitted: for one rank, and where a thread brings nothing."""
+
+    def submit(self, work: Callable[[], None]) -> Ticket:
+        ticket = Ticket(work)
+        ticket.run()
+        return ticket
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Lane:
+    """A thread for exchanges. After a failure all later ones fail with the same cause: their order is lost."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        # A daemon: an exchange that hangs must not keep a failed process alive.
+        self._thread = threading.Thread(target=self._serve, name="onebit-lane", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> Ticket:
+        """Have ``work`` done after everything submitted before."""
+        ticket = Ticket(work)
+        self._queue.put(ticket)
+        return ticket
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """End the thread after what was submitted; does not wait for an exchange that hangs."""
+        self._queue.put(None)
+        self._thread.join(timeout_seconds)
+
+    def _serve(self) -> None:
+        failed = None
+        while (ticket := self._queue.get()) is not None:
+            failed = ticket.run(failed)
