@@ -84,6 +84,7 @@ class Pipeline:
 
         # One for each thread: a codec owns its workspace.
         codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
+        scratch = torch.empty(segment_numel, dtype=dtype, device=device)
         layouts = plan_buckets(
             [p.numel() for p in self.parameters],
             block_size=config.block_size,
@@ -96,7 +97,7 @@ class Pipeline:
         self._pieces: list[list[_Piece]] = []
         for layout in layouts:
             # Bucket by bucket, as the momentum's memory is freed: no second copy of all of it.
-            bucket = CompressedBucket(layout, exchanges, codec, server_codec, dtype=dtype, device=device)
+            bucket = CompressedBucket(layout, exchanges, codec, server_codec, scratch, dtype=dtype, device=device)
             pieces = [_Piece(bucket, i, s.parameter, s.start, s.numel) for i, s in enumerate(layout.segments)]
             self._buckets.append(bucket)
             self._pieces.append(pieces)

@@ -1,5 +1,6 @@
 """The compressed optimizer step, without Lightning: stock torch optimizers, gradients made up per rank and step."""
 
+import gc
 import math
 
 import numpy as np
@@ -393,6 +394,44 @@ def test_gradients_are_only_read_and_the_momentum_is_freed():
             assert torch.equal(p.grad, gradient(rank, 20, index, p.shape, p.dtype))
 
     run_ranks(2, fn)
+
+
+def tensor_bytes():
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
+    return sum(storages.values())
+
+
+def is_tensor(candidate):
+    return type(candidate) in (torch.Tensor, nn.Parameter)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_memory_per_parameter(world_size):
+    """Invariant 9: dense Adam's 8 bytes + 4/n for the server error, + 5%; as the slope between two sizes, as workspaces
+    do not grow with the model."""
+
+    def fn(rank):
+        def state_bytes(numel):
+            before = tensor_bytes()
+            p = nn.Parameter(torch.zeros(numel))
+            optimizer = torch.optim.Adam([p])
+            p.grad = torch.ones(numel)
+            optimizer.step()
+            dense = tensor_bytes() - before - 8 * numel  # without parameter and gradient
+            compressed = freeze(optimizer)
+            compressed.step()
+            return dense, tensor_bytes() - before - 8 * numel
+
+        small, large = 400_000, 1_200_000
+        (dense_small, ours_small), (dense_large, ours_large) = state_bytes(small), state_bytes(large)
+        return [(b - a) / (large - small) for a, b in ((dense_small, dense_large), (ours_small, ours_large))]
+
+    slopes = run_ranks(world_size, fn)
+    dense = slopes[0][0]
+    assert dense == pytest.approx(8.0)
+    assert max(ours for _, ours in slopes) <= (dense + 4 / world_size) * 1.05
 
 
 @pytest.mark.parametrize("space", ["update", "momentum"])

@@ -27,6 +27,7 @@ class CompressedBucket:
         communicator: the ranks that take part.
         codec: the quantizer of the worker, used by the thread that encodes and decodes.
         server_codec: the quantizer of the server, used by the thread that exchanges; may be the same in one thread.
+        scratch: memory of that thread for one segment, of ``dtype``; shared by all buckets.
         dtype: dtype of errors and results, float32 or float64.
         device: where they live.
     """
@@ -37,6 +38,7 @@ class CompressedBucket:
         communicator: Communicator,
         codec: Codec,
         server_codec: Codec,
+        scratch: Tensor,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -49,8 +51,7 @@ class CompressedBucket:
         self.live: list[Tensor | None] = [None] * len(layout.segments)
         """Per segment, bit set where an element takes part in its block (see
         :class:`~lightning_onebit.codec.reference.ReferenceCodec`); ``None`` if all do. The same on all ranks."""
-        most_numel = max((s.segment.numel for s in self.buffers.chunk), default=0)
-        self._sum = torch.empty(most_numel, dtype=dtype, device=device)
+        self._scratch = scratch
 
     def encode_segment_(self, index: int) -> None:
         """Step 2: quantize the worker error (value included) into the outgoing message; the rest stays."""
@@ -86,7 +87,7 @@ class CompressedBucket:
                     new.copy_(kept)
                 continue
             live = self.live[served.index]
-            total = self._sum[: served.segment.numel].zero_()
+            total = self._scratch[: served.segment.numel].zero_()
             # Summed in rank order, so that the result does not depend on who serves the block.
             for received in served.received:
                 self.server_codec.add_decoded_(total, *received, live=live)
@@ -129,6 +130,7 @@ class ErrorFeedback:
         self.communicator = Communicator(group)
         self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
         codec = make_codec(config, device=self.device, dtype=self.dtype)
+        scratch = torch.empty(max(SEGMENT_NUMEL, block_size), dtype=self.dtype, device=self.device)
         layouts = plan_buckets(
             [tensor.numel()],
             block_size=block_size,
@@ -136,7 +138,7 @@ class ErrorFeedback:
             bucket_numel=config.bucket_numel(tensor.numel()),
         )
         self.buckets = [
-            CompressedBucket(layout, self.communicator, codec, codec, dtype=self.dtype, device=self.device)
+            CompressedBucket(layout, self.communicator, codec, codec, scratch, dtype=self.dtype, device=self.device)
             for layout in layouts
         ]
 
