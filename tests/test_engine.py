@@ -407,8 +407,7 @@ def is_tensor(candidate):
     return type(candidate) in (torch.Tensor, nn.Parameter)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_memory_per_parameter(world_size):
+def test_memory_per_parameter(world_size=2):
     """Invariant 9: dense Adam's 8 bytes + 4/n for the server error, + 5%; as the slope between two sizes, as workspaces
     do not grow with the model."""
 
