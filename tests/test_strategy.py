@@ -689,3 +689,52 @@ def test_clipping_by_value_and_by_hand():
     first, second = run_trainers(2, fn)
     assert same_params(first[0], second[0])
     assert same_params(first[1], second[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bucket_cap_mb": 0.001},
+        {"gradient_as_bucket_view": True},
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": 0.0005},
+    ],
+)
+def test_ddp_options_change_no_bit_of_the_compressed_phase(options):
+    """With two ranks, where the order of a dense sum cannot matter either."""
+
+    def fn(rank):
+        def params(**ddp_options):
+            strategy = OneBitDDPStrategy(block_size=16, **ddp_options)
+            recorder = fit(strategy, 2, batches=16, callbacks=[PhaseSwitch(FixedStep(4))])[1]
+            assert recorder.phases[-1] is COMPRESSED
+            return recorder.params
+
+        assert same_params(params(**options), params())
+
+    run_trainers(2, fn)
+
+
+def test_rows_of_an_embedding_that_never_occur_stay_bitwise_as_they_were():
+    class Words(Classifier):
+        def __init__(self):
+            super().__init__(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.0))
+            self.words = nn.Embedding(50, 12)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            late = [30] if batch_idx >= 15 and self.global_rank == 1 else []
+            rows = torch.tensor([1, 4, 9, *late])
+            return super().training_step((x + self.words(rows).sum(0), y), batch_idx)
+
+    def fn(rank):
+        model = Words()
+        initial = model.words.weight.detach().clone()
+        fit("onebit_ddp", 2, batches=40, model=model, callbacks=[PhaseSwitch(FixedStep(10))])
+        changed = (model.words.weight.detach() != initial).any(dim=1).nonzero().flatten().tolist()
+        assert changed == [1, 4, 9, 30]
+        return model.words.weight.detach()
+
+    first, second = run_trainers(2, fn)
+    assert torch.equal(first, second)
