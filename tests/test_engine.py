@@ -407,9 +407,10 @@ def is_tensor(candidate):
     return type(candidate) in (torch.Tensor, nn.Parameter)
 
 
-def test_memory_per_parameter(world_size=2):
+def test_memory_per_parameter():
     """Invariant 9: dense Adam's 8 bytes + 4/n for the server error, + 5%; as the slope between two sizes, as workspaces
     do not grow with the model."""
+    world_size = 2
 
     def fn(rank):
         def state_bytes(numel):
