@@ -131,30 +131,6 @@ class OneBitDDPStrategy(DDPStrategy):
 
     # What callbacks need
 
-    @property
-    def beta2(self) -> float:
-        """Decay of the second moment; of all parameter groups the slowest."""
-        return max((float(g["betas"][1]) for o in self.optimizers for g in o.param_groups if "betas" in g), default=0.0)
-
-    @property
-    def learning_rate(self) -> float:
-        """The largest of all parameter groups."""
-        return max((float(group["lr"]) for o in self.optimizers for group in o.param_groups), default=0.0)
-
-    def second_moments(self) -> dict[str, float]:
-        """||v_hat||_1 of every parameter, bias-corrected, by parameter name; in warm-up only."""
-        names, norms, corrections = [], [], []
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    state = optimizer.state.get(p)
-                    if state and "exp_avg_sq" in state and float(state["step"]) > 0:
-                        names.append(self._names[p])
-                        norms.append(state["exp_avg_sq"].sum(dtype=torch.float32))
-                        corrections.append(1.0 - float(group["betas"][1]) ** float(state["step"]))
-        values = torch.stack(norms).tolist() if norms else []
-        return {name: value / correction for name, value, correction in zip(names, values, corrections, strict=True)}
-
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
         assert self._hook_state is not None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import Criterion, Observation, VarianceStability, Verdict
-from lightning_onebit.strategy import OneBitDDPStrategy, strategy_of
+from lightning_onebit.strategy import strategy_of
 
 
 class PhaseSwitch(Callback):
@@ -50,7 +54,7 @@ class PhaseSwitch(Callback):
         strategy = strategy_of(trainer)
         if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
             return
-        self._plan = self.criterion.plan(total_steps=_total_steps(trainer), beta2=strategy.beta2)
+        self._plan = self.criterion.plan(total_steps=_total_steps(trainer), beta2=slowest_beta2(trainer.optimizers))
         for remark in self._plan.remarks:
             rank_zero_info(f"{type(self).__name__}: {remark}")
 
@@ -63,7 +67,7 @@ class PhaseSwitch(Callback):
         has_stepped, self._last_step = step != self._last_step, step
         if not has_stepped or not self._plan.observes(step):
             return
-        verdict = self._judge(strategy, step) if strategy.is_global_zero else None
+        verdict = self._judge(observe(step, trainer.optimizers, pl_module)) if strategy.is_global_zero else None
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
         if strategy.broadcast_decision(verdict is not None and verdict.freeze):
             if verdict is not None:
@@ -93,14 +97,37 @@ class PhaseSwitch(Callback):
         self._history = [Observation(**entry) for entry in state_dict["history"]]
         self._last_step = state_dict["last_step"]
 
-    def _judge(self, strategy: OneBitDDPStrategy, step: int) -> Verdict:
-        self._history = [o for o in self._history if step - self._plan.history <= o.step < step]
-        self._history.append(
-            Observation(step=step, variances=strategy.second_moments(), learning_rate=strategy.learning_rate)
-        )
+    def _judge(self, now: Observation) -> Verdict:
+        self._history = [o for o in self._history if now.step - self._plan.history <= o.step < now.step]
+        self._history.append(now)
         verdict = self.criterion.judge(self._history, self._plan)
         self._reason = verdict.reason
         return verdict
+
+
+def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
+    """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it."""
+    name_of = {p: name for name, p in module.named_parameters()}
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    names, norms, corrections = [], [], []
+    for optimizer, group in groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state and float(state["step"]) > 0:
+                names.append(name_of.get(p, f"parameter {len(names)}"))
+                norms.append(state["exp_avg_sq"].sum(dtype=torch.float32))
+                corrections.append(1.0 - float(group["betas"][1]) ** float(state["step"]))
+    values = torch.stack(norms).tolist() if norms else []
+    return Observation(
+        step=step,
+        variances={n: value / correction for n, value, correction in zip(names, values, corrections, strict=True)},
+        learning_rate=max(float(group["lr"]) for _, group in groups),
+    )
+
+
+def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
+    """The decay of the second moment that takes longest to settle."""
+    return max(float(group["betas"][1]) for optimizer in optimizers for group in optimizer.param_groups)
 
 
 def _total_steps(trainer: pl.Trainer) -> float:
