@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (3 minutes)'
+	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (2 minutes)'
 	@echo 'make test    run the tests'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'

@@ -31,13 +31,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import IO, Any
 
 PREFIX = "onebitlab"
 INTERFACE = "eth0"
@@ -45,8 +45,6 @@ INTERFACE = "eth0"
 
 UNSHAPED, LOOPBACK = "unshaped", "loopback"
 PORT = 29500
-GRACE_SECONDS = 5.0
-"""When a node has failed, the others get this long to say what they saw of it."""
 
 
 class LabError(RuntimeError):
@@ -61,17 +59,6 @@ class Completed:
     returncode: int
     output: str | None
     """stdout and stderr, if captured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Called:
-    """How a function ended on one node."""
-
-    node: int
-    value: Any = None
-    error: str | None = None
-    """The traceback, or what else went wrong; None if the function returned."""
-    first_to_fail: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +124,7 @@ class Loopback:
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context(tempfile.TemporaryFile()) if capture else None for _ in range(self.nodes)]
             processes: list[subprocess.Popen[bytes]] = []
-            stack.callback(lambda: [_kill_session(process.pid, process.wait) for process in processes])
+            stack.callback(_kill, processes)
             for node, output in enumerate(outputs):
                 processes.append(
                     subprocess.Popen(
@@ -149,17 +136,17 @@ class Loopback:
                         start_new_session=True,
                     )
                 )
-            failed: int | None = None
-            while failed is None and any(process.poll() is None for process in processes):
+            while True:
+                codes = [process.poll() for process in processes]
+                failed = next((node for node, code in enumerate(codes) if code), None)
+                if failed is not None or None not in codes:
+                    break
                 if deadline is not None and time.monotonic() > deadline:
                     raise LabError(f"The command did not finish within {timeout_seconds:g} seconds.")
                 time.sleep(0.05)
-                failed = next((node for node, process in enumerate(processes) if process.returncode), None)
-            failed = next((node for node, process in enumerate(processes) if process.returncode), None)
-            for process in processes:
-                _kill_session(process.pid, process.wait)
+            _kill(processes)
             results = [
-                Completed(node=node, returncode=processes[node].returncode, output=_read(output))
+                Completed(node=node, returncode=processes[node].returncode, output=_read(output) if output else None)
                 for node, output in enumerate(outputs)
             ]
         if check and failed is not None:
@@ -167,59 +154,63 @@ class Loopback:
             raise LabError(f"The command failed on node {failed} with exit code {results[failed].returncode}{output_text}")
         return results
 
-    def call(
-        self, function: Callable[..., Any], *args: Any, timeout_seconds: float | None = None, check: bool = True
-    ) -> list[Called]:
-        """Call ``function(*args)`` once per node in forked children of this process; results travel by pickle.
+    def call(self, function: Callable[..., Any], *args: Any, timeout_seconds: float | None = None) -> list[Any]:
+        """Call ``function(*args)`` once per node in forked children of this process.
 
         Much cheaper than :meth:`run` where imports take seconds: children inherit what this process has imported. It
         must not have started threads that they would miss, so: no torch computations here.
 
         Args:
-            function: finds its rank in the environment.
+            function: finds its rank in the environment. What it writes to stdout and stderr is shown only if it fails.
             args: its arguments, inherited.
             timeout_seconds: kill all after this long.
-            check: raise if the function raised on a node.
+
+        Returns:
+            What the function returned, pickled on the way, by node.
 
         Raises:
-            LabError: with ``check``, if the function raised on a node or did not return in time.
+            LabError: as soon as the function fails on a node, with the cause, or if it does not return in time.
         """
         context = multiprocessing.get_context("fork")
         port = self._port()
-        receivers: list[Connection] = []
-        processes: list[BaseProcess] = []
-        sys.stdout.flush()
-        try:
-            for node in range(self.nodes):
+        with contextlib.ExitStack() as stack:
+            receivers: list[Connection] = []
+            processes: list[BaseProcess] = []
+            outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(self.nodes)]
+            stack.callback(_kill, processes)
+            sys.stdout.flush()
+            for node, output in enumerate(outputs):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=self._child, args=(sender, node, port, function, args), daemon=True)
+                arguments = (sender, output.fileno(), node, port, function, args)
+                process = context.Process(target=self._child, args=arguments, daemon=True)
                 process.start()
                 sender.close()
                 receivers.append(receiver)
                 processes.append(process)
-            results = _collect(receivers, timeout_seconds)
-        finally:
-            for process in processes:
-                assert process.pid is not None
-                _kill_session(process.pid, process.join)
-        errors = [result for result in results if result.error is not None]
-        if check and errors:
-            first = next((result for result in errors if result.first_to_fail), errors[0])
-            raise LabError(f"Node {first.node} failed:\n{first.error}")
-        return results
+            values: dict[int, Any] = {}
+            for node, succeeded, value in _receive(receivers, timeout_seconds):
+                if not succeeded:
+                    if value is None:
+                        processes[node].join()
+                        value = f"The process ended with exit code {processes[node].exitcode}.\n{_read(outputs[node])}"
+                    raise LabError(f"Node {node} failed:\n{value}")
+                values[node] = value
+            return [values[node] for node in range(self.nodes)]
 
-    def _child(self, sender: Connection, node: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _child(
+        self, sender: Connection, output: int, node: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
         try:
             os.setsid()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             os.environ.update(self.environment(node, port))
             self._enter(node)
-            sender.send(Called(node=node, value=function(*args)))
+            sender.send((True, function(*args)))
         except BaseException:
-            sender.send(Called(node=node, error=traceback.format_exc()))
+            sender.send((False, traceback.format_exc()))
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             # Not sys.exit: exit handlers belong to the parent, and communication threads may still be waiting.
             os._exit(0)
 
@@ -269,7 +260,7 @@ class NetworkLab(Loopback):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._remove()
 
     def interface_bytes(self) -> list[InterfaceBytes]:
@@ -290,7 +281,7 @@ class NetworkLab(Loopback):
     def throughput_bits_per_second(self, seconds: float = 1.0) -> float:
         """TCP payload per second on one connection from the last node to the first, measured over ``seconds``."""
         results = self.call(_transfer, seconds, timeout_seconds=30 + 2 * seconds)
-        return float(results[0].value)
+        return float(results[0])
 
     def _build(self) -> None:
         _system("ip", "netns", "add", self._switch)
@@ -374,9 +365,10 @@ def token_bucket_bytes(rate_bits_per_second: float) -> tuple[int, int]:
     """Burst and queue limit of the token bucket, bytes.
 
     The burst is what passes at once after a pause: a millisecond at the rate, so that timers which fire late cost no
-    throughput, and from 100 Mbit/s on at least one packet as the sender's segmentation offload makes it. With less, the kernel
-    cuts those up and wakes up for every 1.5 KB: at 200 Mbit/s that took 0.4 cores per link, which belong to the training.
-    Below 100 Mbit/s, at least ten packets. The queue holds 50 ms, and, like a port of a switch, between 128 KiB and 4 MiB.
+    throughput, and from 100 Mbit/s on at least one packet as the sender's segmentation offload makes it. With less, the
+    kernel cuts those up and sets a timer for every 1.5 KB: at 200 Mbit/s that took 0.4 cores per connection, which the
+    training then lacks. Below 100 Mbit/s, at least ten packets. The queue holds 50 ms, and, like a port of a switch,
+    between 128 KiB and 4 MiB.
     """
     bytes_per_second = rate_bits_per_second / 8
     least = 72_000 if rate_bits_per_second >= 100e6 else 10 * 1514
@@ -492,48 +484,40 @@ def _transfer(seconds: float) -> float | None:
 # Processes
 
 
-def _kill_session(pid: int, reap: Callable[[], Any]) -> None:
-    """Kill a process that leads a session, and all of that session; then wait for it."""
-    for kill in (os.killpg, os.kill):
+def _kill(processes: Sequence[subprocess.Popen[bytes] | BaseProcess]) -> None:
+    """Kill processes that lead a session each, and all of their sessions; wait for them."""
+    for process in processes:
+        assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
-    reap()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # in case it has not come to lead a session yet
+    for process in processes:
+        if isinstance(process, subprocess.Popen):
+            process.wait()
+        else:
+            process.join()
 
 
-def _read(output: Any) -> str | None:
-    if output is None:
-        return None
+def _read(output: IO[bytes]) -> str:
     output.seek(0)
-    return str(output.read().decode(errors="replace"))
+    return output.read().decode(errors="replace")
 
 
-def _collect(receivers: Sequence[Connection], timeout_seconds: float | None) -> list[Called]:
-    """One result per node, in order. Once a node has failed, the others do not get much longer."""
-    results: dict[int, Called] = {}
+def _receive(receivers: Sequence[Connection], timeout_seconds: float | None) -> Iterator[tuple[int, bool, Any]]:
+    """Per node, as they come: its number, and what it sent, which is (False, None) if it died."""
+    pending = {receiver: node for node, receiver in enumerate(receivers)}
     deadline = time.monotonic() + timeout_seconds if timeout_seconds is not None else None
-    failed = False
-    while len(results) < len(receivers):
-        pending = {receiver: node for node, receiver in enumerate(receivers) if node not in results}
-        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait(list(pending), timeout=remaining)
+    while pending:
+        ready = wait(list(pending), timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         if not ready:
-            reason = "it was killed after another node had failed" if failed else f"no result after {timeout_seconds:g} s"
-            results |= {node: Called(node=node, error=reason, first_to_fail=not failed) for node in pending.values()}
-            break
+            raise LabError(f"Nodes {sorted(pending.values())} did not finish within {timeout_seconds:g} seconds.")
         for receiver in ready:
             assert isinstance(receiver, Connection)
-            node = pending[receiver]
             try:
-                result: Called = receiver.recv()
+                message = receiver.recv()
             except EOFError:
-                result = Called(node=node, error="it died without a word")
-            if result.error is not None and not failed:
-                failed = True
-                result = Called(node=node, error=result.error, first_to_fail=True)
-                grace_end = time.monotonic() + GRACE_SECONDS
-                deadline = grace_end if deadline is None else min(deadline, grace_end)
-            results[node] = result
-    return [results[node] for node in range(len(receivers))]
+                message = (False, None)
+            yield (pending.pop(receiver), *message)
 
 
 def exit_on_sigterm() -> None:

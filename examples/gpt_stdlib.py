@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import re
 import sysconfig
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -63,7 +65,6 @@ class GPT(pl.LightningModule):
         heads: attention heads per block.
         lr: the largest learning rate: reached after a linear warm-up, then a cosine down to a tenth of it.
         lr_warmup_steps: optimizer steps of that warm-up.
-        beta2: decay of AdamW's second moment.
     """
 
     def __init__(
@@ -76,11 +77,10 @@ class GPT(pl.LightningModule):
         heads: int = 4,
         lr: float = 3e-3,
         lr_warmup_steps: int = 50,
-        beta2: float = 0.99,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr, self.lr_warmup_steps, self.beta2 = lr, lr_warmup_steps, beta2
+        self.lr, self.lr_warmup_steps = lr, lr_warmup_steps
         self.words = nn.Embedding(vocabulary_size, d_model)
         self.positions = nn.Embedding(context, d_model)
         self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(layers))
@@ -113,7 +113,7 @@ class GPT(pl.LightningModule):
         self.log("val_loss", self.loss(batch), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, self.beta2), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
         total = float(self.trainer.estimated_stepping_batches)
 
         def factor(step: int) -> float:
@@ -132,23 +132,35 @@ UNKNOWN = "<unk>"
 WORD = re.compile(r"\n *|[^\W\d]\w*|\d+|[^\w\s]")
 """A line break with the indentation that follows, an identifier or keyword, a number, or one other character."""
 
-NOT_PROSE = frozenset(
-    # Tests, what is not the standard library, and large generated or historical tables.
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-)
-VALIDATION_EVERY = 10
-"""Every tenth file is for validation."""
+NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+TABLES = {"encodings", "pydoc_data", "entities.py", "stringprep.py"}
+"""Names of folders and files: data rather than code."""
 
 
-def stdlib_files() -> list[Path]:
-    """The sources of the running Python's standard library, in an order that depends on their names only."""
+def stdlib_files() -> dict[str, Path]:
+    """The sources of the running Python's standard library by name, relative to its folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: if this Python came without them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path.relative_to(root) for path in root.rglob("*.py")]
-    files = sorted((path for path in files if not NOT_PROSE.intersection(path.parts)), key=Path.as_posix)
-    return [root / path for path in files]
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = {
+        name: paths[name]
+        for name in sorted(paths)
+        if not (NOT_THE_LIBRARY | TABLES).intersection(name.split("/")) and not name.startswith("_sysconfigdata")
+    }
+    if not files:
+        raise FileNotFoundError(f"No sources of the standard library in {root}. HINT: use a Python that comes with them.")
+    return files
 
 
-def split_words(paths: list[Path]) -> list[str]:
+def is_for_validation(name: str) -> bool:
+    """A fixed tenth of all names: other files, of another Python version, do not change where a file belongs."""
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
+def split_words(paths: Iterable[Path]) -> list[str]:
     """All words of the files, one file after the other."""
     return [word for path in paths for word in WORD.findall(path.read_text(encoding="utf-8", errors="replace"))]
 
@@ -194,12 +206,12 @@ class StdlibSources(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         files = stdlib_files()
-        words = split_words([path for i, path in enumerate(files) if i % VALIDATION_EVERY])
+        words = split_words(path for name, path in files.items() if not is_for_validation(name))
         frequent = [word for word, _ in Counter(words).most_common(self.vocabulary_size - 1)]
         self.vocabulary = [UNKNOWN, *frequent]
         self._ids = {word: i for i, word in enumerate(self.vocabulary)}
         self.train_ids = self.encode(words)
-        self.validation_ids = self.encode(split_words(files[::VALIDATION_EVERY]))
+        self.validation_ids = self.encode(split_words(path for name, path in files.items() if is_for_validation(name)))
 
     def encode(self, words: list[str]) -> Tensor:
         """Ids of words, int64; 0 for those outside the vocabulary."""

@@ -171,7 +171,7 @@ class VarianceStability(Criterion):
             window = max(1, int(longest // WINDOWS_PER_WARMUP))
             remarks.append(
                 f"The run is too short to compare second moments 1/(1 - beta2) = {memory} steps apart: comparing"
-                f" {window} steps apart instead. HINT: a smaller beta2 forgets faster and is judged sooner."
+                f" {window} steps apart instead. HINT: set window and tolerance to judge by other numbers."
             )
         every = max(1, window // OBSERVATIONS_PER_WINDOW)
         return Plan(

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,13 +41,14 @@ class PhaseSwitch(Callback):
         self.criterion = criterion if criterion is not None else VarianceStability()
         self._history: list[Observation] = []
         self._last_step = 0
-        self._reason = ""
+        self.verdict: Verdict | None = None
+        """The criterion's last word, on rank 0: whether it froze, why, and whether it was forced to."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy_of(trainer)
         if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
-            self._history, self._last_step, self._reason = [], 0, "no second moment has been observed"
+            self._history, self._last_step, self.verdict = [], 0, None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,9 +82,10 @@ class PhaseSwitch(Callback):
         strategy = strategy_of(trainer)
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
+            reason = "nothing was judged" if self.verdict is None else self.verdict.reason
             rank_zero_warn(
                 f"This run never compressed anything: after {strategy.optimizer_steps} optimizer steps it was still in"
-                f" warm-up, that is plain DDP ({self._reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
+                f" warm-up, that is plain DDP ({reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
                 " use PhaseSwitch(criterion=FixedStep(n))."
             )
 
@@ -100,16 +102,17 @@ class PhaseSwitch(Callback):
     def _judge(self, now: Observation) -> Verdict:
         self._history = [o for o in self._history if now.step - self._plan.history <= o.step < now.step]
         self._history.append(now)
-        verdict = self.criterion.judge(self._history, self._plan)
-        self._reason = verdict.reason
-        return verdict
+        self.verdict = self.criterion.judge(self._history, self._plan)
+        return self.verdict
 
 
 def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
     """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it."""
     name_of = {p: name for name, p in module.named_parameters()}
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    names, norms, corrections = [], [], []
+    names: list[str] = []
+    norms: list[Tensor] = []
+    corrections: list[float] = []
     for optimizer, group in groups:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
@@ -121,13 +124,13 @@ def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Ob
     return Observation(
         step=step,
         variances={n: value / correction for n, value, correction in zip(names, values, corrections, strict=True)},
-        learning_rate=max(float(group["lr"]) for _, group in groups),
+        learning_rate=max((float(group["lr"]) for _, group in groups), default=0.0),
     )
 
 
 def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
     """The decay of the second moment that takes longest to settle."""
-    return max(float(group["betas"][1]) for optimizer in optimizers for group in optimizer.param_groups)
+    return max((float(group["betas"][1]) for o in optimizers for group in o.param_groups), default=0.0)
 
 
 def _total_steps(trainer: pl.Trainer) -> float:
