@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lab import LabError, NetworkLab, check_requirements, exit_on_sigterm, make_lab, sent_bytes
+from lab import LOOPBACK, LabError, NetworkLab, check_requirements, exit_on_sigterm, make_lab, sent_bytes
 from report import SHARED_CORES, Spread, describe, environment, save, size, table
 from torch import Tensor
 
@@ -198,24 +198,27 @@ def main() -> int:
     if not with_deepspeed:
         print("DeepSpeed's CompressedBackend is not measured: no deepspeed <= 0.19.6 is installed.", flush=True)
     try:
-        if set(settings.rates) - {"loopback"}:
+        if set(settings.rates) - {LOOPBACK}:
             check_requirements()
-        for rate in settings.rates:
-            for nodes in settings.nodes:
-                with make_lab(nodes=nodes, rate=rate) as network:
-                    if isinstance(network, NetworkLab):
-                        document["links"][rate] = {
-                            "tcp_bits_per_second": network.throughput_bits_per_second(),
-                            "congestion_control": network.congestion_control(),
-                        }
-                    for numel in settings.sizes:
-                        arguments = (numel, settings.calls, with_deepspeed, settings.timeout)
-                        by_rank = network.call(measure, *arguments, timeout_seconds=settings.timeout)
-                        document["results"] += summary(rate, nodes, numel, by_rank)
-                        print(f"{rate}, {nodes} nodes, {numel} elements: done", flush=True)
+        # All at once, so that a mistake in the last rate does not wait for the others.
+        labs = [(rate, nodes, make_lab(nodes=nodes, rate=rate)) for rate in settings.rates for nodes in settings.nodes]
+        for rate, nodes, network in labs:
+            with network:
+                if isinstance(network, NetworkLab):
+                    document["links"][rate] = {
+                        "tcp_bits_per_second": network.throughput_bits_per_second(),
+                        "congestion_control": network.congestion_control(),
+                    }
+                for numel in settings.sizes:
+                    arguments = (numel, settings.calls, with_deepspeed, settings.timeout)
+                    by_rank = network.call(measure, *arguments, timeout_seconds=settings.timeout)
+                    document["results"] += summary(rate, nodes, numel, by_rank)
+                    print(f"{rate}, {nodes} nodes, {numel} elements: done", flush=True)
     except (LabError, ValueError) as error:
         print(f"collective: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     if settings.out is not None:
         save(settings.out, document)
     print("\n" + "\n\n".join([as_table(document["results"]), *NOTES]))

@@ -334,7 +334,7 @@ class NetworkLab(Loopback):
 
 
 def make_lab(*, nodes: int, rate: str, delay: str | None = None) -> Loopback:
-    """A :class:`Loopback` if the rate is "loopback", else a :class:`NetworkLab`."""
+    """A :class:`Loopback`, which knows no delay, if the rate is "loopback"; else a :class:`NetworkLab`."""
     return Loopback(nodes=nodes) if rate == LOOPBACK else NetworkLab(nodes=nodes, rate=rate, delay=delay)
 
 

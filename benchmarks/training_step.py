@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lab import LabError, Loopback, NetworkLab, check_requirements, exit_on_sigterm, make_lab, sent_bytes
+from lab import LOOPBACK, LabError, Loopback, NetworkLab, check_requirements, exit_on_sigterm, make_lab, sent_bytes
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from report import SHARED_CORES, Spread, describe, environment, save, size, table
@@ -354,11 +354,13 @@ def main() -> int:
     print(describe(document["environment"]), flush=True)
     tables: list[str] = []
     try:
-        if set(settings.rates) - {"loopback"}:
+        if set(settings.rates) - {LOOPBACK}:
             check_requirements()
-        for rate in settings.rates:
+        # All at once, so that a mistake in the last rate does not wait for the others.
+        networks = [make_lab(nodes=settings.nodes, rate=rate, delay=settings.delay) for rate in settings.rates]
+        for rate, network in zip(settings.rates, networks, strict=True):
             results = Results(rate, settings)
-            with make_lab(nodes=settings.nodes, rate=rate, delay=None if rate == "loopback" else settings.delay) as network:
+            with network:
                 results.measure(network)
             entries = results.summary()
             document["links"][rate] = results.link
@@ -371,6 +373,8 @@ def main() -> int:
     except (LabError, ValueError) as error:
         print(f"training_step: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print("\n" + "\n\n".join([*tables, *document["notes"]]))
     return 0
 
