@@ -15,8 +15,8 @@ beside it. Longer blocks would also save nothing: scales are 0.2% of the message
 
 MEBIBYTE = 1024 * 1024
 FLOAT32_NBYTES = 4
-BUCKETS = 8
-AUTOMATIC_BUCKET_MIB = (1, 25)
+BUCKETS = 4
+AUTOMATIC_BUCKET_MIB = (4, 25)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CompressionConfig:
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
     bucket_cap_mb: float | None = None
-    """Size of one exchange, in MiB of float32 gradient; ``None``: an eighth of the model, between 1 and 25 MiB, so that
+    """Size of one exchange, in MiB of float32 gradient; ``None``: a quarter of the model, between 4 and 25 MiB, so that
     exchanges overlap with work without becoming many. The result does not depend on it."""
 
     def __post_init__(self) -> None:

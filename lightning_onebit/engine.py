@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -15,6 +15,7 @@ from lightning_onebit.comm.allreduce import error_dtype
 from lightning_onebit.comm.lane import InlineLane, Lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.flat import all_finite
 from lightning_onebit.optim import method_for
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
@@ -171,9 +172,7 @@ class CompressedOptimizer:
         grads = [p.grad for p in params if p.grad is not None]
         device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
         flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
-        if grads:
-            norm = get_total_norm(grads)
-            flags[0] = (~torch.isfinite(norm)).to(device)
+        flags[0] = not all_finite(grads)
         self.communicator.all_reduce_max_(flags)
         any_nonfinite, *active = flags.tolist()
         return not any_nonfinite, {p: bool(flag) for p, flag in zip(params, active, strict=True)}

@@ -1,9 +1,12 @@
-"""Tensors as flat vectors in memory order, without a copy."""
+"""Tensors as flat vectors in memory order, without a copy, and what is asked of all their elements."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 
 def flat_view(tensor: Tensor) -> Tensor:
@@ -36,3 +39,9 @@ def is_dense(tensor: Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is infinite or NaN."""
+    # One pass at the speed of memory nearly always answers: a finite norm has finite elements. The reverse does not hold.
+    return bool(torch.isfinite(get_total_norm(tensors))) or all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -45,7 +45,7 @@ class OneBitDDPStrategy(DDPStrategy):
         hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True``
             is not available.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
-            the former, an eighth of the model, between 1 and 25, for the latter.
+            the former, a quarter of the model, between 4 and 25, for the latter.
         **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 

@@ -340,6 +340,22 @@ def test_a_nonfinite_gradient_on_one_rank_skips_the_step_on_all(bad):
     assert all(torch.equal(a, b) for a, b in zip(undisturbed, disturbed, strict=True))
 
 
+def test_a_huge_but_finite_gradient_is_no_reason_to_skip():
+    """Its square is beyond float32, but it is clamped."""
+
+    def fn(rank):
+        optimizer = make_optimizer(torch.optim.AdamW, torch.float32)
+        warm_up(optimizer, WARMUP_STEPS, 2)
+        compressed = freeze(optimizer, block_size=64)
+        for index, p in enumerate(params_of(optimizer)):
+            p.grad = gradient(rank, 20, index, p.shape, p.dtype)
+        params_of(optimizer)[2].grad[17] = 1e30
+        assert compressed.step()
+        assert all(torch.isfinite(p).all() for p in params_of(optimizer))
+
+    run_ranks(2, fn)
+
+
 def test_a_parameter_without_gradient_on_all_ranks_sits_out():
     """Like under Adam: neither it nor its state changes, and its step does not count."""
 

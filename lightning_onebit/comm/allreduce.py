@@ -14,6 +14,7 @@ from lightning_onebit.codec.layout import SEGMENT_NUMEL, BucketLayout, plan_buck
 from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
+from lightning_onebit.flat import all_finite
 
 
 class CompressedBucket:
@@ -233,7 +234,7 @@ def bucket_starts(layouts: Sequence[BucketLayout]) -> list[int]:
 def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:
     """Fail on all ranks alike, before anything is exchanged or changed."""
     numel = tensor.numel()
-    finite = bool(torch.isfinite(tensor).all())
+    finite = all_finite([tensor])
     facts = torch.tensor([not finite, numel, -numel], dtype=torch.int64, device=tensor.device)
     communicator.all_reduce_max_(facts)
     any_nonfinite, largest, minus_smallest = facts.tolist()
