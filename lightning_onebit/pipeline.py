@@ -103,8 +103,11 @@ class Pipeline:
             self._pieces.append(pieces)
             for piece in pieces:
                 self._take_momentum(piece)
+                p = self.parameters[piece.parameter]
+                if piece.start + piece.numel == p.numel():
+                    del optimizer.state[p]["exp_avg"]
         for p in self.parameters:
-            optimizer.state[p].pop("exp_avg", None)
+            optimizer.state[p].pop("exp_avg", None)  # of empty parameters, which have no segment
 
     def step(self, active: Sequence[bool]) -> None:
         params = [flat_view(p) for p in self.parameters]

@@ -148,6 +148,8 @@ def test_misuse_is_explained():
         compressed_all_reduce(torch.zeros(3), block_size=12)
     with pytest.raises(ValueError, match=r"made for shape \(3,\)"):
         compressed_all_reduce(torch.zeros(4), ErrorFeedback(torch.zeros(3)))
+    with pytest.raises(ValueError, match="float64 needs"):
+        compressed_all_reduce(torch.zeros(3, dtype=torch.float64), ErrorFeedback(torch.zeros(3)))
 
 
 def test_bytes_are_a_thirtieth_of_dense():

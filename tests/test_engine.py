@@ -11,6 +11,7 @@ from model import AdamModel
 from ranks import run_ranks
 from torch import nn
 
+from lightning_onebit import pipeline
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import CompressedOptimizer
@@ -410,6 +411,22 @@ def test_gradients_are_only_read_and_the_momentum_is_freed():
             assert torch.equal(p.grad, gradient(rank, 20, index, p.shape, p.dtype))
 
     run_ranks(2, fn)
+
+
+def test_the_momentum_is_freed_bucket_by_bucket(monkeypatch):
+    """So that the switch itself needs no second copy of it."""
+    optimizer = torch.optim.Adam(make_params(torch.float32, [(64,)] * 4))
+    warm_up(optimizer, 1, 1)
+    left = []
+
+    class Counting(pipeline.CompressedBucket):
+        def __init__(self, *args, **kwargs):
+            left.append(sum("exp_avg" in state for state in optimizer.state.values()))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "CompressedBucket", Counting)
+    freeze(optimizer, block_size=8, bucket_cap_mb=64 * 4 / 2**20)
+    assert left == [4, 3, 2, 1]
 
 
 def tensor_bytes():

@@ -197,6 +197,11 @@ def compressed_all_reduce(
             f"The error feedback was made for shape {tuple(error_feedback.shape)}, not {tuple(tensor.shape)}."
             " HINT: keep one `ErrorFeedback` per tensor."
         )
+    if error_feedback.dtype != error_dtype(tensor.dtype):
+        raise ValueError(
+            f"The error feedback was made for errors of {error_feedback.dtype}, but {tensor.dtype} needs"
+            f" {error_dtype(tensor.dtype)}. HINT: create `ErrorFeedback` from a tensor of the same dtype."
+        )
     _check_agreement(tensor, error_feedback.communicator)
 
     flat = tensor.reshape(-1)
