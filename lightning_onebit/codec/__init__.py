@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_onebit.codec.cpu import CpuCodec
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.layout import SEGMENT_NUMEL
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.momentum import LocalMomentum
 
 
 class Codec(Protocol):
@@ -19,15 +22,21 @@ class Codec(Protocol):
 
     name: str
 
-    def encode_(self, values: Tensor, signs: Tensor, scales: Tensor, live: Tensor | None = None) -> None: ...
+    def encode_(self, values: Tensor, encoded: Encoded) -> None: ...
 
-    def decode_(
-        self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
+    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None: ...
+
+    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None: ...
+
+    def encode_momentum_(
+        self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded
     ) -> None: ...
 
-    def add_decoded_(
-        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
-    ) -> None: ...
+    def settle_momentum_(self, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded) -> None: ...
+
+    def encode_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None: ...
+
+    def settle_mean_(self, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None: ...
 
 
 def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Codec:

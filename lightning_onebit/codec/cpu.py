@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.layout import sign_nbytes
-from lightning_onebit.codec.reference import block_scales
+from lightning_onebit.codec.reference import ReferenceCodec, block_scales
 from lightning_onebit.config import Scale
 
 # Eight bytes of value 0 or 1, read as one little-endian integer and multiplied by this, have their
@@ -23,7 +25,7 @@ TOP_BYTE = slice(7, None, 8)
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
 
 
-class CpuCodec:
+class CpuCodec(ReferenceCodec):
     """:class:`~lightning_onebit.codec.reference.ReferenceCodec`, fast. Not thread-safe: it owns its workspace.
 
     Args:
@@ -36,8 +38,7 @@ class CpuCodec:
     name = "cpu"
 
     def __init__(self, *, block_size: int, scale: Scale = "l2", max_numel: int, dtype: torch.dtype) -> None:
-        self.block_size = block_size
-        self.scale: Scale = scale
+        super().__init__(block_size=block_size, scale=scale)
         padded = sign_nbytes(max_numel) * 8
         real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(real)
@@ -49,9 +50,11 @@ class CpuCodec:
         self._dead = np.empty(padded, dtype=bool)
         self._decoded = torch.empty(padded, dtype=dtype)
         self._mask = torch.empty(padded, dtype=dtype)
+        self._sum = torch.empty(padded, dtype=dtype)
 
-    def encode_(self, values: Tensor, signs: Tensor, scales: Tensor, live: Tensor | None = None) -> None:
-        """See :meth:`ReferenceCodec.encode_`."""
+    @override
+    def encode_(self, values: Tensor, encoded: Encoded) -> None:
+        signs, scales, live = encoded
         numel = values.numel()
         if numel == 0:
             return
@@ -70,10 +73,11 @@ class CpuCodec:
         bits[numel:] = False
         words = np.multiply(bits.view(np.uint64), GATHER_BITS, out=self._words[: signs.numel()])
         np.copyto(signs.numpy(), words.view(np.uint8)[TOP_BYTE])
-        self.add_decoded_(values, signs, scales, -1.0, live=live)
+        self.add_decoded_(values, encoded, -1.0)
 
-    def decode_(self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None) -> None:
-        """See :meth:`ReferenceCodec.decode_`."""
+    @override
+    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
+        signs, scales, live = encoded
         numel = out.numel()
         if numel == 0:
             return
@@ -90,16 +94,15 @@ class CpuCodec:
         if decoded.data_ptr() != out.data_ptr():
             out.copy_(decoded)
 
-    def add_decoded_(
-        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
-    ) -> None:
-        """See :meth:`ReferenceCodec.add_decoded_`."""
+    @override
+    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
+        signs, scales, live = encoded
         numel = target.numel()
         if numel == 0:
             return
         decoded = self._decoded[:numel]
         if live is not None:
-            self.decode_(decoded, signs, scales, factor, live=live)
+            self.decode_(decoded, encoded, factor)
             target.add_(decoded)
             return
         self._expand(self._signs_of_byte, signs, self._decoded)
@@ -107,6 +110,14 @@ class CpuCodec:
         for (rows, blocks), (sign_rows, _) in zip(self._rows(target), self._rows(decoded), strict=True):
             # The product is exact, so whether it is fused with the addition makes no difference.
             rows.addcmul_(sign_rows, factors[blocks])
+
+    @override
+    def _workspace(self, like: Tensor) -> Tensor:
+        return self._decoded[: like.numel()]
+
+    @override
+    def _sum_workspace(self, like: Tensor) -> Tensor:
+        return self._sum[: like.numel()]
 
     def _scales(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scales of all blocks; where ``mask`` is 0, ``values`` are 0 and do not count."""

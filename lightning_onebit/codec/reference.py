@@ -5,10 +5,14 @@ Every other codec does the same with other instructions: the bits are equal bit 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.config import Scale
+from lightning_onebit.momentum import LocalMomentum
 
 SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
 """Between these a float32 norm loses nothing to under- or overflow of the squares."""
@@ -30,25 +34,27 @@ class ReferenceCodec:
         block_size: elements per block, a multiple of 8.
         scale: ``"l2"`` or ``"l1"``.
 
-    All tensors are one-dimensional and contiguous: ``values`` and ``out`` float32 or float64 ``[numel]``, where
-    element 0 starts a block; ``signs`` and ``live`` uint8 ``[ceil(numel / 8)]``, least significant bit first;
-    ``scales`` float32 ``[ceil(numel / block_size)]``.
+    All tensors are one-dimensional and contiguous: ``values``, ``out``, ``error`` and ``target`` float32 or float64
+    ``[numel]``, where element 0 starts a block. Arguments that a method ends in an underscore for are written: ``values``,
+    ``out``, ``error``, ``target``, and signs and scales of ``encoded``, ``sent`` and ``served``.
+
+    **Whole steps.** The ``encode_...`` methods of worker and server leave the new error in ``out``, which is ``error``
+    itself, unless the step may yet have to be taken back: then it is scratch, and the ``settle_...`` method computes the
+    same error from the message that was sent. Both ways lead to the same bits.
     """
 
     name = "reference"
 
     def __init__(self, *, block_size: int, scale: Scale = "l2") -> None:
         self.block_size = block_size
-        self.scale = scale
+        self.scale: Scale = scale
 
-    def encode_(self, values: Tensor, signs: Tensor, scales: Tensor, live: Tensor | None = None) -> None:
+    def encode_(self, values: Tensor, encoded: Encoded) -> None:
         """Quantize ``values``, leaving the quantization error behind: ``values == q + error`` (to rounding).
 
         Args:
             values: what to send; overwritten by the error.
-            signs: receives the sign bits.
-            scales: receives the scales.
-            live: bit set where an element takes part in its block; ``None`` if all do.
+            encoded: receives signs and scales.
 
         Raises:
             FloatingPointError: if a value is not finite, or a scale is beyond float32. Nothing has been modified then.
@@ -56,16 +62,18 @@ class ReferenceCodec:
         numel = values.numel()
         if numel == 0:
             return
+        signs, scales, live = encoded
         live_mask = torch.ones_like(values, dtype=torch.bool) if live is None else unpack_bits(live, numel)
         padding = (0, -numel % self.block_size)
         rows = torch.nn.functional.pad(values * live_mask, padding).view(-1, self.block_size)
         sizes = torch.nn.functional.pad(live_mask, padding).view(-1, self.block_size).sum(dim=1)
         scales.copy_(block_scales(rows, sizes.clamp(min=1).to(values.dtype), self.scale))
         signs.copy_(pack_bits(torch.where(live_mask, values >= 0, values != 0)))
-        self.add_decoded_(values, signs, scales, -1.0, live=live)
+        self.add_decoded_(values, encoded, -1.0)
 
-    def decode_(self, out: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None) -> None:
+    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
         """Write ``factor * q`` to ``out``; dead elements become -0.0, which added to anything leaves its bits alone."""
+        signs, scales, live = encoded
         numel = out.numel()
         bits = unpack_bits(signs, numel)
         element_scales = (scales.to(out.dtype) * factor).repeat_interleave(self.block_size)[:numel]
@@ -73,13 +81,74 @@ class ReferenceCodec:
         if live is not None:
             out.masked_fill_(~unpack_bits(live, numel), -0.0)
 
-    def add_decoded_(
-        self, target: Tensor, signs: Tensor, scales: Tensor, factor: float = 1.0, live: Tensor | None = None
-    ) -> None:
+    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
         """Add ``factor * q`` to ``target``, the same bits as :meth:`decode_` and an addition."""
         decoded = torch.empty_like(target)
-        self.decode_(decoded, signs, scales, factor, live=live)
+        self.decode_(decoded, encoded, factor)
         target.add_(decoded)
+
+    def encode_momentum_(
+        self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded
+    ) -> None:
+        """Steps 1 and 2, on a worker: quantize ``error + momentum`` into ``sent``; the new error goes to ``out``.
+
+        Args:
+            out: where the new error goes, ``error`` or scratch.
+            error: the worker error.
+            previous: u, the last average, with the elements that were live then.
+            momentum: what is added to the error.
+            sent: receives signs and scales.
+
+        Raises:
+            FloatingPointError: as :meth:`encode_`; ``out`` has been modified then.
+        """
+        self._add_momentum_(out, error, previous, momentum)
+        self.encode_(out, sent)
+
+    def settle_momentum_(self, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded) -> None:
+        """The new worker error, in place, when :meth:`encode_momentum_` has already filled ``sent``."""
+        self._add_momentum_(error, error, previous, momentum)
+        self.add_decoded_(error, sent, -1.0)
+
+    def encode_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None:
+        """Step 4, on a server: quantize the mean of ``received`` plus ``error`` into ``served``.
+
+        Args:
+            out: where the new server error goes, ``error`` or scratch.
+            error: the server error.
+            received: one from each rank, in rank order, so that the result does not depend on who serves.
+            served: receives signs and scales. Wake-up calls of all ranks are passed on.
+        """
+        self._add_mean_(out, error, received)
+        self.encode_(out, served)
+        if served.live is not None:
+            for each in received:
+                served.signs.bitwise_or_(each.signs & ~served.live)
+
+    def settle_mean_(self, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None:
+        """The new server error, in place, when :meth:`encode_mean_` has already filled ``served``."""
+        self._add_mean_(error, error, received)
+        self.add_decoded_(error, served, -1.0)
+
+    def _add_momentum_(self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum) -> None:
+        if out is not error:
+            out.copy_(error)
+        self.add_decoded_(out, previous, momentum.decay)
+        momentum.add_gradient_(out, self._workspace(out))
+
+    def _add_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded]) -> None:
+        total = self._sum_workspace(out).zero_()
+        for each in received:
+            self.add_decoded_(total, each)
+        torch.add(error, total.div_(len(received)), out=out)
+
+    def _workspace(self, like: Tensor) -> Tensor:
+        """Memory that no call but :meth:`encode_` and :meth:`add_decoded_` uses."""
+        return torch.empty_like(like)
+
+    def _sum_workspace(self, like: Tensor) -> Tensor:
+        """Memory that :meth:`add_decoded_` does not use."""
+        return torch.empty_like(like)
 
 
 def block_scales(rows: Tensor, sizes: Tensor | float, scale: Scale) -> Tensor:

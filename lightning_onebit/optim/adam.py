@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
+from lightning_onebit.momentum import LocalMomentum
 from lightning_onebit.optim.method import CompressedMethod
 
 WOKEN_VARIANCE = 1e-34
@@ -143,25 +144,27 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         out.copy_(direction)
 
     @override
-    def add_gradient_(
-        self, error: Tensor, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: AdamCoefficients
-    ) -> None:
-        # No fused multiply-add (`alpha=`) anywhere: it rounds differently in vectorized loops and in their
-        # remainders, and the result would depend on how a parameter was cut into segments.
-        c, numel = coefficients, error.numel()
-        if grad is None or grad.dtype != error.dtype or c.coupled_decay or c.sign < 0:
+    def local_momentum(
+        self, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: AdamCoefficients, *, keep: bool
+    ) -> LocalMomentum:
+        c, numel = coefficients, param.numel()
+        if grad is None or grad.dtype != self.dtype or c.coupled_decay or c.sign < 0:
             gradient = self._workspace(1, numel)
             gradient.zero_() if grad is None else gradient.copy_(grad).mul_(c.sign)
             if c.coupled_decay:
                 gradient.add_(self._workspace(0, numel).copy_(param).mul_(c.coupled_decay))
         else:
             gradient = grad
-        if self.config.space == "update":
-            local = self._denominator(self._with_late_variance(exp_avg_sq, gradient, c.beta2), c.eps)
-            torch.div(gradient, local, out=local).clamp_(-c.kappa, c.kappa).mul_(1.0 - c.beta1)
-        else:
-            local = torch.mul(gradient, 1.0 - c.beta1, out=self._workspace(0, numel))
-        error.add_(local)
+        if self.config.space == "momentum":
+            return LocalMomentum(gradient=gradient, second_moment=None, decay=c.beta1, weight=1.0 - c.beta1)
+        return LocalMomentum(
+            gradient=gradient,
+            second_moment=self._with_late_variance(exp_avg_sq, gradient, c.beta2, keep=keep),
+            decay=c.beta1,
+            weight=1.0 - c.beta1,
+            eps=c.eps,
+            kappa=c.kappa,
+        )
 
     @override
     def decay_(self, param: Tensor, coefficients: AdamCoefficients) -> None:
@@ -194,16 +197,18 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         self._has_late = self._has_late or late
         exp_avg_sq.masked_fill_(woken, -WOKEN_VARIANCE if late else WOKEN_VARIANCE)
 
-    def _with_late_variance(self, exp_avg_sq: Tensor, gradient: Tensor, beta2: float) -> Tensor:
-        """Second moments to divide by, after an Adam update of the late coordinates (in place)."""
+    def _with_late_variance(self, exp_avg_sq: Tensor, gradient: Tensor, beta2: float, *, keep: bool) -> Tensor:
+        """Second moments to divide by, after an Adam update of the late coordinates (in place if ``keep``)."""
         if not self._has_late:
             return exp_avg_sq
         late = exp_avg_sq < 0
         if not late.any():
             return exp_avg_sq
         adapted = exp_avg_sq.mul(beta2).sub_(gradient.square().mul_(1.0 - beta2))  # minus the new variance
-        exp_avg_sq.copy_(torch.where(late, adapted, exp_avg_sq))
-        return exp_avg_sq.abs()
+        adapted = torch.where(late, adapted, exp_avg_sq)
+        if keep:
+            exp_avg_sq.copy_(adapted)
+        return adapted.abs_()
 
     def _shared(self, exp_avg_sq: Tensor) -> Tensor:
         """The second moment as far as all ranks know the same."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.momentum import LocalMomentum
 
 Coefficients = TypeVar("Coefficients")
 """The numbers of one step that are the same for all elements of a parameter."""
@@ -68,10 +69,6 @@ class CompressedMethod(ABC, Generic[Coefficients]):
         """The numbers of the parameter's present step, read anew from the group, as schedulers change them."""
 
     @abstractmethod
-    def momentum_decay(self, coefficients: Coefficients) -> float:
-        """Factor of the previous average in the next value: beta1 in ``beta1 u + (1 - beta1) g``."""
-
-    @abstractmethod
     def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         """Write u, the momentum in the space that is communicated, to ``out``."""
 
@@ -80,10 +77,23 @@ class CompressedMethod(ABC, Generic[Coefficients]):
         """Inverse of :meth:`momentum_`: write the optimizer's own momentum buffer to ``out``."""
 
     @abstractmethod
-    def add_gradient_(
-        self, error: Tensor, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: Coefficients
-    ) -> None:
-        """Add the local gradient's part of the local momentum to ``error``; ``grad`` is not changed. ``None`` is zero."""
+    def local_momentum(
+        self, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: Coefficients, *, keep: bool
+    ) -> LocalMomentum:
+        """What this rank adds to its error in step 1. Valid until the next call; ``grad`` is not changed, ``None`` is zero.
+
+        Args:
+            grad: the local gradient.
+            param: the parameter.
+            exp_avg_sq: the second moment.
+            coefficients: the numbers of this step.
+            keep: whether what the method learns from this gradient is written to ``exp_avg_sq``: false as long as
+                the step may have to be taken back.
+        """
+
+    @abstractmethod
+    def momentum_decay(self, coefficients: Coefficients) -> float:
+        """Factor of the previous average in the next value: beta1 in ``beta1 u + (1 - beta1) g``."""
 
     @abstractmethod
     def decay_(self, param: Tensor, coefficients: Coefficients) -> None:

@@ -1,0 +1,40 @@
+"""What a worker adds to its error at each step, whichever optimizer it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalMomentum:
+    """Step 1 of the algorithm for one segment, apart from the last average u, which is kept as bits::
+
+        decay * u + weight * clamp(gradient / (sqrt(second_moment) + eps), -kappa, kappa)
+
+    and ``decay * u + weight * gradient`` for a method without preconditioner.
+    """
+
+    gradient: Tensor
+    """``[numel]``, in the dtype of the errors; only read."""
+    second_moment: Tensor | None
+    """``[numel]``, float32, float64 or bfloat16; only read. ``None``: no preconditioner."""
+    decay: float
+    weight: float
+    eps: float = 0.0
+    kappa: float = float("inf")
+
+    def add_gradient_(self, target: Tensor, workspace: Tensor) -> None:
+        """Add the second term to ``target [numel]``, by way of ``workspace [numel]`` of the same dtype."""
+        # No fused multiply-add (`alpha=`) anywhere: it rounds differently in vectorized loops and in their
+        # remainders, and the result would depend on how a parameter was cut into segments.
+        if self.second_moment is None:
+            torch.mul(self.gradient, self.weight, out=workspace)
+        else:
+            moment = self.second_moment
+            torch.sqrt(moment if moment.dtype == workspace.dtype else workspace.copy_(moment), out=workspace)
+            torch.div(self.gradient, workspace.add_(self.eps), out=workspace)
+            workspace.clamp_(-self.kappa, self.kappa).mul_(self.weight)
+        target.add_(workspace)
