@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from lightning_onebit.comm.allreduce import error_dtype
-from lightning_onebit.comm.lane import InlineLane, Lane
+from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
+from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import all_finite
@@ -33,9 +34,10 @@ class CompressedOptimizer:
         optimizer: a supported optimizer (see :mod:`lightning_onebit.optim`), whose warm-up state is the same on all ranks.
         config: settings of the compression.
         communicator: the ranks that train together. With one rank nothing is quantized.
-        exchanges: the same ranks, on the process group of ``lane``; the same communicator if that is inline.
-        lane: where compressed exchanges are carried out.
         names: parameter names for messages.
+        groups: the same ranks, on the process groups of ``lane``; without, all exchange on that of ``communicator``.
+        lane: where compressed exchanges are carried out.
+        overlap: whether :meth:`gradients_ready` will be called during backward.
 
     Raises:
         ValueError: if the optimizer is not supported, or its second moment is not finite.
@@ -48,8 +50,9 @@ class CompressedOptimizer:
         communicator: Communicator,
         names: Mapping[Tensor, str],
         *,
-        exchanges: Communicator | None = None,
-        lane: Lane | InlineLane | None = None,
+        groups: ExchangeGroups | None = None,
+        lane: AnyLane | None = None,
+        overlap: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.communicator = communicator
@@ -59,6 +62,7 @@ class CompressedOptimizer:
         method_type = method_for(optimizer)
         self._check_second_moments()
 
+        self._overlap = overlap and communicator.world_size > 1
         # Reversed: roughly the order in which backward produces gradients.
         placed = [(group, p) for group in optimizer.param_groups for p in group["params"]][::-1]
         kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
@@ -69,19 +73,48 @@ class CompressedOptimizer:
                 method_type,
                 config,
                 communicator,
-                exchanges or communicator,
+                groups or flat_groups(communicator),
                 lane or InlineLane(),
+                overlap=self._overlap,
                 dtype=dtype,
                 device=device,
             )
             for dtype, device in kinds
         ]
+        self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
+        self._anticipated = 0
+        self._arrived: set[Tensor] = set()
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     @property
     def numel(self) -> int:
         """Elements of all parameters."""
         return sum(map(sum, self._numels))
+
+    @torch.no_grad()
+    def gradients_ready(self, params: Iterable[Tensor]) -> None:
+        """Start to send buckets whose gradients are all there. Call during backward, when those of ``params`` are final.
+
+        Buckets go in the same order on all ranks, whatever the order of the calls.
+
+        Raises:
+            RuntimeError: at a second backward before the next step.
+        """
+        if not self._overlap:
+            return
+        arrived = set(params)
+        again = arrived & self._arrived
+        if again:
+            raise RuntimeError(
+                f"The gradient of {self._names.get(again.pop(), 'a parameter')!r} came a second time before the optimizer"
+                " stepped, when the first may have been sent. HINT: use overlap=False."
+            )
+        self._arrived |= arrived
+        while self._anticipated < len(self._order):
+            pipeline, members = self._order[self._anticipated]
+            if any(p.requires_grad and p not in self._arrived for p in members):
+                break
+            self._anticipate_next_(pipeline)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -95,6 +128,12 @@ class CompressedOptimizer:
             on one of them.
         """
         self._check_same_parameters()
+        if self._overlap:
+            # Whatever this rank has heard of its gradients: all ranks exchange all buckets, or none would know what to do.
+            for pipeline, _ in self._order[self._anticipated :]:
+                self._anticipate_next_(pipeline)
+            self._anticipated = 0
+            self._arrived.clear()
         with record_function("onebit::agree"):
             finite, active = self._agree()
         counters = self.communicator.counters
@@ -102,9 +141,11 @@ class CompressedOptimizer:
         counters.dense_equivalent_bytes += ring_all_reduce_nbytes(
             DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size
         )
-        if finite:
-            for pipeline in self._pipelines:
+        for pipeline in self._pipelines:
+            if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])
+            elif self._overlap:
+                pipeline.take_back()
         return finite
 
     @torch.no_grad()
@@ -153,6 +194,10 @@ class CompressedOptimizer:
             pipeline.thaw_(outstanding)
         self.close()
 
+    def _anticipate_next_(self, pipeline: Pipeline) -> None:
+        pipeline.anticipate_()
+        self._anticipated += 1
+
     def close(self) -> None:
         """Take the hook off the optimizer's ``state_dict``, without touching its state."""
         self._handle.remove()
@@ -169,10 +214,12 @@ class CompressedOptimizer:
     def _agree(self) -> tuple[bool, dict[Tensor, bool]]:
         """Whether all gradients of all ranks are finite, and which parameters have one on any rank."""
         params = [p for pipeline in self._pipelines for p in pipeline.parameters]
-        grads = [p.grad for p in params if p.grad is not None]
         device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
         flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
-        flags[0] = not all_finite(grads)
+        if self._overlap:
+            flags[0] = not all(pipeline.all_finite for pipeline in self._pipelines)
+        else:
+            flags[0] = not all_finite([p.grad for p in params if p.grad is not None])
         self.communicator.all_reduce_max_(flags)
         any_nonfinite, *active = flags.tolist()
         return not any_nonfinite, {p: bool(flag) for p, flag in zip(params, active, strict=True)}

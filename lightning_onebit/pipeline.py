@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ from lightning_onebit.codec import make_codec
 from lightning_onebit.codec.layout import SEGMENT_NUMEL, plan_buckets
 from lightning_onebit.codec.reference import pack_bits, unpack_bits
 from lightning_onebit.comm.allreduce import CompressedBucket
-from lightning_onebit.comm.lane import InlineLane, Lane, Ticket
+from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.comm.hierarchical import NodeAverage
+from lightning_onebit.comm.lane import AnyLane, Ticket
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.flat import flat_gradient, flat_view, unflatten_like
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.momentum import LocalMomentum
 from lightning_onebit.optim.method import CompressedMethod
 
 
@@ -33,27 +36,33 @@ class _Piece:
     parameter: int
     start: int
     numel: int
+    error: Tensor | None
+    """The worker error; ``None`` if the segment belongs to another rank's shard."""
+    shard_offset: int
+    """Place in the shard, if it belongs to this one's."""
 
     def of(self, flat: Tensor) -> Tensor:
         return flat[self.start : self.start + self.numel]
 
-    @property
-    def error(self) -> Tensor:
-        return self.bucket.buffers.segments[self.index].worker_error
 
+class _Operand(NamedTuple):
+    """What a step reads and writes of one parameter: flat tensors ``[numel]``, and its numbers."""
 
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What a step works on, by parameter: flat tensors, and numbers that are ``None`` if the parameter sits out."""
-
-    coefficients: Sequence[Any]
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor | None]
-    variances: Sequence[Tensor]
+    coefficients: Any
+    """``None`` if the parameter sits out."""
+    param: Tensor
+    grad: Tensor | None
+    variance: Tensor
 
 
 class Pipeline:
-    """The parameters of one dtype and device: frozen, cut into buckets, stepped bucket by bucket."""
+    """The parameters of one dtype and device: frozen, cut into buckets, stepped bucket by bucket.
+
+    A step takes one of two ways, with the same result. **Deferred**: :meth:`step` alone, when all gradients are known to
+    be finite. **Overlapped**: :meth:`anticipate_` for every bucket in turn, as soon as its gradients are there, and then
+    :meth:`step`, or :meth:`take_back` if a gradient is infinite or NaN on some rank: until then nothing has changed
+    but messages.
+    """
 
     def __init__(
         self,
@@ -62,9 +71,10 @@ class Pipeline:
         method_type: type[CompressedMethod[Any]],
         config: CompressionConfig,
         communicator: Communicator,
-        exchanges: Communicator,
-        lane: InlineLane | Lane,
+        groups: ExchangeGroups,
+        lane: AnyLane,
         *,
+        overlap: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -73,18 +83,19 @@ class Pipeline:
         self.device = device
         self._dtype = dtype
         self._communicator = communicator
+        self._topology = groups.topology
         self._lane = lane
         self._quantized = communicator.world_size > 1
         if not self._quantized:  # the space of what is quantized decides nothing: take the one that is bounded
             config = replace(config, space="update")
         segment_numel = max(SEGMENT_NUMEL, config.block_size)
         self._method = method_type(optimizer, config, segment_numel=segment_numel, dtype=dtype, device=device)
-        self._decoded = torch.empty(segment_numel, dtype=dtype, device=device)
+        self._scratch = torch.empty(segment_numel, dtype=dtype, device=device)
         self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
         # One for each thread: a codec owns its workspace.
-        codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
-        scratch = torch.empty(segment_numel, dtype=dtype, device=device)
+        self._codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
+        server_scratch = torch.empty(segment_numel, dtype=dtype, device=device)
         layouts = plan_buckets(
             [p.numel() for p in self.parameters],
             block_size=config.block_size,
@@ -97,8 +108,10 @@ class Pipeline:
         self._pieces: list[list[_Piece]] = []
         for layout in layouts:
             # Bucket by bucket, as the momentum's memory is freed: no second copy of all of it.
-            bucket = CompressedBucket(layout, exchanges, codec, server_codec, scratch, dtype=dtype, device=device)
-            pieces = [_Piece(bucket, i, s.parameter, s.start, s.numel) for i, s in enumerate(layout.segments)]
+            bucket = CompressedBucket(
+                layout, groups, server_codec, server_scratch, revocable=overlap, dtype=dtype, device=device
+            )
+            pieces = _pieces(bucket)
             self._buckets.append(bucket)
             self._pieces.append(pieces)
             for piece in pieces:
@@ -109,90 +122,176 @@ class Pipeline:
         for p in self.parameters:
             optimizer.state[p].pop("exp_avg", None)  # of empty parameters, which have no segment
 
+        self._node_average: NodeAverage | None = None
+        self._shard_gradients: list[Tensor] = []
+        if not self._topology.is_flat:
+            self._node_average = NodeAverage(layouts, groups, dtype=dtype, device=device)
+            self._shard_gradients = [torch.empty_like(bucket.buffers.worker_error) for bucket in self._buckets]
+        self._tickets: list[Ticket] = []
+        self._all_finite = True
+
+    @property
+    def bucket_parameters(self) -> list[set[Tensor]]:
+        """For each bucket, the parameters of which it holds elements."""
+        return [{self.parameters[piece.parameter] for piece in pieces} for pieces in self._pieces]
+
+    @property
+    def all_finite(self) -> bool:
+        """Whether the gradients of all buckets anticipated so far are finite, on this rank."""
+        return self._all_finite
+
+    def anticipate_(self) -> None:
+        """Send the next bucket before it is known whether the step will count: errors stay as they are."""
+        index = len(self._tickets)
+        operands = self._operands({piece.parameter for piece in self._pieces[index]})
+        self._average_(index, operands)
+        if all_finite([gradient for gradient in self._gradients(index, operands) if gradient is not None]):
+            self._encode_(index, operands, keep=False)
+        else:
+            self._all_finite = False  # all ranks will learn it, and disregard whatever the message holds
+        self._tickets.append(self._lane.submit(partial(self._buckets[index].exchange_, keep=False)))
+
+    def take_back(self) -> None:
+        """The step does not count: forget what was anticipated, once it has arrived."""
+        tickets, self._tickets, self._all_finite = self._tickets, [], True
+        for ticket in tickets:
+            self._wait(ticket)
+
     def step(self, active: Sequence[bool]) -> None:
-        params = [flat_view(p) for p in self.parameters]
-        coefficients = []
+        """Steps 1 to 6 of the algorithm; parameters that are not ``active`` sit out."""
         for p, is_active in zip(self.parameters, active, strict=True):
             if is_active:
                 self._method.count_step_(p)
-            coefficients.append(self._method.coefficients(p, self._group(p)) if is_active else None)
-        step = _Step(
-            coefficients=coefficients,
-            params=params,
-            grads=[flat_gradient(p) for p in self.parameters],
-            variances=[self._variance(p) for p in self.parameters],
-        )
-        if not self._quantized:
-            for pieces in self._pieces:
-                self._encode_(pieces, step)
-                self._apply_(pieces, step)
+        operands = self._operands(range(len(self.parameters)), active)
+        if self._tickets:
+            assert len(self._tickets) == len(self._buckets)
+            tickets, self._tickets, self._all_finite = self._tickets, [], True
+            for index, ticket in enumerate(tickets):
+                self._wait(ticket)
+                self._settle_(index, operands)
+                self._finish_(index, operands)
             return
 
         # Bucket k is encoded, and bucket j < k applied, while the lane exchanges those in between.
-        tickets: list[Ticket] = []
-        applied = 0
-        for bucket, pieces in zip(self._buckets, self._pieces, strict=True):
-            self._encode_(pieces, step)
-            skip = {piece.index for piece in pieces if coefficients[piece.parameter] is None}
-            tickets.append(self._lane.submit(partial(bucket.exchange_, skip)))
-            while applied < len(tickets) and tickets[applied].done():
-                self._finish_(tickets, applied, step)
-                applied += 1
-        for index in range(applied, len(tickets)):
-            self._finish_(tickets, index, step)
+        tickets, finished = [], 0
+        for index, bucket in enumerate(self._buckets):
+            self._average_(index, operands)
+            self._encode_(index, operands, keep=True)
+            if not self._quantized:
+                self._finish_(index, operands)
+                continue
+            tickets.append(self._lane.submit(partial(bucket.exchange_, self._sitting_out(index, operands))))
+            while finished < len(tickets) and tickets[finished].done():
+                self._wait(tickets[finished])
+                self._finish_(finished, operands)
+                finished += 1
+        for index in range(finished, len(tickets)):
+            self._wait(tickets[index])
+            self._finish_(index, operands)
 
-    def _finish_(self, tickets: Sequence[Ticket], index: int, step: _Step) -> None:
+    def _operands(self, parameters: Iterable[int], active: Sequence[bool] | None = None) -> dict[int, _Operand]:
+        operands = {}
+        for index in parameters:
+            p = self.parameters[index]
+            sits_out = active is not None and not active[index]
+            operands[index] = _Operand(
+                coefficients=None if sits_out else self._method.coefficients(p, self._group(p)),
+                param=flat_view(p),
+                grad=flat_gradient(p),
+                variance=self._variance(p),
+            )
+        return operands
+
+    def _sitting_out(self, index: int, operands: Mapping[int, _Operand]) -> set[int]:
+        return {piece.index for piece in self._pieces[index] if operands[piece.parameter].coefficients is None}
+
+    def _average_(self, index: int, operands: Mapping[int, _Operand]) -> None:
+        """Before step 1, where nodes have several devices: the mean gradient of this node, for this rank's shard."""
+        if self._node_average is not None:
+            with record_function("onebit::node_average"):
+                grads = {parameter: operand.grad for parameter, operand in operands.items()}
+                self._node_average.average_(self._shard_gradients[index], self._buckets[index].layout, grads)
+
+    def _gradients(self, index: int, operands: Mapping[int, _Operand]) -> list[Tensor | None]:
+        """By piece, the gradient that this rank has to quantize; ``None`` for zero."""
+        gradients = []
+        for piece in self._pieces[index]:
+            grad = operands[piece.parameter].grad
+            if self._node_average is None:
+                gradients.append(None if grad is None else piece.of(grad))
+            elif piece.error is None:
+                gradients.append(None)
+            else:
+                gradients.append(self._shard_gradients[index][piece.shard_offset :][: piece.numel])
+        return gradients
+
+    def _encode_(self, index: int, operands: Mapping[int, _Operand], *, keep: bool) -> None:
+        """Steps 1 and 2: add the local momentum to the error and quantize it; errors change only if ``keep``."""
+        bucket = self._buckets[index]
+        with record_function("onebit::encode"):
+            for piece, error, momentum in self._momenta(index, operands, keep=keep):
+                if self._quantized:
+                    out = error if keep else self._scratch[: piece.numel]
+                    self._codec.encode_momentum_(out, error, bucket.result(piece.index), momentum, bucket.sent(piece.index))
+                else:
+                    momentum.add_gradient_(error.mul_(momentum.decay), self._scratch[: piece.numel])
+
+    def _settle_(self, index: int, operands: Mapping[int, _Operand]) -> None:
+        """What was left open when the bucket was sent: the errors, of worker and server."""
+        bucket = self._buckets[index]
+        with record_function("onebit::settle"):
+            for piece, error, momentum in self._momenta(index, operands, keep=True):
+                self._codec.settle_momentum_(error, bucket.result(piece.index), momentum, bucket.sent(piece.index))
+            bucket.settle_server_(self._codec, self._sitting_out(index, operands))
+
+    def _momenta(
+        self, index: int, operands: Mapping[int, _Operand], *, keep: bool
+    ) -> Iterator[tuple[_Piece, Tensor, LocalMomentum]]:
+        """The pieces of this rank's shard that do not sit out, each with its error and what is to be added to that."""
+        for piece, gradient in zip(self._pieces[index], self._gradients(index, operands), strict=True):
+            c, param, _, variance = operands[piece.parameter]
+            if piece.error is not None and c is not None:
+                momentum = self._method.local_momentum(gradient, piece.of(param), piece.of(variance), c, keep=keep)
+                yield piece, piece.error, momentum
+
+    def _wait(self, ticket: Ticket) -> None:
         start = time.perf_counter()
         with record_function("onebit::wait"):
-            tickets[index].wait()
+            ticket.wait()
         self._communicator.counters.seconds_waited += time.perf_counter() - start
-        self._apply_(self._pieces[index], step)
 
-    def _encode_(self, pieces: Sequence[_Piece], step: _Step) -> None:
-        """Steps 1 and 2: add the local momentum to the error and quantize it."""
-        with record_function("onebit::encode"):
-            for piece in pieces:
-                index = piece.parameter
-                c, grad = step.coefficients[index], step.grads[index]
-                if c is None:
-                    continue
-                variance = piece.of(step.variances[index])
-                self._add_momentum_(piece, self._method.momentum_decay(c))
-                self._wake_(piece, variance)
-                local = None if grad is None else piece.of(grad)
-                self._method.add_gradient_(piece.error, local, piece.of(step.params[index]), variance, c)
-                if self._quantized:
-                    piece.bucket.encode_segment_(piece.index)
-
-    def _apply_(self, pieces: Sequence[_Piece], step: _Step) -> None:
-        """Step 6."""
+    def _finish_(self, index: int, operands: Mapping[int, _Operand]) -> None:
+        """Step 6, and what the new average means for the next step."""
+        bucket = self._buckets[index]
+        if self._quantized:
+            bucket.accept_(self._sitting_out(index, operands))
         with record_function("onebit::apply"):
-            for piece in pieces:
-                c = step.coefficients[piece.parameter]
+            for piece in self._pieces[index]:
+                c, param, _, variance = operands[piece.parameter]
                 if c is None:
                     continue
-                param, factor = piece.of(step.params[piece.parameter]), self._method.direction_factor(c)
+                param, variance = piece.of(param), piece.of(variance)
+                factor = self._method.direction_factor(c)
                 self._method.decay_(param, c)
                 if self._quantized and self._method.only_adds and param.dtype == self._dtype:
-                    piece.bucket.add_result_(piece.index, param, factor)
+                    self._codec.add_decoded_(param, bucket.result(piece.index), factor)
                 else:
-                    variance = piece.of(step.variances[piece.parameter])
                     self._method.apply_(param, self._direction(piece, factor), variance, c)
+                self._wake_(piece, variance)
 
     def outstanding(self) -> dict[Tensor, Tensor]:
         errors = {p: torch.zeros(p.numel(), dtype=self._dtype, device=self.device) for p in self.parameters}
         if self._quantized:
             for bucket, pieces in zip(self._buckets, self._pieces, strict=True):
-                total = bucket.buffers.worker_error.clone()
-                for served in bucket.buffers.chunk:
-                    # Times n: the mean over the ranks, of whom only this one has it, is the server error itself.
-                    part = total[served.segment.offset : served.segment.offset + served.segment.numel]
-                    part.add_(served.server_error, alpha=self._communicator.world_size)
+                # Summed over all ranks: the mean of the nodes' worker errors, and the server error of the one that has it.
+                total = torch.zeros(bucket.layout.numel, dtype=self._dtype, device=self.device)
+                for index, worker in bucket.buffers.worker.items():
+                    _part(total, bucket, index).copy_(worker.worker_error).mul_(self._topology.local_world_size)
+                for served in bucket.buffers.server:
+                    _part(total, bucket, served.index).add_(served.server_error, alpha=self._topology.world_size)
                 self._communicator.all_reduce_mean_(total)
                 for piece in pieces:
-                    offset = bucket.layout.segments[piece.index].offset
-                    part = total[offset : offset + piece.numel]
-                    piece.of(errors[self.parameters[piece.parameter]]).copy_(part)
+                    piece.of(errors[self.parameters[piece.parameter]]).copy_(_part(total, bucket, piece.index))
         return {p: unflatten_like(error, p) for p, error in errors.items()}
 
     def add_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
@@ -201,9 +300,9 @@ class Pipeline:
             return
         flat = [flat_view(errors[p]) if p in errors else None for p in self.parameters]
         for piece in self._all_pieces():
-            error = flat[piece.parameter]
-            if error is not None:
-                piece.error.add_(piece.of(error).to(piece.error.dtype))
+            outstanding = flat[piece.parameter]
+            if outstanding is not None and piece.error is not None:
+                piece.error.add_(piece.of(outstanding).to(self._dtype))
 
     def stock_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Per parameter, the entries of a stock optimizer's state that are held in another form while frozen."""
@@ -226,8 +325,6 @@ class Pipeline:
 
     def thaw_(self, outstanding: Mapping[Tensor, Tensor]) -> None:
         stock = self.stock_state()
-        for piece in self._all_pieces():
-            self._wake_(piece, piece.of(self._variance(self.parameters[piece.parameter])))
         self._apply_outstanding_(outstanding)
         for p in self.parameters:
             self.optimizer.state[p].update(stock[p])
@@ -237,7 +334,7 @@ class Pipeline:
             p = self.parameters[piece.parameter]
             if p in errors:
                 coefficients = self._method.coefficients(p, self._group(p))
-                direction = self._decoded[: piece.numel].copy_(piece.of(flat_view(errors[p])))
+                direction = self._scratch[: piece.numel].copy_(piece.of(flat_view(errors[p])))
                 direction.mul_(self._method.direction_factor(coefficients))
                 self._method.apply_(piece.of(flat_view(p)), direction, piece.of(self._variance(p)), coefficients)
 
@@ -249,43 +346,42 @@ class Pipeline:
         p = self.parameters[piece.parameter]
         group, state = self._group(p), self.optimizer.state[p]
         variance = piece.of(self._variance(p))
-        error = piece.error
-        self._method.momentum_(error, piece.of(flat_view(state["exp_avg"])), variance, group)
         dead = self._method.dead(variance)
         if dead.any():
-            error.masked_fill_(dead, 0.0)
             piece.bucket.live[piece.index] = pack_bits(~dead)
+        error = piece.error
+        if error is None:
+            return
+        self._method.momentum_(error, piece.of(flat_view(state["exp_avg"])), variance, group)
+        error.masked_fill_(dead, 0.0)
         if self._quantized:
             error.mul_(self._method.momentum_decay(self._method.coefficients(p, group)))
 
-    def _add_momentum_(self, piece: _Piece, decay: float) -> None:
-        """The first term of step 1: decay times the last average, on top of the error."""
-        if self._quantized:
-            piece.bucket.add_result_(piece.index, piece.error, decay)
-        else:
-            piece.error.mul_(decay)
-
     def _wake_(self, piece: _Piece, variance: Tensor) -> None:
-        """Let coordinates live whose wake-up call, from whichever rank, came with the last result."""
+        """Let coordinates live from the next step on whose wake-up call, from whichever rank, came with the average."""
         live = piece.bucket.live[piece.index]
         if live is None:
             return
-        calls = piece.bucket.buffers.segments[piece.index].result.signs if self._quantized else pack_bits(piece.error != 0)
+        if self._quantized:
+            calls = piece.bucket.result(piece.index).signs
+        else:
+            assert piece.error is not None
+            calls = pack_bits(piece.error != 0)
         woken_bits = calls & ~live
         if woken_bits.any():
             self._method.wake_(variance, unpack_bits(woken_bits, piece.numel))
-            live |= woken_bits
-            if unpack_bits(live, piece.numel).all():
-                piece.bucket.live[piece.index] = None
+            live = live | woken_bits
+            piece.bucket.live[piece.index] = None if unpack_bits(live, piece.numel).all() else live
 
     def _direction(self, piece: _Piece, factor: float) -> Tensor:
         """The average u of the last step, times ``factor``."""
-        decoded = self._decoded[: piece.numel]
+        direction = self._scratch[: piece.numel]
         if self._quantized:
-            piece.bucket.decode_result_(piece.index, decoded, factor)
+            self._codec.decode_(direction, piece.bucket.result(piece.index), factor)
         else:
-            torch.mul(piece.error, factor, out=decoded)
-        return decoded
+            assert piece.error is not None
+            torch.mul(piece.error, factor, out=direction)
+        return direction
 
     def _variance(self, p: Tensor) -> Tensor:
         return flat_view(self.optimizer.state[p]["exp_avg_sq"])
@@ -296,3 +392,28 @@ class Pipeline:
 
     def _all_pieces(self) -> list[_Piece]:
         return [piece for pieces in self._pieces for piece in pieces]
+
+
+def _pieces(bucket: CompressedBucket) -> list[_Piece]:
+    pieces, shard_offset = [], 0
+    for index, segment in enumerate(bucket.layout.segments):
+        worker = bucket.buffers.worker.get(index)
+        pieces.append(
+            _Piece(
+                bucket=bucket,
+                index=index,
+                parameter=segment.parameter,
+                start=segment.start,
+                numel=segment.numel,
+                error=None if worker is None else worker.worker_error,
+                shard_offset=shard_offset,
+            )
+        )
+        shard_offset += 0 if worker is None else segment.numel
+    return pieces
+
+
+def _part(flat: Tensor, bucket: CompressedBucket, index: int) -> Tensor:
+    """The elements of a segment in a tensor that holds those of its bucket."""
+    segment = bucket.layout.segments[index]
+    return flat[segment.offset : segment.offset + segment.numel]

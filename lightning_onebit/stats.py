@@ -27,6 +27,10 @@ class PhaseCounters:
     bytes_sent: int = 0
     """Bytes handed to the network: payload, without headers of the transport."""
     bytes_received: int = 0
+    bytes_within_node: int = 0
+    """Bytes sent to other devices of the same node, by hierarchical exchanges; in none of the others."""
+    collectives: int = 0
+    """Collective operations, each of one message per pair of ranks or less."""
     dense_equivalent_bytes: int = 0
     """Bytes that dense float32 DDP would have sent in the same steps."""
     seconds_waited: float = 0.0
@@ -53,6 +57,10 @@ class CommStats:
     @property
     def bytes_received(self) -> int:
         return sum(counters.bytes_received for counters in self.phases.values())
+
+    @property
+    def bytes_within_node(self) -> int:
+        return sum(counters.bytes_within_node for counters in self.phases.values())
 
     @property
     def dense_equivalent_bytes(self) -> int:

@@ -13,21 +13,24 @@ from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
-from lightning_onebit.comm.lane import InlineLane, Lane
-from lightning_onebit.comm.primitives import Communicator, new_group
+from lightning_onebit.comm.groups import ExchangeGroups, new_groups
+from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
 from lightning_onebit.stats import CommStats
+from lightning_onebit.topology import Topology
 
 
 class OneBitDDPStrategy(DDPStrategy):
@@ -40,10 +43,10 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
-        overlap: whether buckets are exchanged during backward. ``"auto"`` and ``False``: after it. ``True`` is not
-            available.
-        hierarchical: whether ranks of a node average among themselves first. ``"auto"`` and ``False``: no. ``True``
-            is not available.
+        overlap: whether buckets are sent during backward, as their gradients come. The result is the same, bit for bit.
+            ``"auto"``: on a GPU, where nothing can change gradients between backward and step; says what it chose and why.
+        hierarchical: whether ranks of a node average their gradients first, at full precision, and each sends its share.
+            ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
             the former, a quarter of the model, between 4 and 25, for the latter.
         **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
@@ -64,8 +67,9 @@ class OneBitDDPStrategy(DDPStrategy):
         bucket_cap_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_unavailable("overlap", overlap, "exchanges happen in the optimizer step, after backward")
-        _check_unavailable("hierarchical", hierarchical, "all ranks exchange with each other directly")
+        for name, value in (("overlap", overlap), ("hierarchical", hierarchical)):
+            if value not in (True, False, "auto"):
+                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
         self.config = CompressionConfig(
             block_size=block_size,
             scale=scale,
@@ -85,8 +89,11 @@ class OneBitDDPStrategy(DDPStrategy):
         self._steps: dict[Optimizer, int] = {}
         self._phase = Phase.WARMUP
         self._stepping = False
-        self._exchanges: Communicator | None = None
-        self._lane: Lane | InlineLane = InlineLane()
+        self.overlap = overlap
+        self.hierarchical = hierarchical
+        self._overlaps = False
+        self._groups: ExchangeGroups | None = None
+        self._lane: AnyLane = InlineLane()
 
     # What a user reads and calls
 
@@ -156,8 +163,8 @@ class OneBitDDPStrategy(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         self._reset()
         self._hook_state = HookState(Communicator())
-        if self._exchanges is None and self.world_size > 1:
-            self._exchanges = Communicator(new_group(self._timeout), waits=False)
+        if self._groups is None and self.world_size > 1:
+            self._groups = new_groups(self._topology(self._hook_state.communicator), self._timeout)
         self._set_phase(Phase.WARMUP)
         self.model.register_comm_hook(self._hook_state, phase_hook)
 
@@ -171,12 +178,58 @@ class OneBitDDPStrategy(DDPStrategy):
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self._names)
             self._steps[optimizer] = 0
+        self._overlaps = self._choose_overlap(trainer)
+        for optimizer in self.optimizers:
             optimizer.register_step_pre_hook(self._guard)
         if self.world_size == 1:
             rank_zero_warn(
                 f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
                 " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
             )
+
+    def _topology(self, communicator: Communicator) -> Topology:
+        """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
+        flat = Topology(num_nodes=self.world_size, node_rank=self.global_rank)
+        if self.hierarchical is False:
+            return flat
+        if self.num_nodes == 1 or self.num_processes == 1:
+            if self.hierarchical is True:
+                rank_zero_warn(
+                    f"hierarchical=True has no effect with {self.num_nodes} node(s) of {self.num_processes} process(es):"
+                    " it takes several nodes of several processes."
+                )
+            return flat
+        nodes = Topology(
+            num_nodes=self.num_nodes,
+            node_rank=self.node_rank,
+            local_world_size=self.num_processes,
+            local_rank=self.local_rank,
+        )
+        misplaced = torch.tensor(nodes.rank != self.global_rank, dtype=torch.int32, device=self.root_device)
+        communicator.all_reduce_max_(misplaced)
+        if not misplaced:
+            return nodes
+        remark = "ranks are not numbered node by node, so exchanges cannot be hierarchical"
+        if self.hierarchical is True:
+            raise ValueError(f"hierarchical=True: {remark}. HINT: change the launcher's placement, or use 'auto'.")
+        rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
+        return flat
+
+    def _choose_overlap(self, trainer: pl.Trainer) -> bool:
+        """Whether exchanges start during backward; says so, and why."""
+        assert self.lightning_module is not None
+        if self.world_size == 1 or self.overlap is False:
+            return False
+        obstacle = obstacle_to_overlap(trainer, self.lightning_module)
+        if self.overlap is True:
+            if obstacle is not None:
+                raise ValueError(f"overlap=True is not possible: {obstacle}. HINT: use overlap='auto' or False.")
+            return True
+        if obstacle is None and self.root_device.type == "cpu":
+            obstacle = "on CPU it costs more time than it hides"
+        when = "during backward" if obstacle is None else f"in the optimizer step, as {obstacle}"
+        rank_zero_info(f"{type(self).__name__}: once compressed, exchanges start {when} (overlap='auto').")
+        return obstacle is None
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -284,20 +337,22 @@ class OneBitDDPStrategy(DDPStrategy):
     def _enter_compressed_phase(self) -> None:
         assert self._hook_state is not None
         self._lane.close()
-        # Work on CUDA is asynchronous by itself, and a thread would need streams of its own.
-        threaded = self._exchanges is not None and self.root_device.type == "cpu"
-        self._lane = Lane() if threaded else InlineLane()
+        self._lane = make_lane(self.root_device) if self.world_size > 1 else InlineLane()
         self._compressed = {
             optimizer: CompressedOptimizer(
                 optimizer,
                 self.config,
                 self._hook_state.communicator,
                 self._names,
-                exchanges=self._exchanges if threaded else None,
+                groups=self._groups,
                 lane=self._lane,
+                overlap=self._overlaps,
             )
             for optimizer in self.optimizers
         }
+        if self._overlaps:
+            (compressed,) = self._compressed.values()
+            self._hook_state.gradients_ready = compressed.gradients_ready
         self._set_phase(Phase.COMPRESSED)
 
     def _set_phase(self, phase: Phase) -> None:
@@ -305,8 +360,10 @@ class OneBitDDPStrategy(DDPStrategy):
         if self._hook_state is not None:
             self._hook_state.phase = phase
             self._hook_state.communicator.counters = self.comm_stats[phase]
-        if self._exchanges is not None:
-            self._exchanges.counters = self.comm_stats[phase]
+            if phase is Phase.WARMUP:
+                self._hook_state.gradients_ready = None
+        if self._groups is not None:
+            self._groups.count_into(self.comm_stats[phase])
 
     def _reset(self) -> None:
         """Forget an earlier fit."""
@@ -354,10 +411,3 @@ def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
             " Trainer(strategy='onebit_ddp')."
         )
     return trainer.strategy
-
-
-def _check_unavailable(name: str, value: object, what_happens: str) -> None:
-    if value is True:
-        raise ValueError(f"{name}=True is not available in this version: {what_happens}. Use 'auto' or False.")
-    if value is not False and value != "auto":
-        raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto' or False.")

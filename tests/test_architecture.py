@@ -15,11 +15,11 @@ PACKAGE = "lightning_onebit"
 ROOT = Path(lightning_onebit.__file__).parent
 
 FLOORS = [
-    {"config", "phase", "version"},
-    {"codec", "optim", "stability", "stats", "flat", "sketch", "costs"},
+    {"config", "phase", "topology", "version"},
+    {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
     {"engine", "pipeline", "ddp_hook"},
-    {"strategy", "preflight", "checkpoint", "callbacks"},
+    {"strategy", "overlap", "preflight", "checkpoint", "callbacks"},
     {"doctor", "__main__"},
     {"__init__"},
 ]

@@ -15,4 +15,4 @@ class Encoded(NamedTuple):
     scales: Tensor
     """float32 ``[ceil(numel / block_size)]``"""
     live: Tensor | None = None
-    """Like ``signs``: bit set where an element takes part in its block; ``None`` if all do. Known to all ranks, never sent."""
+    """Like ``signs``: bit set where an element takes part in its block; ``None`` if all do. Known to all, never sent."""

@@ -8,7 +8,10 @@ block
 segment
     A run of whole blocks of one parameter, short enough to stay in cache while it is worked on.
 chunk
-    The blocks of a bucket that one rank serves: rank r averages chunk r for everybody.
+    The blocks of a bucket that one rank averages for everybody. On a flat network rank r serves chunk r.
+shard
+    The chunks of a bucket that ranks with one local rank serve: each rank compresses its shard. On a flat network
+    that is the bucket.
 bucket
     The blocks that travel in one exchange.
 
@@ -24,7 +27,9 @@ Nothing here influences a result, only its place: every block is quantized by it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lightning_onebit.topology import Topology
 
 SCALE_NBYTES = 4
 MESSAGE_ALIGNMENT = 8
@@ -57,9 +62,9 @@ class Segment:
     """First element in the flattened parameter."""
     numel: int
     chunk: int
-    """Rank that serves these blocks."""
+    """Place of the chunk in the message buffer; who serves it is a matter of topology."""
     offset: int
-    """First element in the bucket's error buffer."""
+    """First element in the bucket."""
     blocks: int
     scales_offset: int
     """First byte of the scales in the bucket's ``world_size * chunk_nbytes`` message buffer."""
@@ -80,20 +85,33 @@ class BucketLayout:
     """Places of one bucket's elements in memory and of its blocks on the wire."""
 
     segments: tuple[Segment, ...]
-    """In element order, hence also grouped by chunk in rank order."""
+    """In element order, hence also grouped by chunk."""
     numel: int
     world_size: int
+    """Number of chunks."""
     chunk_nbytes: int
     """Bytes of one message, the same for every pair of ranks."""
 
     @property
     def message_nbytes(self) -> int:
-        """Bytes of one rank's messages to all ranks, itself included."""
+        """Bytes of the messages of all chunks."""
         return self.world_size * self.chunk_nbytes
 
-    def chunk(self, rank: int) -> tuple[Segment, ...]:
-        """Segments served by ``rank``; may be empty when there are fewer blocks than ranks."""
-        return tuple(segment for segment in self.segments if segment.chunk == rank)
+    def chunk(self, chunk: int) -> tuple[Segment, ...]:
+        """Segments of one chunk; may be empty when there are fewer blocks than ranks."""
+        return tuple(segment for segment in self.segments if segment.chunk == chunk)
+
+    def shard(self, topology: Topology) -> tuple[Segment, ...]:
+        """Segments of a rank's shard: all of them on a flat network."""
+        return tuple(segment for segment in self.segments if segment.chunk in topology.shard)
+
+    def shard_numel(self, topology: Topology) -> int:
+        """Elements of a rank's shard."""
+        return sum(segment.numel for segment in self.shard(topology))
+
+    def shard_numels(self, topology: Topology) -> list[int]:
+        """Elements of the shards of all ranks of a node, in their order."""
+        return [self.shard_numel(replace(topology, local_rank=r)) for r in range(topology.local_world_size)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_onebit.codec import Codec, make_codec
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.layout import SEGMENT_NUMEL, BucketLayout, plan_buckets
-from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers
+from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers, ServedSegment
+from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
 from lightning_onebit.flat import all_finite
@@ -20,15 +23,16 @@ from lightning_onebit.flat import all_finite
 class CompressedBucket:
     """One bucket's exchange: steps 2 to 5 of the algorithm (1-bit Adam, arXiv 2102.02888, algorithm 1).
 
-    The caller adds its values to the worker errors of :attr:`buffers`, calls :meth:`encode_segment_` for every segment, then
-    :meth:`exchange_` once on all ranks, and reads the averaged result with :meth:`decode_result_`.
+    In each round the caller encodes into :meth:`sent` what this rank has to say about its shard, calls :meth:`exchange_`
+    once on all ranks, and then :meth:`accept_`, from when on :meth:`result` is the new average. Where rounds are
+    revocable, one that was exchanged with ``keep=False`` and not accepted has not happened.
 
     Args:
         layout: places of blocks and bytes.
-        communicator: the ranks that take part.
-        codec: the quantizer of the worker, used by the thread that encodes and decodes.
-        server_codec: the quantizer of the server, used by the thread that exchanges; may be the same in one thread.
+        groups: the ranks that take part.
+        codec: the quantizer of the server, used by the thread that calls :meth:`exchange_`.
         scratch: memory of that thread for one segment, of ``dtype``; shared by all buckets.
+        revocable: whether rounds may be taken back; takes another bit per element.
         dtype: dtype of errors and results, float32 or float64.
         device: where they live.
     """
@@ -36,68 +40,96 @@ class CompressedBucket:
     def __init__(
         self,
         layout: BucketLayout,
-        communicator: Communicator,
+        groups: ExchangeGroups,
         codec: Codec,
-        server_codec: Codec,
         scratch: Tensor,
         *,
+        revocable: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.layout = layout
-        self.communicator = communicator
-        self.codec = codec
-        self.server_codec = server_codec
-        self.buffers = ErrorFeedbackBuffers(layout, rank=communicator.rank, dtype=dtype, device=device)
+        self.groups = groups
+        self.buffers = ErrorFeedbackBuffers(layout, groups.topology, revocable=revocable, dtype=dtype, device=device)
         self.live: list[Tensor | None] = [None] * len(layout.segments)
         """Per segment, bit set where an element takes part in its block (see
         :class:`~lightning_onebit.codec.reference.ReferenceCodec`); ``None`` if all do. The same on all ranks."""
+        self._codec = codec
         self._scratch = scratch
+        self._current = 0
+        self._live_then = list(self.live)
 
-    def encode_segment_(self, index: int) -> None:
-        """Step 2: quantize the worker error (value included) into the outgoing message; the rest stays."""
-        views = self.buffers.segments[index]
-        self.codec.encode_(views.worker_error, *views.sent, live=self.live[index])
+    def sent(self, index: int) -> Encoded:
+        """The outgoing message's part for a segment of the shard."""
+        return self.buffers.worker[index].sent._replace(live=self.live[index])
 
-    def exchange_(self, skip: Container[int] = ()) -> None:
+    def result(self, index: int) -> Encoded:
+        """The last accepted average of a segment, with the elements that were live then; the same on all ranks."""
+        return self.buffers.result_segments[self._current][index]._replace(live=self._live_then[index])
+
+    def exchange_(self, skip: Container[int] = (), *, keep: bool = True) -> None:
         """Steps 3 to 5: send, average and quantize the own chunk, gather everybody's.
 
         Args:
-            skip: indices of the segments that sit out this step, the same on all ranks: their errors are untouched
-                and their previous results are kept.
+            skip: indices of the segments that sit out this round, the same on all ranks: their errors are untouched.
+            keep: whether server errors are updated at once. Otherwise they are untouched until :meth:`settle_server_`.
         """
+        buffers, groups = self.buffers, self.groups
         with record_function("onebit::all_to_all"):
-            self.communicator.all_to_all_(self.buffers.received, self.buffers.sent)
+            groups.peers.all_to_all_(buffers.received, buffers.sent)
         with record_function("onebit::serve"):
-            self._serve_(skip)
+            for served in buffers.server:
+                if served.index in skip:
+                    _copy_(served.served, self.result(served.index))
+            for served in self._served(skip):
+                error = served.server_error
+                out = error if keep else self._scratch[: error.numel()]
+                self._codec.encode_mean_(out, error, served.received, served.served)
         with record_function("onebit::all_gather"):
-            self.communicator.all_gather_(self.buffers.result, self.buffers.served)
+            result = buffers.results[self._next]
+            if groups.node is None:
+                groups.peers.all_gather_(result, buffers.served)
+            else:
+                assert buffers.shard_result is not None
+                groups.peers.all_gather_(buffers.shard_result, buffers.served)
+                groups.node.all_gather_(result, buffers.shard_result)
 
-    def decode_result_(self, index: int, out: Tensor, factor: float = 1.0) -> None:
-        """Write ``factor`` times the last result of a segment to ``out``, the same bits on all ranks."""
-        self.codec.decode_(out, *self.buffers.segments[index].result, factor, live=self.live[index])
+    def settle_server_(self, codec: Codec, skip: Container[int] = ()) -> None:
+        """Update the server errors after an exchange with ``keep=False``, with the codec of the calling thread."""
+        for served in self._served(skip):
+            codec.settle_mean_(served.server_error, served.received, served.served)
 
-    def add_result_(self, index: int, target: Tensor, factor: float = 1.0) -> None:
-        """Add ``factor`` times the last result of a segment to ``target``, the same bits on all ranks."""
-        self.codec.add_decoded_(target, *self.buffers.segments[index].result, factor, live=self.live[index])
+    def accept_(self, skip: Container[int] = ()) -> None:
+        """Make the average that was exchanged the last one; segments that sat out keep theirs."""
+        old, new = (self.buffers.result_segments[which] for which in (self._current, self._next))
+        for index in range(len(self.live)):
+            if index not in skip:
+                self._live_then[index] = self.live[index]
+            elif self._next != self._current:
+                _copy_(new[index], old[index])
+        self._current = self._next
 
-    def _serve_(self, skip: Container[int]) -> None:
-        for served in self.buffers.chunk:
+    @property
+    def _next(self) -> int:
+        return (self._current + 1) % len(self.buffers.results)
+
+    def _served(self, skip: Container[int]) -> Iterator[ServedSegment]:
+        for served in self.buffers.server:
             if served.index in skip:
-                for new, kept in zip(served.result, self.buffers.segments[served.index].result, strict=True):
-                    new.copy_(kept)
                 continue
             live = self.live[served.index]
-            total = self._scratch[: served.segment.numel].zero_()
-            # Summed in rank order, so that the result does not depend on who serves the block.
-            for received in served.received:
-                self.server_codec.add_decoded_(total, *received, live=live)
-            served.server_error.add_(total.div_(self.communicator.world_size))
-            self.server_codec.encode_(served.server_error, *served.result, live=live)
             if live is not None:
-                # A sign bit of a dead element is a wake-up call: pass on every rank's.
-                for received in served.received:
-                    served.result.signs.bitwise_or_(received.signs & ~live)
+                served = replace(
+                    served,
+                    received=tuple(each._replace(live=live) for each in served.received),
+                    served=served.served._replace(live=live),
+                )
+            yield served
+
+
+def _copy_(target: Encoded, source: Encoded) -> None:
+    target.signs.copy_(source.signs)
+    target.scales.copy_(source.scales)
 
 
 class ErrorFeedback:
@@ -130,7 +162,8 @@ class ErrorFeedback:
         config = CompressionConfig(block_size=block_size, scale=scale, bucket_cap_mb=bucket_cap_mb)
         self.communicator = Communicator(group)
         self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
-        codec = make_codec(config, device=self.device, dtype=self.dtype)
+        self.codec = make_codec(config, device=self.device, dtype=self.dtype)
+        groups = flat_groups(self.communicator)
         scratch = torch.empty(max(SEGMENT_NUMEL, block_size), dtype=self.dtype, device=self.device)
         layouts = plan_buckets(
             [tensor.numel()],
@@ -139,7 +172,7 @@ class ErrorFeedback:
             bucket_numel=config.bucket_numel(tensor.numel()),
         )
         self.buckets = [
-            CompressedBucket(layout, self.communicator, codec, codec, scratch, dtype=self.dtype, device=self.device)
+            CompressedBucket(layout, groups, self.codec, scratch, revocable=False, dtype=self.dtype, device=self.device)
             for layout in layouts
         ]
 
@@ -154,9 +187,9 @@ class ErrorFeedback:
         """What this rank as a server has not passed on yet: a copy of the tensor's shape, zero where others serve."""
         error = torch.zeros(self.shape.numel(), dtype=self.dtype, device=self.device)
         for bucket, start in zip(self.buckets, bucket_starts([b.layout for b in self.buckets]), strict=True):
-            for served in bucket.buffers.chunk:
-                offset = start + served.segment.offset
-                error[offset : offset + served.segment.numel] = served.server_error
+            for served in bucket.buffers.server:
+                segment = bucket.layout.segments[served.index]
+                error[start + segment.offset :][: segment.numel] = served.server_error
         return error.view(self.shape)
 
 
@@ -205,17 +238,18 @@ def compressed_all_reduce(
     _check_agreement(tensor, error_feedback.communicator)
 
     flat = tensor.reshape(-1)
-    buckets = error_feedback.buckets
+    buckets, codec = error_feedback.buckets, error_feedback.codec
     starts = bucket_starts([bucket.layout for bucket in buckets])
     for bucket, start in zip(buckets, starts, strict=True):
         bucket.buffers.worker_error.add_(flat[start : start + bucket.layout.numel])
-        for index in range(len(bucket.layout.segments)):
-            bucket.encode_segment_(index)
+        for index, worker in bucket.buffers.worker.items():
+            codec.encode_(worker.worker_error, bucket.sent(index))
         bucket.exchange_()
+        bucket.accept_()
         decoded = torch.empty(min(bucket.layout.numel, SEGMENT_NUMEL), dtype=error_feedback.dtype, device=flat.device)
         for index, segment in enumerate(bucket.layout.segments):
             part = decoded[: segment.numel]
-            bucket.decode_result_(index, part)
+            codec.decode_(part, bucket.result(index))
             flat[start + segment.offset : start + segment.offset + segment.numel] = part
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))

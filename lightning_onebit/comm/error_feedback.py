@@ -10,99 +10,101 @@ one left out, so that quantization delays information but loses none:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.layout import BucketLayout, Segment
-
-
-class Encoded(NamedTuple):
-    """A quantized segment: views of a message."""
-
-    signs: Tensor
-    """uint8 ``[ceil(numel / 8)]``"""
-    scales: Tensor
-    """float32 ``[blocks]``"""
+from lightning_onebit.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentViews:
-    """The parts of a bucket's buffers that belong to one segment."""
+class WorkerSegment:
+    """A segment that this rank compresses: one of its shard."""
 
-    segment: Segment
     worker_error: Tensor
-    """``[numel]``; before a segment is encoded, callers add the new values to it."""
+    """``[numel]``"""
     sent: Encoded
-    result: Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSegment:
     """A segment of the chunk that this rank serves."""
 
-    segment: Segment
     index: int
     """Position of the segment in the bucket."""
     server_error: Tensor
+    """``[numel]``"""
     received: tuple[Encoded, ...]
-    """One per rank, in rank order."""
-    result: Encoded
+    """One per peer, in rank order."""
+    served: Encoded
 
 
 class ErrorFeedbackBuffers:
-    """Memory of one bucket, allocated once: ``numel`` worker errors, the own chunk's server errors, and messages.
+    """Memory of one bucket, allocated once: worker errors of the shard, server errors of the chunk, and messages.
 
     Args:
         layout: places of blocks and bytes.
-        rank: this rank.
+        topology: where this rank is.
+        revocable: whether the last result is kept until the next one is accepted, in another buffer.
         dtype: dtype of the errors, float32 or float64.
         device: where they live.
     """
 
-    def __init__(self, layout: BucketLayout, *, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout = layout
-        chunk = layout.chunk(rank)
-        first = chunk[0].offset if chunk else 0
+    def __init__(
+        self, layout: BucketLayout, topology: Topology, *, revocable: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shard, chunk = layout.shard(topology), layout.chunk(topology.chunk)
+        shard_nbytes = topology.num_nodes * layout.chunk_nbytes
 
         def message_buffer(nbytes: int) -> Tensor:
             return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
-        self.worker_error = torch.zeros(layout.numel, dtype=dtype, device=device)
+        self.worker_error = torch.zeros(layout.shard_numel(topology), dtype=dtype, device=device)
         self.server_error = torch.zeros(sum(s.numel for s in chunk), dtype=dtype, device=device)
-        self.sent = message_buffer(layout.message_nbytes)
-        self.received = message_buffer(layout.message_nbytes)
+        self.sent = message_buffer(shard_nbytes)
+        self.received = message_buffer(shard_nbytes)
         self.served = message_buffer(layout.chunk_nbytes)
-        self.result = message_buffer(layout.message_nbytes)
-        """The last result in wire format: with one scale per block, u takes 1/32 of a dense tensor."""
+        self.shard_result = None if topology.is_flat else message_buffer(shard_nbytes)
+        """On a flat network the shard is all there is."""
+        self.results = tuple(message_buffer(layout.message_nbytes) for _ in range(2 if revocable else 1))
+        """The last result and, if revocable, the next, in wire format: with one scale per block, u takes 1/32 of a dense
+        tensor."""
 
-        self.segments = tuple(
-            SegmentViews(
-                segment=s,
-                worker_error=self.worker_error[s.offset : s.offset + s.numel],
-                sent=_encoded(self.sent, s),
-                result=_encoded(self.result, s),
+        own_nbytes = topology.chunk * layout.chunk_nbytes
+        self.worker: dict[int, WorkerSegment] = {
+            layout.segments.index(s): WorkerSegment(
+                worker_error=_elements(self.worker_error, s, shard),
+                sent=_encoded(self.sent, s, shift=-topology.shard.start * layout.chunk_nbytes),
             )
-            for s in layout.segments
-        )
-        self.chunk = tuple(
+            for s in shard
+        }
+        """By position of the segment in the bucket."""
+        self.server = tuple(
             ServedSegment(
-                segment=s,
                 index=layout.segments.index(s),
-                server_error=self.server_error[s.offset - first : s.offset - first + s.numel],
+                server_error=_elements(self.server_error, s, chunk),
                 received=tuple(
-                    _encoded(self.received, s, shift=(source - rank) * layout.chunk_nbytes)
-                    for source in range(layout.world_size)
+                    _encoded(self.received, s, shift=source * layout.chunk_nbytes - own_nbytes)
+                    for source in range(topology.num_nodes)
                 ),
-                result=_encoded(self.served, s, shift=-rank * layout.chunk_nbytes),
+                served=_encoded(self.served, s, shift=-own_nbytes),
             )
             for s in chunk
         )
+        self.result_segments = tuple(tuple(_encoded(result, s) for s in layout.segments) for result in self.results)
+        """By buffer and segment."""
+
+
+def _elements(flat: Tensor, segment: Segment, part: tuple[Segment, ...]) -> Tensor:
+    """The elements of a segment in a tensor that holds those of ``part``, a run of segments."""
+    start = segment.offset - part[0].offset
+    return flat[start : start + segment.numel]
 
 
 def _encoded(messages: Tensor, segment: Segment, shift: int = 0) -> Encoded:
-    """Views of a segment in a message, ``shift`` bytes away from its place among the messages to all ranks."""
+    """Views of a segment in a message, ``shift`` bytes away from its place among the messages of all chunks."""
     return Encoded(
         signs=messages[segment.signs_offset + shift : segment.signs_end + shift],
         scales=messages[segment.scales_offset + shift : segment.scales_end + shift].view(torch.float32),

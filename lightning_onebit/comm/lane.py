@@ -10,6 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from typing_extensions import override
 
 
 class Ticket:
@@ -49,12 +53,55 @@ class Ticket:
         return self._error
 
 
+class StreamTicket(Ticket):
+    """An exchange on a CUDA stream: issued, perhaps not complete."""
+
+    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream) -> None:
+        super().__init__(work)
+        self._stream = stream
+        self._event = torch.cuda.Event()
+
+    @override
+    def done(self) -> bool:
+        return super().done() and self._event.query()
+
+    @override
+    def wait(self) -> None:
+        """Have the current stream wait for the exchange; the calling thread goes on."""
+        super().wait()
+        torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+
+    @override
+    def run(self, failed: BaseException | None = None) -> BaseException | None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            error = super().run(failed)
+            self._event.record(self._stream)
+        return error
+
+
 class InlineLane:
     """Carries out each exchange when it is submitted: for one rank, and where a thread brings nothing."""
 
     def submit(self, work: Callable[[], None]) -> Ticket:
         ticket = Ticket(work)
         ticket.run()
+        return ticket
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class StreamLane:
+    """Issues each exchange at once, on a CUDA stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._failed: BaseException | None = None
+
+    def submit(self, work: Callable[[], None]) -> Ticket:
+        ticket = StreamTicket(work, self._stream)
+        self._failed = ticket.run(self._failed)
         return ticket
 
     def close(self) -> None:
@@ -85,3 +132,11 @@ class Lane:
         failed = None
         while (ticket := self._queue.get()) is not None:
             failed = ticket.run(failed)
+
+
+AnyLane: TypeAlias = InlineLane | StreamLane | Lane
+
+
+def make_lane(device: torch.device) -> AnyLane:
+    """What lets exchanges of tensors on ``device`` run beside other work."""
+    return StreamLane(device) if device.type == "cuda" else Lane()

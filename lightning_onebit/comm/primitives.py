@@ -28,11 +28,13 @@ class Communicator:
     Args:
         group: the process group; ``None`` for the default one.
         waits: whether the calling thread has nothing else to do meanwhile, so that the time counts as waited.
+        within_node: whether all members are on one node, so that bytes do not count as sent to the network.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, waits: bool = True) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, waits: bool = True, within_node: bool = False) -> None:
         self.group = group
         self.waits = waits
+        self.within_node = within_node
         initialized = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank(group) if initialized else 0
         self.world_size: int = dist.get_world_size(group) if initialized else 1
@@ -40,13 +42,28 @@ class Communicator:
             raise ValueError("This process does not belong to the process group. HINT: call on member ranks only.")
         self.counters = PhaseCounters()
 
-    def all_to_all_(self, received: Tensor, sent: Tensor) -> None:
-        """Part r of ``sent [world_size * k]`` goes to rank r; part r of ``received`` comes from rank r."""
+    def all_to_all_(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        *,
+        received_numels: list[int] | None = None,
+        sent_numels: list[int] | None = None,
+    ) -> None:
+        """Part r of ``sent`` goes to rank r; part r of ``received`` comes from rank r.
+
+        Args:
+            received: overwritten.
+            sent: only read.
+            received_numels: elements of each part, if they are not all the same.
+            sent_numels: likewise.
+        """
         if self.world_size == 1:
             received.copy_(sent)
             return
-        with self._counting(sent.nbytes * (self.world_size - 1) // self.world_size):
-            dist.all_to_all_single(received, sent, group=self.group)
+        kept = sent_numels[self.rank] if sent_numels is not None else sent.numel() // self.world_size
+        with self._counting((sent.numel() - kept) * sent.element_size()):
+            dist.all_to_all_single(received, sent, received_numels, sent_numels, group=self.group)
 
     def all_gather_(self, gathered: Tensor, part: Tensor) -> None:
         """Part r of ``gathered [world_size * k]`` becomes ``part [k]`` of rank r."""
@@ -99,16 +116,20 @@ class Communicator:
         self._count(nbytes, time.perf_counter() - start)
 
     def _count(self, nbytes: int, seconds: float) -> None:
+        self.counters.collectives += 1
         # Every collective used here is symmetric: a rank receives as much as it sends.
-        self.counters.bytes_sent += nbytes
-        self.counters.bytes_received += nbytes
+        if self.within_node:
+            self.counters.bytes_within_node += nbytes
+        else:
+            self.counters.bytes_sent += nbytes
+            self.counters.bytes_received += nbytes
         if self.waits:
             self.counters.seconds_waited += seconds
 
 
-def new_group(timeout: timedelta | None) -> dist.ProcessGroup:
-    """A process group of all ranks, with the backend of the default one, on which nobody else communicates. Collective."""
-    return dist.new_group(timeout=timeout)
+def new_group(timeout: timedelta | None, ranks: list[int]) -> dist.ProcessGroup:
+    """A process group of ``ranks`` with the backend of the default one. Collective over all ranks, members or not."""
+    return dist.new_group(ranks, timeout=timeout)
 
 
 def completed_future(tensor: Tensor) -> torch.futures.Future[Tensor]:

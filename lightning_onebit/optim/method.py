@@ -45,6 +45,7 @@ class CompressedMethod(ABC, Generic[Coefficients]):
     ) -> None:
         self.optimizer = optimizer
         self.config = config
+        self.dtype = dtype
         self._workspaces = [torch.empty(segment_numel, dtype=dtype, device=device) for _ in range(2)]
 
     @classmethod
