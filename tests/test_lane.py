@@ -11,10 +11,12 @@ from trainers import fit
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, PhaseSwitch
 from lightning_onebit.comm.allreduce import CompressedBucket
+from lightning_onebit.comm.groups import new_groups
 from lightning_onebit.comm.lane import InlineLane, Lane
-from lightning_onebit.comm.primitives import Communicator, new_group
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.topology import Topology
 
 
 @pytest.fixture
@@ -74,8 +76,8 @@ def test_the_thread_changes_no_bit(bucket_cap_mb, space):
         warm_up(optimizer, WARMUP_STEPS, 3)
         config = CompressionConfig(block_size=8, bucket_cap_mb=bucket_cap_mb, space=space)
         lane = Lane() if threaded else InlineLane()
-        exchanges = Communicator(new_group(None), waits=False) if threaded else None
-        compressed = CompressedOptimizer(optimizer, config, Communicator(), {}, exchanges=exchanges, lane=lane)
+        groups = new_groups(Topology(num_nodes=3, node_rank=rank), None) if threaded else None
+        compressed = CompressedOptimizer(optimizer, config, Communicator(), {}, groups=groups, lane=lane)
         history = []
         for _ in compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 30)):
             history.append([p.detach().clone() for p in params_of(optimizer)])
@@ -92,10 +94,10 @@ def test_an_exception_in_the_thread_of_one_rank_ends_all(rank_to_fail, exchange_
     """Two buckets per step: a failure at the first and the second one of a step."""
     exchange, count = CompressedBucket.exchange_, iter(range(10**6))
 
-    def failing(self, skip=()):
-        if next(count) == exchange_to_fail and self.communicator.rank == rank_to_fail:
+    def failing(self, *args, **kwargs):
+        if next(count) == exchange_to_fail and self.groups.topology.rank == rank_to_fail:
             raise OSError("injected")
-        exchange(self, skip)
+        exchange(self, *args, **kwargs)
 
     def fn(rank):
         CompressedBucket.exchange_ = failing

@@ -453,7 +453,7 @@ def test_invalid_arguments_are_explained():
         ({"block_size": 100}, "block_size: 100. Must be a multiple of 8"),
         ({"scale": "l3"}, "scale: 'l3'"),
         ({"space": "gradient"}, "space: 'gradient'"),
-        ({"overlap": True}, "overlap=True is not available"),
+        ({"overlap": "yes"}, "overlap: 'yes'"),
         ({"hierarchical": "yes"}, "hierarchical: 'yes'"),
         ({"bucket_cap_mb": 0}, "bucket_cap_mb: 0"),
         ({"ddp_comm_hook": print}, "cannot be combined with ddp_comm_hook"),
