@@ -42,6 +42,7 @@ from gpt_stdlib import GPT
 WARMUP_STEPS = 2
 """Dense steps of onebit and PowerSGD before they compress; not timed."""
 POWERSGD_RANK = 2
+OVERLAPPED_BUCKET_MB = 4
 TABLE_NOTES = (
     "step: median and quartiles over the timed steps of rank 0 in all repetitions",
     "sent: by one node per step, mean over the nodes, as counted on its link with TCP, IP and Ethernet headers;"
@@ -108,7 +109,14 @@ COMPETITORS: dict[str, Competitor] = {
         label=f"PowerSGD hook, rank {POWERSGD_RANK}, one bucket",
         strategy=lambda timeout: HookedDDPStrategy(powersgd_state, powerSGD_hook, timeout=timeout, bucket_cap_mb=1 << 20),
     ),
-    "onebit": Competitor(label="onebit_ddp, compressed", strategy=lambda timeout: OneBitDDPStrategy(timeout=timeout)),
+    "onebit": Competitor(
+        label="onebit_ddp, deferred", strategy=lambda timeout: OneBitDDPStrategy(overlap=False, timeout=timeout)
+    ),
+    # DDP says that gradients are ready bucket by bucket: of its own size, 25 MiB, there is only one.
+    "onebit-overlapped": Competitor(
+        label=f"onebit_ddp, overlapped, {OVERLAPPED_BUCKET_MB} MiB buckets",
+        strategy=lambda timeout: OneBitDDPStrategy(overlap=True, bucket_cap_mb=OVERLAPPED_BUCKET_MB, timeout=timeout),
+    ),
 }
 
 
@@ -165,13 +173,7 @@ def train(name: str, settings: argparse.Namespace) -> Measurement:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    model = GPT(
-        vocabulary_size=settings.vocabulary,
-        context=settings.context,
-        d_model=settings.d_model,
-        layers=settings.layers,
-        heads=settings.heads,
-    )
+    model = make_model(settings)
     stopwatch = Stopwatch(settings.steps)
     strategy = COMPETITORS[name].strategy(timedelta(seconds=settings.timeout / 2))
     switch = [PhaseSwitch(criterion=FixedStep(WARMUP_STEPS))] if isinstance(strategy, OneBitDDPStrategy) else []
@@ -200,6 +202,16 @@ def train(name: str, settings: argparse.Namespace) -> Measurement:
         step_seconds=stopwatch.step_seconds,
         link_bytes_per_step=per_step(stopwatch.link_bytes),
         payload_bytes_per_step=per_step(stopwatch.payload_bytes),
+    )
+
+
+def make_model(settings: argparse.Namespace) -> GPT:
+    return GPT(
+        vocabulary_size=settings.vocabulary,
+        context=settings.context,
+        d_model=settings.d_model,
+        layers=settings.layers,
+        heads=settings.heads,
     )
 
 
@@ -379,6 +391,16 @@ def main() -> int:
     return 0
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model and its batches."""
+    parser.add_argument("--d-model", type=int, default=256, help="width of the GPT")
+    parser.add_argument("--layers", type=int, default=8, help="its blocks")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads per block")
+    parser.add_argument("--vocabulary", type=int, default=3000, help="number of words")
+    parser.add_argument("--context", type=int, default=64, help="words per window")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows per step and node")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/training_step.py",
@@ -390,7 +412,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rates",
         nargs="+",
-        default=["200mbit", "1gbit", "unshaped"],
+        default=["100mbit", "200mbit", "1gbit", "10gbit", "unshaped"],
         metavar="RATE",
         help="of each node's link: 200mbit, 1gbit, ..., unshaped, or loopback, which needs no root",
     )
@@ -399,12 +421,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--untimed-steps", type=int, default=4, help="steps before them; more than the dense warm-up")
     parser.add_argument("--repetitions", type=int, default=3, help="trainings per competitor and rate, taken in turns")
     parser.add_argument("--competitors", nargs="+", choices=list(COMPETITORS), default=list(COMPETITORS), help="which")
-    parser.add_argument("--d-model", type=int, default=256, help="width of the GPT")
-    parser.add_argument("--layers", type=int, default=8, help="its blocks")
-    parser.add_argument("--heads", type=int, default=8, help="attention heads per block")
-    parser.add_argument("--vocabulary", type=int, default=3000, help="number of words")
-    parser.add_argument("--context", type=int, default=64, help="words per window")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows per step and node")
+    add_model_arguments(parser)
     parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="a training that takes longer has failed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there as JSON")
     settings = parser.parse_args()

@@ -400,6 +400,26 @@ def test_a_parameter_without_gradient_on_one_rank_counts_as_zero_there():
 # State
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_message_per_bucket_and_phase(overlap):
+    """Signs and scales travel together: an all-to-all and an all-gather per bucket, and one agreement per step."""
+
+    def fn(rank):
+        optimizer = make_optimizer(torch.optim.Adam, torch.float32)
+        warm_up(optimizer, WARMUP_STEPS, 2)
+        config = CompressionConfig(block_size=8, bucket_cap_mb=0.001)
+        compressed = CompressedOptimizer(optimizer, config, Communicator(), {}, overlap=overlap)
+        buckets = sum(len(pipeline._buckets) for pipeline in compressed._pipelines)
+        before = compressed.communicator.counters.collectives
+        list(compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 7)))
+        return buckets, compressed.communicator.counters.collectives - before
+
+    ((buckets, collectives), other) = run_ranks(2, fn)
+    assert buckets == 3
+    assert other == (buckets, collectives)
+    assert collectives == 7 * (2 * buckets + 1)
+
+
 def test_gradients_are_only_read_and_the_momentum_is_freed():
     def fn(rank):
         optimizer = make_optimizer(torch.optim.Adam, torch.float32, maximize=True)
