@@ -1,5 +1,6 @@
 """The thread that exchanges: order, failures, and that it changes no result."""
 
+import contextlib
 import threading
 import time
 
@@ -11,7 +12,7 @@ from trainers import fit
 
 from lightning_onebit import FixedStep, PhaseSwitch
 from lightning_onebit.comm.groups import new_groups
-from lightning_onebit.comm.lane import InlineLane, Lane
+from lightning_onebit.comm.lane import InlineLane, Lane, StreamLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import CompressedOptimizer
@@ -94,3 +95,83 @@ def test_no_thread_is_left_after_a_fit():
         assert "onebit-lane" not in [thread.name for thread in threading.enumerate()]
 
     run_trainers(2, fn)
+
+
+class FakeCuda:
+    """Stands for ``torch.cuda`` where there is none: notes who waits for what, in order."""
+
+    def __init__(self):
+        self.log, self.complete = [], False
+        fake = self
+
+        class Stream:
+            def __init__(self, device=None, name="side"):
+                self.device, self.name = device, name
+
+            def wait_stream(self, other):
+                fake.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                fake.log.append(f"{self.name} waits for what {event.stream.name} had")
+
+        class Event:
+            def record(self, stream):
+                self.stream = stream
+                fake.log.append(f"event on {stream.name}")
+
+            def query(self):
+                return fake.complete
+
+        self.Stream, self.Event = Stream, Event
+        self.current = Stream(name="main")
+
+    def current_stream(self, device=None):
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        previous, self.current = self.current, stream
+        yield
+        self.current = previous
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def test_stream_lane_orders_streams_and_never_blocks_the_host(cuda):
+    lane = StreamLane(torch.device("cuda", 0))
+    ticket = lane.submit(lambda: cuda.log.append(f"work on {cuda.current.name}"))
+    assert not ticket.done()
+    cuda.complete = True
+    assert ticket.done()
+    ticket.wait()
+    assert cuda.log == ["side waits for main", "work on side", "event on side", "main waits for what side had"]
+
+
+def test_stream_lane_fails_all_later_work_after_a_failure(cuda):
+    lane = StreamLane(torch.device("cuda", 0))
+
+    def fail():
+        raise OSError("no route")
+
+    failed, later = lane.submit(fail), lane.submit(lambda: cuda.log.append("never"))
+    for ticket in (failed, later):
+        with pytest.raises(RuntimeError, match="no route"):
+            ticket.wait()
+    assert "never" not in cuda.log
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stream_lane_on_a_gpu():
+    device = torch.device("cuda")
+    lane, source = make_lane(device), torch.randn(1 << 24, device=device)
+    result = torch.zeros_like(source)
+    source.mul_(2)
+    ticket = lane.submit(lambda: result.copy_(source))
+    ticket.wait()
+    assert torch.equal(result, source)
