@@ -61,11 +61,11 @@ class CompressedBucket:
 
     def sent(self, index: int) -> Encoded:
         """The outgoing message's part for a segment of the shard."""
-        return self.buffers.worker[index].sent._replace(live=self.live[index])
+        return self.buffers.worker[index].sent.among(self.live[index])
 
     def result(self, index: int) -> Encoded:
         """The last accepted average of a segment, with the elements that were live then; the same on all ranks."""
-        return self.buffers.result_segments[self._current][index]._replace(live=self._live_then[index])
+        return self.buffers.result_segments[self._current][index].among(self._live_then[index])
 
     def exchange_(self, skip: Container[int] = (), *, keep: bool = True) -> None:
         """Steps 3 to 5: send, average and quantize the own chunk, gather everybody's.
