@@ -29,6 +29,7 @@ from test_engine import (
     make_optimizer,
     make_params,
     params_of,
+    tensor_bytes,
     train_model,
 )
 from torch import nn
@@ -119,13 +120,13 @@ def take_step(optimizer, compressed, rank, step, gradient=outliers, *, overlap=F
 
 
 def state_of(optimizer):
-    """Copies of parameters and momenta."""
-    momenta = [entry["exp_avg"] for entry in optimizer.state_dict()["state"].values()]
-    return [p.detach().clone() for p in params_of(optimizer)] + momenta
+    """Copies of the parameters, and of what a stock optimizer would have in its state."""
+    state = [value.clone() for entry in optimizer.state_dict()["state"].values() for _, value in sorted(entry.items())]
+    return [p.detach().clone() for p in params_of(optimizer)] + state
 
 
 def train(groups, make, gradient=outliers, *, warm=None, steps=30, overlap=False, **options):
-    """Parameters and momenta after every compressed step, whether it counted, and what is outstanding in the end."""
+    """:func:`state_of` after every compressed step, whether it counted, and what is outstanding in the end."""
     world_size = dist.get_world_size()
     optimizer = warmed_up(make(), world_size, warm or gradient)
     compressed = freeze(optimizer, groups, overlap=overlap, **options)
@@ -169,8 +170,7 @@ def test_50_steps_equal_the_float64_model_of_nodes(nodes, kind, space):
     outcomes = on_nodes(nodes, lambda groups: train(groups, lambda: make_optimizer(kind, torch.float64), steps=50, **config))
     num_nodes, local_world_size = nodes
     expected = train_model(kind, num_nodes, gradient=node_means(outliers, local_world_size), **config)
-    params = [tensors[: len(tensors) // 2] for tensors in outcomes[0][0]]
-    assert_close(params, expected, rtol=1e-4)
+    assert_close([tensors[: len(expected[0])] for tensors in outcomes[0][0]], expected, rtol=1e-4)
 
 
 # Against the flat exchange of node means (invariants 3, 5 and 6)
@@ -205,11 +205,19 @@ def with_shapes(*shapes):
     return lambda: torch.optim.Adam(make_params(torch.float32, shapes), lr=1e-2, weight_decay=0.0)
 
 
+def two_dtypes():
+    """And one parameter that is not contiguous."""
+    singles, doubles = make_params(torch.float32, [(12, 3), (5,)]), make_params(torch.float64, [(9, 4), ()])
+    doubles[0] = nn.Parameter(doubles[0].detach().t().contiguous().t())
+    return torch.optim.AdamW([singles[0], doubles[0], singles[1], doubles[1]], lr=1e-2)
+
+
 SCENARIOS = {
     "outliers and decay": (lambda: make_optimizer(torch.optim.Adam, torch.float32), outliers),
     "missing gradients": (with_shapes((37, 5), (5,), (30,), (20,), (9,)), some_missing),
     "non-finite gradients": (lambda: make_optimizer(torch.optim.AdamW, torch.float32), some_nonfinite),
     "dead and late rows": (with_shapes((ROWS, COLUMNS)), embedding_gradient(seen)),
+    "two dtypes": (two_dtypes, outliers),
     "fewer blocks than ranks": (with_shapes((0, 3), (7,), (), (0,)), outliers),
     "a single number": (with_shapes(()), outliers),
     "nothing": (with_shapes((0,)), outliers),
@@ -227,6 +235,7 @@ SCENARIOS = {
         (TWO_BY_TWO, "non-finite gradients", "update"),
         (TWO_BY_TWO, "dead and late rows", "update"),
         (TWO_BY_TWO, "dead and late rows", "momentum"),
+        (TWO_BY_TWO, "two dtypes", "update"),
         (TWO_BY_TWO, "fewer blocks than ranks", "update"),
         (THREE_BY_TWO, "fewer blocks than ranks", "momentum"),
         (TWO_BY_TWO, "a single number", "update"),
@@ -237,15 +246,17 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
     """With one rank per node that holds the mean, in one bucket; here in several, in a thread."""
     make, gradients = SCENARIOS[scenario]
     num_nodes, local_world_size = nodes
+    steps = 30 if scenario == "outliers and decay" else 14
 
     def fn(groups):
         few = dist.new_group(list(range(num_nodes)))
+        options = {"warm": gradients, "space": space, "steps": steps}
         flat = None
         if dist.get_rank() < num_nodes:
             communicator = Communicator(few)
             means = node_means(gradients, local_world_size)
-            flat = train(flat_groups(communicator), make, means, warm=gradients, communicator=communicator, space=space)
-        options = {"space": space, "bucket_cap_mb": 0.001}
+            flat = train(flat_groups(communicator), make, means, communicator=communicator, **options)
+        options["bucket_cap_mb"] = 0.001
         deferred = train(groups, make, gradients, **options)
         lane = Lane()
         overlapped = train(groups, make, gradients, overlap=True, lane=lane, **options)
@@ -254,7 +265,7 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
 
     outcomes = on_nodes(nodes, fn)
     flat, expected = outcomes[0][:2]
-    assert flat[1] == [scenario != "non-finite gradients" or step not in (4, 9) for step in range(30)]
+    assert flat[1] == [scenario != "non-finite gradients" or step not in (4, 9) for step in range(steps)]
     assert_same((flat[0], flat[1], []), (expected[0], expected[1], []))
     for error, expected_error in zip(flat[2], expected[2], strict=True):
         assert torch.allclose(error, expected_error, atol=1e-5)
@@ -263,16 +274,22 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
         assert_same(overlapped, expected)
 
 
-@pytest.mark.parametrize(("nodes", "dtype"), [(TWO_BY_TWO, torch.bfloat16), (TWO_BY_THREE, torch.float32)])
-def test_ranks_agree_bitwise_after_every_step(nodes, dtype):
-    """And bfloat16 parameters change."""
-    make = functools.partial(make_optimizer, torch.optim.AdamW, dtype)
-    outcomes = on_nodes(nodes, lambda groups: train(groups, make, steps=20))
-    for outcome in outcomes:
-        assert_same(outcome, outcomes[0])
-    first, last = outcomes[0][0][0], outcomes[0][0][-1]
-    assert first[0].dtype is dtype
-    assert not any(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+@pytest.mark.parametrize("nodes", [TWO_BY_TWO, TWO_BY_THREE])
+def test_bfloat16_ranks_agree_bitwise_after_every_step(nodes):
+    """Their errors, and the means inside a node, are float32."""
+    make = functools.partial(make_optimizer, torch.optim.AdamW, torch.bfloat16)
+
+    def fn(groups):
+        return [train(groups, make, steps=14, bucket_cap_mb=0.001, overlap=overlap) for overlap in (False, True)]
+
+    outcomes = on_nodes(nodes, fn)
+    expected = outcomes[0][0]
+    for deferred, overlapped in outcomes:
+        assert_same(deferred, expected)
+        assert_same(overlapped, expected)
+    first, last = expected[0][0], expected[0][-1]
+    assert first[0].dtype is torch.bfloat16
+    assert not any(torch.equal(a, b) for a, b in zip(first[:4], last[:4], strict=True))
 
 
 def test_result_depends_neither_on_buckets_nor_on_segments(monkeypatch):
@@ -424,8 +441,7 @@ def test_a_nonfinite_gradient_on_one_rank_leaves_everything_as_it_was(overlap, b
             assert take_step(optimizer, compressed, rank, step, overlap=overlap)
 
         def everything():
-            variances = [optimizer.state[p]["exp_avg_sq"].clone() for p in params_of(optimizer)]
-            return [*state_of(optimizer), *variances, *compressed.outstanding().values()]
+            return [*state_of(optimizer), *compressed.outstanding().values()]
 
         before = everything()
         assert not take_step(optimizer, compressed, rank, AFTER + 3, poisoned, overlap=overlap)
@@ -517,6 +533,29 @@ def test_clipping_uses_one_coefficient_on_all_ranks():
         assert float(coefficient) == pytest.approx(0.5 / float(norms[0]), rel=1e-4)
 
 
+@pytest.mark.parametrize("nodes", [TWO_BY_TWO, THREE_BY_TWO])
+def test_memory_per_parameter(nodes):
+    """Invariant 9, as in test_engine; buckets of one size, as workspaces grow with them."""
+    num_nodes, local_world_size = nodes
+
+    def fn(groups):
+        def state_bytes(numel):
+            before = tensor_bytes()
+            p = nn.Parameter(torch.zeros(numel))
+            optimizer = torch.optim.Adam([p])
+            p.grad = torch.ones(numel)
+            optimizer.step()
+            compressed = freeze(optimizer, groups, block_size=2048, bucket_cap_mb=0.5)
+            compressed.step()
+            return tensor_bytes() - before - 8 * numel  # without parameter and gradient
+
+        small, large = 200_000, 600_000
+        first = state_bytes(small)
+        return (state_bytes(large) - first) / (large - small)
+
+    assert max(on_nodes(nodes, fn)) <= (8 + 4 / (num_nodes * local_world_size)) * 1.05
+
+
 # With a Trainer
 
 
@@ -553,6 +592,16 @@ def run(world_size, *, batches=14, callbacks=(), **options):
     )
 
 
+class ThereAndBack(pl.Callback):
+    """Back to warm-up for two steps."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx + 1 == 8:
+            trainer.strategy.resume_warmup()
+        if batch_idx + 1 == 10:
+            trainer.strategy.freeze_variance()
+
+
 def groups_of(trainer):
     return trainer.strategy._groups
 
@@ -567,9 +616,10 @@ def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
             ("overlapped", {"overlap": True, "hierarchical": True}, hierarchical),
             ("flat", {"hierarchical": False}, flat),
             ("clipped", {}, hierarchical),
+            ("there and back", {}, hierarchical),
         ]:
-            clip = {"gradient_clip_val": 0.1} if name == "clipped" else {}
-            trainer, recorder = run(4, num_nodes=2, strategy=options, **clip)
+            more = {"clipped": {"gradient_clip_val": 0.1}, "there and back": {"callbacks": [ThereAndBack()]}}
+            trainer, recorder = run(4, num_nodes=2, strategy=options, **more.get(name, {}))
             assert groups_of(trainer).topology == topology
             assert recorder.phases[-1] is Phase.COMPRESSED
             stats = trainer.strategy.comm_stats
@@ -579,7 +629,7 @@ def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
             params[name] = recorder.params
         assert same_params(params["deferred"], params["overlapped"])
         assert same_params(params["deferred"][:4], params["flat"][:4])
-        for name in ("flat", "clipped"):
+        for name in ("flat", "clipped", "there and back"):
             assert not same_params(params["deferred"], params[name])
         return params
 
