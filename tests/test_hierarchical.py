@@ -246,7 +246,7 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
     """With one rank per node that holds the mean, in one bucket; here in several, in a thread."""
     make, gradients = SCENARIOS[scenario]
     num_nodes, local_world_size = nodes
-    steps = 30 if scenario == "outliers and decay" else 14
+    steps = 30 if scenario == "outliers and decay" and nodes is TWO_BY_TWO else 12
 
     def fn(groups):
         few = dist.new_group(list(range(num_nodes)))
@@ -280,7 +280,7 @@ def test_bfloat16_ranks_agree_bitwise_after_every_step(nodes):
     make = functools.partial(make_optimizer, torch.optim.AdamW, torch.bfloat16)
 
     def fn(groups):
-        return [train(groups, make, steps=14, bucket_cap_mb=0.001, overlap=overlap) for overlap in (False, True)]
+        return [train(groups, make, steps=8, bucket_cap_mb=0.001, overlap=overlap) for overlap in (False, True)]
 
     outcomes = on_nodes(nodes, fn)
     expected = outcomes[0][0]
@@ -533,10 +533,8 @@ def test_clipping_uses_one_coefficient_on_all_ranks():
         assert float(coefficient) == pytest.approx(0.5 / float(norms[0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("nodes", [TWO_BY_TWO, THREE_BY_TWO])
-def test_memory_per_parameter(nodes):
+def test_memory_per_parameter():
     """Invariant 9, as in test_engine; buckets of one size, as workspaces grow with them."""
-    num_nodes, local_world_size = nodes
 
     def fn(groups):
         def state_bytes(numel):
@@ -549,11 +547,11 @@ def test_memory_per_parameter(nodes):
             compressed.step()
             return tensor_bytes() - before - 8 * numel  # without parameter and gradient
 
-        small, large = 200_000, 600_000
+        small, large = 150_000, 300_000
         first = state_bytes(small)
         return (state_bytes(large) - first) / (large - small)
 
-    assert max(on_nodes(nodes, fn)) <= (8 + 4 / (num_nodes * local_world_size)) * 1.05
+    assert max(on_nodes(TWO_BY_TWO, fn)) <= (8 + 4 / 4) * 1.05
 
 
 # With a Trainer
