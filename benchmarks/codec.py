@@ -153,19 +153,19 @@ def main() -> None:
     del large
     rates = table(("part", "GB/s of gradient, median", "quartiles", "roofline", "reached"), rows)
 
-    rows, results["seconds_per_call"] = [], {}
+    call_rows, results["seconds_per_call"] = [], {}
     for numel in SMALL_NUMELS:
         parts = all_calls(codec, numel, numel, arguments.world_size)
         rounds = max(1, 2**20 // (numel + 4096))  # a few milliseconds, far above the resolution of the clock
-        times = {part: Spread.of(t) for part, t in measure(parts, arguments.repetitions, rounds).items()}
-        rows.append((str(numel), *(f"{1e6 * t.median:.1f} [{1e6 * t.lower_quartile:.1f}]" for t in times.values())))
-        results["seconds_per_call"][numel] = times
-    calls = table(("elements", *(f"{part}, us" for part in parts)), rows)
+        calls = {part: Spread.of(t) for part, t in measure(parts, arguments.repetitions, rounds).items()}
+        call_rows.append((str(numel), *(f"{1e6 * t.median:.1f} [{1e6 * t.lower_quartile:.1f}]" for t in calls.values())))
+        results["seconds_per_call"][numel] = calls
+    microseconds = table(("elements", *(f"{part}, us" for part in parts)), call_rows)
 
     text = (
         f"{describe(facts)}\ncopy bandwidth, read + write: {bandwidth / 1e9:.1f} GB/s\n\n"
         f"{arguments.numel} elements, in segments of {SEGMENT_NUMEL}, {arguments.world_size} ranks:\n\n{rates}\n\n"
-        f"One call, median [lower quartile]:\n\n{calls}\n"
+        f"One call, median [lower quartile]:\n\n{microseconds}\n"
     )
     print(text)
     if arguments.out is not None:
