@@ -18,7 +18,7 @@ from lightning_onebit.codec.cpu import CpuCodec
 from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.momentum import LocalMomentum
+from lightning_onebit.momentum import LocalMomentum, square_root_
 
 BLOCK_SIZES = [8, 64, 2048, 16384]
 MOST_NUMEL = 65536
@@ -675,32 +675,46 @@ def test_non_finite_gradients_leave_the_error_to_be_taken_back(kind):
     assert as_bytes(error, *sent[:2]) == before
 
 
+def whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts):
+    """One worker step and one server step, called between ``cuts``: the bytes of all that they write."""
+    masks = some_woken(numel) if masked else (None, None)
+    codec, error, previous, momentum, sent = worker_step(kind, block_size, numel, dtype, masks=masks)
+    _, server_error, received, served = server_step(kind, block_size, numel, dtype, live=masks[1])
+    for start, end in zip([0, *cuts], [*cuts, numel], strict=True):
+        signs, blocks = slice(start // 8, -(-end // 8)), slice(start // block_size, -(-end // block_size))
+        previous_part, sent_part, served_part, *received_parts = (
+            Encoded(each.signs[signs], each.scales[blocks], None if each.live is None else each.live[signs])
+            for each in (previous, sent, served, *received)
+        )
+        part = replace(momentum, gradient=momentum.gradient[start:end], second_moment=momentum.second_moment[start:end])
+        codec.encode_momentum_(error[start:end], error[start:end], previous_part, part, sent_part)
+        codec.encode_mean_(server_error[start:end], server_error[start:end], received_parts, served_part)
+    return as_bytes(error, server_error, *sent[:2], *served[:2])
+
+
 @every_codec
 @every_dtype
 @every_mask
 def test_whole_steps_do_not_depend_on_how_a_parameter_is_cut(kind, dtype, masked):
     numel, block_size = 3_001, 64
-    masks = some_woken(numel) if masked else (None, None)
-
-    def outcome(cuts):
-        codec, error, previous, momentum, sent = worker_step(kind, block_size, numel, dtype, masks=masks)
-        _, server_error, received, served = server_step(kind, block_size, numel, dtype, live=masks[1])
-        for start, end in zip([0, *cuts], [*cuts, numel], strict=True):
-
-            def cut(message, start=start, end=end):
-                signs, live = (
-                    None if bits is None else bits[start // 8 : -(-end // 8)] for bits in (message.signs, message.live)
-                )
-                return Encoded(signs, message.scales[start // block_size : -(-end // block_size)], live)
-
-            part = replace(momentum, gradient=momentum.gradient[start:end], second_moment=momentum.second_moment[start:end])
-            codec.encode_momentum_(error[start:end], error[start:end], cut(previous), part, cut(sent))
-            codec.encode_mean_(server_error[start:end], server_error[start:end], list(map(cut, received)), cut(served))
-        return as_bytes(error, server_error, *sent[:2], *served[:2])
-
-    whole = outcome([])
+    whole = whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts=[])
     for cuts in (range(block_size, numel, block_size), [64], [1024, 2112], [2944]):
-        assert outcome(list(cuts)) == whole, f"results depend on the cuts at {list(cuts)}"
+        parts = whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts)
+        assert parts == whole, f"results depend on the cuts at {list(cuts)}"
+
+
+@every_codec
+@every_dtype
+@pytest.mark.usefixtures("two_threads")
+def test_whole_steps_do_not_depend_on_cuts_on_two_threads(kind, dtype):
+    whole, parts = (whole_steps_in_parts(kind, 2048, MOST_NUMEL, dtype, False, cuts) for cuts in ([], [2048]))
+    assert parts == whole
+
+
+def test_square_roots_are_correctly_rounded():
+    values = torch.from_numpy(np.arange(2.0, 2.1, 2.0**-22, dtype=np.float32))
+    square_root_(values, out=(roots := torch.empty_like(values)))
+    assert np.array_equal(roots.numpy(), np.sqrt(values.numpy().astype(np.float64)).astype(np.float32))
 
 
 # ---- error feedback
