@@ -168,9 +168,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            assert self.lightning_module is not None
-            # After an exception the other ranks may be anywhere: nothing collective then.
-            interrupted = self.lightning_module.trainer.interrupted
+            interrupted = self._interrupted
             checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
             if interrupted:
                 rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
@@ -186,10 +184,23 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             self._enter_compressed_phase()
             load_compressed_state(list(self._compressed.values()), state)
 
+    # The end
+
+    @property
+    def _interrupted(self) -> bool:
+        """Whether there was an exception: the other ranks may be anywhere, so nothing collective from here on."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.interrupted
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
+
     @override
     def teardown(self) -> None:
-        module = self.lightning_module
-        self._release(after_failure=module is not None and module._trainer is not None and module.trainer.interrupted)
+        self._release(after_failure=self._interrupted)
         super().teardown()
 
     @classmethod
