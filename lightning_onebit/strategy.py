@@ -101,11 +101,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         self._overlaps = self._choose_overlap(trainer)
         for optimizer in self.optimizers:
             optimizer.register_step_pre_hook(self._guard)
-        if self.world_size == 1:
-            rank_zero_warn(
-                f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
-                " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
-            )
+        self._warn_if_alone()
 
     def _choose_overlap(self, trainer: pl.Trainer) -> bool:
         """Whether exchanges start during backward; says so, and why."""

@@ -47,6 +47,8 @@ class TwoPhases:
         @property
         def local_rank(self) -> int: ...
         @property
+        def is_global_zero(self) -> bool: ...
+        @property
         def root_device(self) -> torch.device: ...
 
     def _set_up_phases(
@@ -138,6 +140,13 @@ class TwoPhases:
         return bool(communicator.broadcast_int(int(decision), device=self.root_device))
 
     # What the strategies call
+
+    def _warn_if_alone(self) -> None:
+        if self.world_size == 1:
+            rank_zero_warn(
+                f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
+                " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
+            )
 
     def _communicate_for(self, model: DistributedDataParallel) -> None:
         """Take over DDP's communication of gradients. Collective for the first model of a run."""
