@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
@@ -26,9 +26,11 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.grad_scaler import found_inf_after_unscaling_, uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
+from lightning_onebit.preflight import check_module, check_optimizer
+from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
 from lightning_onebit.topology import Topology
 
@@ -87,6 +89,7 @@ class OneBitDDPStrategy(DDPStrategy):
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
         self._steps: dict[Optimizer, int] = {}
+        self._hooks: list[RemovableHandle] = []
         self._phase = Phase.WARMUP
         self._stepping = False
         self.overlap = overlap
@@ -173,14 +176,14 @@ class OneBitDDPStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
         self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
-        check_trainer(trainer)
         check_module(self.lightning_module)
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self._names)
             self._steps[optimizer] = 0
         self._overlaps = self._choose_overlap(trainer)
         for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(self._guard)
+            self._hooks.append(optimizer.register_step_pre_hook(self._guard))
+            self._hooks.append(optimizer.register_step_post_hook(self._count_warmup_step))
         if self.world_size == 1:
             rank_zero_warn(
                 f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
@@ -266,37 +269,21 @@ class OneBitDDPStrategy(DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
-                output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._steps[optimizer] += 1
+            if uses_loss_scaling(self.precision_plugin):
+                closure = with_agreement(closure, compressed)
+            self._stepping = True
+            try:
+                with replaced_step(optimizer, partial(self._step_compressed, optimizer)):
+                    output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            finally:
+                self._stepping = False
         return output
 
-    @contextmanager
-    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
-        """Within, ``optimizer.step`` is the compressed step. The object stays the same, as schedulers are bound to it."""
-
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            if not compressed.step():
-                rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
-            return loss
-
-        previous = optimizer.__dict__.get("step")
-        # The decorator runs the user's step hooks, as for every torch optimizer.
-        optimizer.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
-            if previous is None:
-                del optimizer.step
-            else:
-                optimizer.step = previous  # type: ignore[method-assign]
+    def _step_compressed(self, optimizer: Optimizer) -> None:
+        if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
+            self._steps[optimizer] += 1
+        elif not uses_loss_scaling(self.precision_plugin):  # which skips steps all the time, to find its scale
+            rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
 
     def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
@@ -305,6 +292,12 @@ class OneBitDDPStrategy(DDPStrategy):
                 "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
                 " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`."
             )
+
+    def _count_warmup_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
+        if self._phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
+            has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            self._steps[optimizer] += has_gradient
 
     # State
 
@@ -370,6 +363,9 @@ class OneBitDDPStrategy(DDPStrategy):
         for compressed in self._compressed.values():
             compressed.close()
         self._compressed.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
 
