@@ -104,7 +104,7 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         if not self._steps:
             self._warn_if_alone()
         self._steps[optimizer] = 0
-        optimizer.register_step_pre_hook(self._guard)
+        self._watch(optimizer)
         optimizer.register_load_state_dict_pre_hook(self._before_loading)
         optimizer.register_load_state_dict_post_hook(self._after_loading)
         return super().setup_optimizer(optimizer)
@@ -123,14 +123,12 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         if self._first_step:
             self._first_step = False
             self.switch.start(self, total_steps=self.total_steps or math.inf)
-        compressed = self._compressed.get(optimizer)
-        if compressed is None:
+        if optimizer not in self._compressed:
             output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
+            with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
-        self._steps[optimizer] += 1
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
         return output
 

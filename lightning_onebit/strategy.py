@@ -18,9 +18,10 @@ from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
+from lightning_onebit.preflight import check_module, check_optimizer
 from lightning_onebit.two_phases import DDP_COMMUNICATION, TwoPhases
 
 
@@ -93,14 +94,13 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
         self._names = {p: name for name, p in self.lightning_module.named_parameters()}
-        check_trainer(trainer)
         check_module(self.lightning_module)
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self._names)
             self._steps[optimizer] = 0
         self._overlaps = self._choose_overlap(trainer)
         for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(self._guard)
+            self._watch(optimizer)
         self._warn_if_alone()
 
     def _choose_overlap(self, trainer: pl.Trainer) -> bool:
@@ -133,6 +133,11 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     # Steps
 
+    @property
+    @override
+    def _scales_losses(self) -> bool:
+        return uses_loss_scaling(self.precision_plugin)
+
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
         compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
@@ -154,9 +159,10 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
+            if self._scales_losses:
+                closure = with_agreement(closure, compressed)
+            with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._steps[optimizer] += 1
         return output
 
     # State

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_onebit.comm.groups import ExchangeGroups, new_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
@@ -20,7 +21,9 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.grad_scaler import found_inf_after_unscaling_
 from lightning_onebit.phase import Phase
+from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
 from lightning_onebit.topology import Topology
 
@@ -65,6 +68,7 @@ class TwoPhases:
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
         self._steps: dict[Optimizer, int] = {}
+        self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
         self._phase = Phase.WARMUP
         self._stepping = False
@@ -188,32 +192,31 @@ class TwoPhases:
         rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
         return flat
 
+    @property
+    def _scales_losses(self) -> bool:
+        """Whether a loss scaler decides which steps are made."""
+        return False
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Guard the optimizer's steps, and count those of the warm-up."""
+        self._hooks.append(optimizer.register_step_pre_hook(self._guard))
+        self._hooks.append(optimizer.register_step_post_hook(self._count_warmup_step))
+
     @contextmanager
-    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
-        """Within, ``optimizer.step`` is the compressed step. The object stays the same, as schedulers are bound to it."""
-
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            if not compressed.step():
-                rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
-            return loss
-
-        previous = optimizer.__dict__.get("step")
-        # The decorator runs the user's step hooks, as for every torch optimizer.
-        optimizer.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+    def _compressed_step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Within, ``optimizer.step`` is the compressed step."""
         self._stepping = True
         try:
-            yield
+            with replaced_step(optimizer, partial(self._step_compressed, optimizer)):
+                yield
         finally:
             self._stepping = False
-            if previous is None:
-                del optimizer.step
-            else:
-                optimizer.step = previous  # type: ignore[method-assign]
+
+    def _step_compressed(self, optimizer: Optimizer) -> None:
+        if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
+            self._steps[optimizer] += 1
+        elif not self._scales_losses:  # which skips steps all the time, to find its scale
+            rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
 
     def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
@@ -223,6 +226,12 @@ class TwoPhases:
                 " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the"
                 " optimizer that `fabric.setup` returned."
             )
+
+    def _count_warmup_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
+        if self._phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
+            has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            self._steps[optimizer] += has_gradient
 
     def _enter_compressed_phase(self) -> None:
         assert self._hook_state is not None
@@ -271,6 +280,9 @@ class TwoPhases:
     def _forget_run(self) -> None:
         """Forget an earlier run, but not the process groups."""
         self._leave_compressed_phase()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
 

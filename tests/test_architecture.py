@@ -19,7 +19,10 @@ FLOORS = [
     {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
     {"engine", "pipeline", "ddp_hook"},
-    {"strategy", "fabric", "two_phases", "overlap", "preflight", "checkpoint", "callbacks"},
+    {
+        "strategy", "fabric", "two_phases", "replaced_step", "grad_scaler", "overlap", "preflight", "checkpoint",
+        "callbacks",
+    },  # fmt: skip
     {"doctor", "__main__"},
     {"__init__"},
 ]
