@@ -20,9 +20,16 @@ FLOORS = [
     {"comm"},
     {"engine", "pipeline", "ddp_hook"},
     {
-        "strategy", "fabric", "two_phases", "replaced_step", "grad_scaler", "overlap", "preflight", "checkpoint",
+        "strategy",
+        "fabric",
+        "two_phases",
+        "replaced_step",
+        "grad_scaler",
+        "overlap",
+        "preflight",
+        "checkpoint",
         "callbacks",
-    },  # fmt: skip
+    },
     {"doctor", "__main__"},
     {"__init__"},
 ]
