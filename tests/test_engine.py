@@ -77,7 +77,9 @@ def train(rank, kind, dtype, world_size, *, steps=50, optimizer_options=None, gr
     return history
 
 
-def train_model(kind, world_size, *, steps=50, maximize=False, block_size=2048, scale="l2", space="update"):
+def train_model(
+    kind, world_size, *, steps=50, maximize=False, gradient=gradient, block_size=2048, scale="l2", space="update"
+):
     models, index = [], 0
     for group in GROUPS:
         options = {k: v for k, v in group.items() if k != "shapes"}
