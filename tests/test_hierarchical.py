@@ -33,7 +33,7 @@ from test_engine import (
     train_model,
 )
 from torch import nn
-from trainers import fit, same_params
+from trainers import CLASSES, FEATURES, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, pipeline
 from lightning_onebit.comm.allreduce import CompressedBucket
@@ -256,10 +256,9 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
             communicator = Communicator(few)
             means = node_means(gradients, local_world_size)
             flat = train(flat_groups(communicator), make, means, communicator=communicator, **options)
-        options["bucket_cap_mb"] = 0.001
-        deferred = train(groups, make, gradients, **options)
         lane = Lane()
-        overlapped = train(groups, make, gradients, overlap=True, lane=lane, **options)
+        options.update(bucket_cap_mb=0.001, lane=lane)
+        deferred, overlapped = (train(groups, make, gradients, overlap=overlap, **options) for overlap in (False, True))
         lane.close()
         return flat, deferred, overlapped
 
@@ -585,9 +584,8 @@ class RoundRobin(LightningEnvironment):
 def run(world_size, *, batches=14, callbacks=(), **options):
     """A fit that is compressed from the fifth step on."""
     strategy = OneBitDDPStrategy(bucket_cap_mb=0.001, **options.pop("strategy", {}))
-    return fit(
-        strategy, world_size, batches=batches, model=Stepwise(), callbacks=[PhaseSwitch(FixedStep(4)), *callbacks], **options
-    )
+    callbacks = [PhaseSwitch(FixedStep(4)), *callbacks]
+    return fit(strategy, world_size, batches=batches, callbacks=callbacks, **{"model": Stepwise(), **options})
 
 
 class ThereAndBack(pl.Callback):
@@ -634,6 +632,36 @@ def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
     outcomes = run_trainers(4, fn, num_nodes=2)
     for outcome in outcomes[1:]:
         assert all(same_params(outcome[name], outcomes[0][name]) for name in outcome)
+
+
+class Branching(Stepwise):
+    """One layer is used on some ranks at some steps, another one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.sometimes, self.never = nn.Linear(FEATURES, CLASSES), nn.Linear(3, 3)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if (self.trainer.global_step + self.global_rank) % 3 == 0:
+            loss = loss + self.sometimes(batch[0]).square().mean()
+        return loss
+
+
+def test_overlap_where_ranks_of_a_node_use_different_layers():
+    """A rank that averages during backward waits for one that has nothing to say."""
+
+    def fn(rank):
+        def train(overlap):
+            options = {"overlap": overlap, "find_unused_parameters": True}
+            return run(4, num_nodes=2, model=Branching(), strategy=options)[1].params
+
+        deferred, overlapped = train(False), train(True)
+        assert same_params(deferred, overlapped)
+        return deferred
+
+    outcomes = run_trainers(4, fn, num_nodes=2)
+    assert all(same_params(outcome, outcomes[0]) for outcome in outcomes)
 
 
 def test_ranks_not_numbered_node_by_node_stay_flat_or_are_refused_on_all_ranks():
