@@ -11,6 +11,7 @@ from lightning_onebit.codec import triton_kernels
 HOPPER = GPUTarget("cuda", 90, 32)
 INSTRUCTIONS = (
     "fma", "approx", "ftz", "full", "ld.global.v4", "div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64",
+    "min.NaN.f32", "max.NaN.f32",
 )  # fmt: skip
 POINTERS = {"signs": "*u8", "live": "*u8", "scales": "*fp32"}
 INTEGERS = {"numel": "i64", "count": "i32", "signs_step": "i32", "scales_step": "i32"}
@@ -33,8 +34,7 @@ def compiled(kernel, *, dtype="fp32", block_size=2048, **flags):
             attributes[(index,)] = [["tt.divisibility", 16]]
     used = {name: constants[name] for name in signature if signature[name] == "constexpr"}
     source = ASTSource(kernel, signature=signature, constexprs=used, attrs=attributes)
-    options = {"num_warps": codec._num_warps, "enable_fp_fusion": False}
-    assembly = triton.compile(source, target=HOPPER, options=options).asm["ptx"]
+    assembly = triton.compile(source, target=HOPPER, options=codec._options).asm["ptx"]
     return {name: assembly.count(name) for name in INSTRUCTIONS}
 
 

@@ -282,6 +282,27 @@ def test_a_gradient_that_is_not_a_number_is_not_clamped_away(device):
 
 
 @each_device
+@each_scale
+def test_a_block_without_live_elements_has_scale_zero(device, scale):
+    values = random_values(20)
+    residual = values.to(device, copy=True)
+    live = pack_bits(torch.arange(20) >= 8)
+    codec = codecs(8, scale)[0]
+    sent = assert_encodes(lambda encoded: codec.encode_(residual, encoded), values, 8, scale, device, live)
+    assert (sent.scales == 0).tolist() == [True, False, False]
+    assert_same_bits(residual[:8], values[:8])
+
+
+@each_device
+def test_elements_that_do_not_exist_send_no_bit(device):
+    momentum = LocalMomentum(gradient=torch.ones(13), second_moment=torch.ones(13), decay=DECAY, weight=WEIGHT)
+    error, receiver = torch.zeros(13, device=device), Receiver(13, 8, device)
+    previous = placed(random_encoded(13, 8), device)._replace(scales=torch.zeros(2, device=device))
+    codecs(8)[0].encode_momentum_(error, error, previous, moved(momentum, device), receiver.encoded)  # without eps: 0 / 0
+    assert receiver.take().signs.tolist() == [0b11111111, 0b11111]
+
+
+@each_device
 def test_no_elements_is_no_work(device):
     codec = codecs(8)[0]
     empty, encoded = torch.empty(0, device=device), Receiver(0, 8, device).encoded
@@ -562,8 +583,8 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
         for forbidden in ("fma", "approx", "ftz", "full"):
             assert not found[forbidden], (name, forbidden)
         assert found["ld.global.v4"] or name == "momentum float64", name
-    assert kernels["momentum"]["div.rn.f32"]
-    assert kernels["momentum"]["sqrt.rn.f32"]
+    for wanted in ("div.rn.f32", "sqrt.rn.f32", "min.NaN.f32", "max.NaN.f32"):
+        assert kernels["momentum"][wanted], wanted
     assert kernels["mean"]["div.rn.f32"]
     assert kernels["encode"]["sqrt.rn.f64"]
     assert not kernels["momentum float64"]["div.rn.f32"]

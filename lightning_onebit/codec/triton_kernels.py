@@ -55,7 +55,8 @@ class TritonCodec:
         self.scale: Scale = scale
         padded = triton.next_power_of_2(block_size)
         self._tile = {"BLOCK_SIZE": block_size, "BYTES": padded // 8}
-        self._num_warps = min(max(padded // ELEMENTS_PER_WARP, 1), MAX_WARPS)
+        num_warps = min(max(padded // ELEMENTS_PER_WARP, 1), MAX_WARPS)
+        self._options = {"num_warps": num_warps, "enable_fp_fusion": False}
 
     def encode_(self, values: Tensor, encoded: Encoded) -> None:
         self._launch(_encode_kernel, values, *encoded, L1=self.scale == "l1")
@@ -104,15 +105,8 @@ class TritonCodec:
             return
         # Triton launches on the current device, and a thread that the caller started has device 0.
         with torch.cuda.device_of(out):
-            kernel[(num_blocks(numel, self.block_size),)](
-                out,
-                numel,
-                *arguments,
-                **constants,
-                **self._tile,
-                num_warps=self._num_warps,
-                enable_fp_fusion=False,
-            )
+            grid = (num_blocks(numel, self.block_size),)
+            kernel[grid](out, numel, *arguments, **constants, **self._tile, **self._options)
 
 
 def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
@@ -125,14 +119,11 @@ def _evenly_spaced(tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
     Parts of one message buffer are evenly spaced; others are copied. A table of addresses would have to be sent to the
     GPU, and the processor would wait for that.
     """
-    itemsize = tensors[0].element_size()
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    steps = {after - before for before, after in pairwise(addresses)} or {0}
-    step = steps.pop()
-    if steps or step % itemsize:
+    steps = {after.data_ptr() - before.data_ptr() for before, after in pairwise(tensors)} or {0}
+    if len(steps) > 1:
         copied = torch.stack(tuple(tensors))
         return copied, copied.stride(0)
-    return tensors[0], step // itemsize
+    return tensors[0], steps.pop() // tensors[0].element_size()
 
 
 # ---- kernels: `out` [numel], `numel`, then what the method of the same name takes
