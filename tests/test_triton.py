@@ -479,7 +479,31 @@ def test_momentum_agrees_with_torchs_own_square_root(device):
         torch.testing.assert_close(error, expected, rtol=3e-7, atol=0)
 
 
+@each_device
+def test_messages_of_other_live_elements_are_refused(device):
+    message = placed(random_encoded(13, 8, random_live(13)), device)
+    error, served = torch.zeros(13, device=device), message._replace(live=message.live.clone())
+    for other in (served, message._replace(live=None)):
+        with pytest.raises(AssertionError):
+            codecs(8)[0].encode_mean_(error, error, [message], other)
+
+
 # ---- block locality
+
+
+@each_device
+def test_the_order_of_additions_is_part_of_the_kernel(device):
+    # One half of a last place of float32, and units too small to count unless they meet each other first.
+    values = torch.zeros(8, 2048, dtype=torch.float64)
+    values[0, 0], values[0, [64, 128, 192]] = 1 + 2.0**-24, 2.0**-53
+    for seed, block in enumerate(values[1:]):
+        places = torch.randperm(2048, generator=seeded(seed))
+        block[places[0]], block[places[1:7]] = 1 + 2.0**-24, 2.0**-53
+    values = values.view(-1)
+    residual = values.to(device, copy=True)
+    codec = codecs(2048, "l1")[0]
+    sent = assert_encodes(lambda encoded: codec.encode_(residual, encoded), values, 2048, "l1", device)
+    assert sent.scales[0].item() == (1 + 2.0**-23) / 2048  # from the left to the right it would be 1 / 2048
 
 
 @each_device
