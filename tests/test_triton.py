@@ -493,17 +493,16 @@ def test_messages_of_other_live_elements_are_refused(device):
 
 @each_device
 def test_the_order_of_additions_is_part_of_the_kernel(device):
-    # One half of a last place of float32, and units too small to count unless they meet each other first.
-    values = torch.zeros(8, 2048, dtype=torch.float64)
-    values[0, 0], values[0, [64, 128, 192]] = 1 + 2.0**-24, 2.0**-53
-    for seed, block in enumerate(values[1:]):
-        places = torch.randperm(2048, generator=seeded(seed))
-        block[places[0]], block[places[1:7]] = 1 + 2.0**-24, 2.0**-53
+    # Half a last place of float32, and two units that are too small to count unless they meet each other first.
+    values = torch.zeros(20, 2048, dtype=torch.float64)
+    for seed, block in enumerate(values):
+        places = torch.randperm(2048, generator=seeded(seed))[:3] if seed else torch.tensor([0, 128, 192])
+        block[places] = torch.tensor([1 + 2.0**-24, 2.0**-53, 2.0**-53], dtype=torch.float64)
     values = values.view(-1)
     residual = values.to(device, copy=True)
     codec = codecs(2048, "l1")[0]
     sent = assert_encodes(lambda encoded: codec.encode_(residual, encoded), values, 2048, "l1", device)
-    assert sent.scales[0].item() == (1 + 2.0**-23) / 2048  # from the left to the right it would be 1 / 2048
+    assert set(sent.scales.tolist()) == {1 / 2048, (1 + 2.0**-23) / 2048}
 
 
 @each_device
