@@ -6,12 +6,13 @@ byte. The tile is the block padded to a power of two; elements that do not exist
 What decides a bit, and therefore what must not be left to a compiler:
 
 * The arithmetic is that of the reference, operation by operation: quotients and roots rounded to nearest, and no
-  fused multiply-add (``enable_fp_fusion=False``). Given equal scales, errors are equal bit for bit.
+  fused multiply-add (``enable_fp_fusion=False``). Given equal scales, errors are equal bit for bit. (On CPUs torch may
+  take its square root from MKL, which rounds about a fifth of all float32 numbers the wrong way: compare on one device.)
 * A block's sum is taken in float64, where no square of a float32 over- or underflows, and in an order that is
   written down: neighbours are added to neighbours. Otherwise the order would follow from how the compiler lays a tile
-  out, hence from alignment and masks, hence from how parameters were cut. A scale is the true one rounded to float32 (within a
-  relative 6e-8; what else is between it and the reference's is the reference's own rounding), and the same bits for
-  every layout, every GPU, and Triton's interpreter.
+  out, hence from alignment and masks, hence from how parameters were cut. A scale is the true one rounded to float32,
+  within a relative 6e-8 (what else lies between it and the reference's is the reference's own rounding), and the same
+  bits for every layout, every GPU, and Triton's interpreter.
 """
 
 from __future__ import annotations
