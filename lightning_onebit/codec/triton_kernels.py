@@ -98,6 +98,7 @@ class TritonCodec:
             *_evenly_spaced([each.signs for each in received]),
             *_evenly_spaced([each.scales for each in received]),
             len(received),
+            1.0 / len(received),
         )
         self._launch(_mean_kernel, out, error, *messages, *served, L1=self.scale == "l1", SETTLE=settle)
 
@@ -204,7 +205,7 @@ def _momentum_kernel(
 
 @block_kernel
 def _mean_kernel(
-    out, numel, error, received_signs, signs_step, received_scales, scales_step, count,
+    out, numel, error, received_signs, signs_step, received_scales, scales_step, count, weight: tl.float64,
     signs, scales, live,
     L1: tl.constexpr, SETTLE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -212,15 +213,14 @@ def _mean_kernel(
     block, element, exists, byte, byte_exists = _place(numel, BLOCK_SIZE, BYTES)
     alive = _alive(live, exists, byte, byte_exists)
 
-    total = tl.full((BYTES, 8), 0.0, dtype)
+    values = tl.load(error + element, mask=exists, other=0.0)
     calls = tl.full((BYTES,), 0, tl.int32)
     for _ in range(count):
         packed = tl.load(received_signs + byte, mask=byte_exists, other=0).to(tl.int32)
-        total += _decoded(_unpack(packed), tl.load(received_scales + block), alive, 1.0, dtype)
+        values += _decoded(_unpack(packed), tl.load(received_scales + block), alive, weight, dtype)
         calls |= packed
         received_signs += signs_step
         received_scales += scales_step
-    values = tl.load(error + element, mask=exists, other=0.0) + _divide(total, tl.full((), count, dtype))
 
     if SETTLE:
         bits = _load_bits(signs, byte, byte_exists)
