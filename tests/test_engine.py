@@ -479,7 +479,7 @@ def test_memory_per_parameter():
             compressed.step()
             return dense, tensor_bytes() - before - 8 * numel
 
-        small, large = 400_000, 1_200_000
+        small, large = 1_200_000, 3_600_000  # both with segments of full length
         (dense_small, ours_small), (dense_large, ours_large) = state_bytes(small), state_bytes(large)
         return [(b - a) / (large - small) for a, b in ((dense_small, dense_large), (ours_small, ours_large))]
 
