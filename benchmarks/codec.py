@@ -8,7 +8,8 @@ apply   step 6: decode and add to the parameter
 
 Each is one method of the codec, called for segment after segment of a large parameter. Rates are of float32: 4 bytes per
 element. The roofline is the traffic with main memory that cannot be avoided, over the measured bandwidth of a copy, for
-arrays far larger than caches. A second table has the time of one call for small parameters, whose data stay in cache.
+arrays far larger than caches. (A copy also loads what it overwrites: what works in place can do better than 100%.) A second
+table has the time of one call for small parameters and for one segment, whose data stay in cache.
 """
 
 from __future__ import annotations
