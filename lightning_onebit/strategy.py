@@ -174,6 +174,8 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
+        self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         assert self.lightning_module is not None
         self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
         check_module(self.lightning_module)
