@@ -62,6 +62,8 @@ class CompressedOptimizer:
         self._check_second_moments()
         self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
 
+        groups = groups or flat_groups(communicator)
+        self._local_world_size = groups.topology.local_world_size
         self._overlap = overlap and communicator.world_size > 1
         # Reversed: roughly the order in which backward produces gradients.
         placed = [(group, p) for group in optimizer.param_groups for p in group["params"]][::-1]
@@ -73,7 +75,7 @@ class CompressedOptimizer:
                 method_type,
                 config,
                 communicator,
-                groups or flat_groups(communicator),
+                groups,
                 lane or InlineLane(),
                 overlap=self._overlap,
                 dtype=dtype,
@@ -141,9 +143,9 @@ class CompressedOptimizer:
             finite, active = self._agree(skip=skip)
         counters = self.communicator.counters
         counters.steps += 1
-        counters.dense_equivalent_bytes += ring_all_reduce_nbytes(
-            DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size
-        )
+        counters.dense_equivalent_bytes += (
+            ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size) // self._local_world_size
+        )  # of a ring, one hop in so many leaves the node: only those count as sent
         for pipeline in self._pipelines:
             if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
-from lightning_onebit.comm.groups import ExchangeGroups, new_groups
-from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
-from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
-from lightning_onebit.ddp_hook import HookState, phase_hook
-from lightning_onebit.engine import CompressedOptimizer
-from lightning_onebit.grad_scaler import found_inf_after_unscaling_, uses_loss_scaling, with_agreement
+from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_module, check_optimizer
-from lightning_onebit.replaced_step import replaced_step
-from lightning_onebit.stats import CommStats
-from lightning_onebit.topology import Topology
+from lightning_onebit.two_phases import DDP_COMMUNICATION, TwoPhases
 
 
-class OneBitDDPStrategy(DDPStrategy):
+class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
 
     Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
@@ -69,83 +59,15 @@ class OneBitDDPStrategy(DDPStrategy):
         bucket_cap_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("overlap", overlap), ("hierarchical", hierarchical)):
-            if value not in (True, False, "auto"):
-                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
-        self.config = CompressionConfig(
-            block_size=block_size,
-            scale=scale,
-            space=space,
-            bucket_cap_mb=bucket_cap_mb,
-        )
-        for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+        for name in DDP_COMMUNICATION:
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"{type(self).__name__} does its own gradient communication and cannot be combined with {name}="
                     f"{kwargs[name]!r}. HINT: leave it out, or use strategy='ddp'."
                 )
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.comm_stats = CommStats()
-        self._hook_state: HookState | None = None
-        self._compressed: dict[Optimizer, CompressedOptimizer] = {}
-        self._steps: dict[Optimizer, int] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._phase = Phase.WARMUP
-        self._stepping = False
-        self.overlap = overlap
-        self.hierarchical = hierarchical
-        self._overlaps = False
-        self._groups: ExchangeGroups | None = None
-        self._lane: AnyLane = InlineLane()
-
-    # What a user reads and calls
-
-    @property
-    def phase(self) -> Phase:
-        """``Phase.WARMUP`` or ``Phase.COMPRESSED``."""
-        return self._phase
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Steps that every optimizer has made: with several, those of the one that made fewest."""
-        return min(self._steps.values(), default=0)
-
-    def freeze_variance(self) -> None:
-        """Freeze the second moment and compress from the next optimizer step on.
-
-        Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
-        quantized: training goes on as exact Adam with a frozen second moment.
-
-        Raises:
-            RuntimeError: outside ``fit``, or before the first optimizer step.
-        """
-        if self._phase is Phase.COMPRESSED:
-            return
-        if self._hook_state is None:
-            raise RuntimeError("freeze_variance() needs a running `trainer.fit`. HINT: call it from a callback.")
-        if self.optimizer_steps == 0:
-            raise RuntimeError("freeze_variance() was called before the first optimizer step: no second moment yet.")
-        self._enter_compressed_phase()
-
-    def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
-
-        Call on all ranks, between two batches. Without effect in warm-up.
-        """
-        if self._phase is Phase.WARMUP:
-            return
-        for compressed in self._compressed.values():
-            compressed.thaw_()
-        self._compressed.clear()
-        self._set_phase(Phase.WARMUP)
-
-    # What callbacks need
-
-    def broadcast_decision(self, decision: bool) -> bool:
-        """Rank 0's decision, on all ranks. Collective."""
-        assert self._hook_state is not None
-        communicator = self._hook_state.communicator
-        return bool(communicator.broadcast_int(int(decision), device=self.root_device))
+        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
 
     # Set-up
 
@@ -164,12 +86,8 @@ class OneBitDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
-        self._reset()
-        self._hook_state = HookState(Communicator())
-        if self._groups is None and self.world_size > 1:
-            self._groups = new_groups(self._topology(self._hook_state.communicator), self._timeout)
-        self._set_phase(Phase.WARMUP)
-        self.model.register_comm_hook(self._hook_state, phase_hook)
+        self._forget_run()
+        self._communicate_for(self.model)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -177,48 +95,15 @@ class OneBitDDPStrategy(DDPStrategy):
         # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
         self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         assert self.lightning_module is not None
-        self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
+        self._names = {p: name for name, p in self.lightning_module.named_parameters()}
         check_module(self.lightning_module)
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self._names)
             self._steps[optimizer] = 0
         self._overlaps = self._choose_overlap(trainer)
         for optimizer in self.optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._guard))
-            self._hooks.append(optimizer.register_step_post_hook(self._count_warmup_step))
-        if self.world_size == 1:
-            rank_zero_warn(
-                f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
-                " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
-            )
-
-    def _topology(self, communicator: Communicator) -> Topology:
-        """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
-        flat = Topology(num_nodes=self.world_size, node_rank=self.global_rank)
-        if self.hierarchical is False:
-            return flat
-        if self.num_nodes == 1 or self.num_processes == 1:
-            if self.hierarchical is True:
-                rank_zero_warn(
-                    f"hierarchical=True has no effect with {self.num_nodes} node(s) of {self.num_processes} process(es):"
-                    " it takes several nodes of several processes."
-                )
-            return flat
-        nodes = Topology(
-            num_nodes=self.num_nodes,
-            node_rank=self.node_rank,
-            local_world_size=self.num_processes,
-            local_rank=self.local_rank,
-        )
-        misplaced = torch.tensor(nodes.rank != self.global_rank, dtype=torch.int32, device=self.root_device)
-        communicator.all_reduce_max_(misplaced)
-        if not misplaced:
-            return nodes
-        remark = "ranks are not numbered node by node, so exchanges cannot be hierarchical"
-        if self.hierarchical is True:
-            raise ValueError(f"hierarchical=True: {remark}. HINT: change the launcher's placement, or use 'auto'.")
-        rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
-        return flat
+            self._watch(optimizer)
+        self._warn_if_alone()
 
     def _choose_overlap(self, trainer: pl.Trainer) -> bool:
         """Whether exchanges start during backward; says so, and why."""
@@ -247,6 +132,11 @@ class OneBitDDPStrategy(DDPStrategy):
 
     # Steps
 
+    @property
+    @override
+    def _scales_losses(self) -> bool:
+        return uses_loss_scaling(self.precision_plugin)
+
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
         compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
@@ -269,44 +159,18 @@ class OneBitDDPStrategy(DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
-            if uses_loss_scaling(self.precision_plugin):
+            if self._scales_losses:
                 closure = with_agreement(closure, compressed)
-            self._stepping = True
-            try:
-                with replaced_step(optimizer, partial(self._step_compressed, optimizer)):
-                    output = super().optimizer_step(optimizer, closure, model, **kwargs)
-            finally:
-                self._stepping = False
+            with self._compressed_step(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
         return output
-
-    def _step_compressed(self, optimizer: Optimizer) -> None:
-        if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
-            self._steps[optimizer] += 1
-        elif not uses_loss_scaling(self.precision_plugin):  # which skips steps all the time, to find its scale
-            rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
-
-    def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
-        if self._phase is Phase.COMPRESSED and not self._stepping:
-            raise RuntimeError(
-                "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
-                " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`."
-            )
-
-    def _count_warmup_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
-        if self._phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
-            has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-            self._steps[optimizer] += has_gradient
 
     # State
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            assert self.lightning_module is not None
-            # After an exception the other ranks may be anywhere: nothing collective then.
-            interrupted = self.lightning_module.trainer.interrupted
+            interrupted = self._interrupted
             checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
             if interrupted:
                 rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
@@ -314,64 +178,31 @@ class OneBitDDPStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for compressed in self._compressed.values():
-            compressed.close()
-        self._compressed.clear()
-        self._set_phase(Phase.WARMUP)
+        self._leave_compressed_phase()
         super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
-            self._steps[optimizer] = int(max(steps, default=0))
+        self._count_loaded_steps()
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is not None:
             self._enter_compressed_phase()
             load_compressed_state(list(self._compressed.values()), state)
 
-    def _enter_compressed_phase(self) -> None:
-        assert self._hook_state is not None
-        self._lane.close()
-        self._lane = make_lane(self.root_device) if self.world_size > 1 else InlineLane()
-        self._compressed = {
-            optimizer: CompressedOptimizer(
-                optimizer,
-                self.config,
-                self._hook_state.communicator,
-                self._names,
-                groups=self._groups,
-                lane=self._lane,
-                overlap=self._overlaps,
-            )
-            for optimizer in self.optimizers
-        }
-        if self._overlaps:
-            (compressed,) = self._compressed.values()
-            self._hook_state.gradients_ready = compressed.gradients_ready
-        self._set_phase(Phase.COMPRESSED)
+    # The end
 
-    def _set_phase(self, phase: Phase) -> None:
-        self._phase = phase
-        if self._hook_state is not None:
-            self._hook_state.phase = phase
-            self._hook_state.communicator.counters = self.comm_stats[phase]
-            if phase is Phase.WARMUP:
-                self._hook_state.gradients_ready = None
-        if self._groups is not None:
-            self._groups.count_into(self.comm_stats[phase])
+    @property
+    def _interrupted(self) -> bool:
+        """Whether there was an exception: the other ranks may be anywhere, so nothing collective from here on."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.interrupted
 
-    def _reset(self) -> None:
-        """Forget an earlier fit."""
-        for compressed in self._compressed.values():
-            compressed.close()
-        self._compressed.clear()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._steps.clear()
-        self.comm_stats = CommStats()
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
 
     @override
     def teardown(self) -> None:
-        self._lane.close()
+        self._release(after_failure=self._interrupted)
         super().teardown()
 
     @classmethod

@@ -19,7 +19,17 @@ FLOORS = [
     {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
     {"engine", "pipeline", "ddp_hook"},
-    {"strategy", "grad_scaler", "replaced_step", "overlap", "preflight", "checkpoint", "callbacks"},
+    {
+        "strategy",
+        "fabric",
+        "two_phases",
+        "replaced_step",
+        "grad_scaler",
+        "overlap",
+        "preflight",
+        "checkpoint",
+        "callbacks",
+    },
     {"doctor", "__main__"},
     {"__init__"},
 ]

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.strategy import strategy_of
+from lightning_onebit.two_phases import TwoPhases
 
 
 class PhaseSwitch(Callback):
@@ -52,23 +53,30 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
-        if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
-            return
-        self._plan = self.criterion.plan(total_steps=_total_steps(trainer), beta2=slowest_beta2(trainer.optimizers))
-        for remark in self._plan.remarks:
-            rank_zero_info(f"{type(self).__name__}: {remark}")
+        self.start(strategy_of(trainer), total_steps=_total_steps(trainer))
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        strategy = strategy_of(trainer)
+        self.after_step(strategy_of(trainer), pl_module)
+
+    def start(self, strategy: TwoPhases, *, total_steps: float) -> None:
+        """Settle the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
+        if strategy.world_size == 1:
+            return
+        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.optimizers))
+        if strategy.phase is Phase.WARMUP:
+            for remark in self._plan.remarks:
+                rank_zero_info(f"{type(self).__name__}: {remark}")
+
+    def after_step(self, strategy: TwoPhases, module: nn.Module) -> None:
+        """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
         if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
             return
         step = strategy.optimizer_steps
         has_stepped, self._last_step = step != self._last_step, step
         if not has_stepped or not self._plan.observes(step):
             return
-        verdict = self._judge(observe(step, trainer.optimizers, pl_module)) if strategy.is_global_zero else None
+        verdict = self._judge(observe(step, strategy.optimizers, module)) if strategy.is_global_zero else None
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
         if strategy.broadcast_decision(verdict is not None and verdict.freeze):
             if verdict is not None:
