@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -176,18 +176,20 @@ class CompressedOptimizer:
         """Scale the local gradients so that the norm of their mean over the ranks is at most ``max_norm``. Collective.
 
         As ``torch.nn.utils.clip_grad_norm_`` does under DDP, but with the norm estimated by a sketch (within about 1%),
-        as no rank has the mean. All ranks use the same coefficient.
+        as no rank has the mean. All ranks use the same coefficient. A single rank computes the norm exactly.
 
         Returns:
-            The estimated norm before clipping, 0-d.
+            The norm before clipping, 0-d, the same on all ranks.
         """
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        with_gradient = [p for p in params if p.grad is not None]
+        if self.communicator.world_size == 1:
+            return clip_grad_norm_(with_gradient, max_norm)
         sketch = NormSketch(seed=self._steps, device=self._pipelines[0].device)  # the step: a resumed run draws the same
-        sketch.add_(grads, [p.numel() for p in params])
+        sketch.add_([p.grad for p in params], [p.numel() for p in params])
         self.communicator.all_reduce_mean_(sketch.buckets)
         norm = sketch.norm()
-        clip_grads_with_norm_([p for p in params if p.grad is not None], max_norm, norm)
+        clip_grads_with_norm_(with_gradient, max_norm, norm)
         return norm
 
     @torch.no_grad()

@@ -92,6 +92,8 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
+        self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         assert self.lightning_module is not None
         self._names = {p: name for name, p in self.lightning_module.named_parameters()}
         check_module(self.lightning_module)
@@ -126,10 +128,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        plugin = self.precision_plugin
-        if not isinstance(getattr(plugin.clip_grad_by_norm, "__self__", None), OneBitDDPStrategy):
-            self._dense_clip_grad_by_norm = plugin.clip_grad_by_norm
-        plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
     # Steps
 
@@ -142,7 +141,8 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
         compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
         if compressed is None:
-            self._dense_clip_grad_by_norm(optimizer, clip_val)
+            plugin = self.precision_plugin
+            type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
         else:
             compressed.clip_grad_norm_(float(clip_val))
 
