@@ -16,11 +16,10 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.flat import all_finite
-from lightning_onebit.optim import method_for
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
-from lightning_onebit.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
 
 
 class CompressedOptimizer:
@@ -58,7 +57,7 @@ class CompressedOptimizer:
         self.communicator = communicator
         self._names = names
         self._sketches = 0
-        self._numels = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
+        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         method_type = method_for(optimizer)
         self._check_second_moments()
 
@@ -86,10 +85,10 @@ class CompressedOptimizer:
         self._arrived: set[Tensor] = set()
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters."""
-        return sum(map(sum, self._numels))
+    def added_parameters(self) -> list[Tensor]:
+        """Those that the optimizer was given since its state was frozen."""
+        known = {p for group in self._parameters for p in group}
+        return [p for p in parameters_of(self.optimizer) if p not in known]
 
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
@@ -136,11 +135,7 @@ class CompressedOptimizer:
             self._arrived.clear()
         with record_function("onebit::agree"):
             finite, active = self._agree()
-        counters = self.communicator.counters
-        counters.steps += 1
-        counters.dense_equivalent_bytes += ring_all_reduce_nbytes(
-            DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size
-        )
+        self.communicator.counters.steps += 1
         for pipeline in self._pipelines:
             if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])
@@ -158,7 +153,7 @@ class CompressedOptimizer:
         Returns:
             The estimated norm before clipping, 0-d.
         """
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = parameters_of(self.optimizer)
         grads = [p.grad for p in params]
         sketch = NormSketch(self._sketches, device=self._pipelines[0].device)
         self._sketches += 1
@@ -188,7 +183,11 @@ class CompressedOptimizer:
 
     @torch.no_grad()
     def thaw_(self) -> None:
-        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then."""
+        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
+
+        Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
+        """
+        self._average_gradients_()
         outstanding = self.outstanding()
         for pipeline in self._pipelines:
             pipeline.thaw_(outstanding)
@@ -207,7 +206,7 @@ class CompressedOptimizer:
         stock: dict[Tensor, dict[str, Tensor]] = {}
         for pipeline in self._pipelines:
             stock.update(pipeline.stock_state())
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = parameters_of(self.optimizer)
         state = {index: {**entry, **stock.get(params[index], {})} for index, entry in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
@@ -224,8 +223,17 @@ class CompressedOptimizer:
         any_nonfinite, *active = flags.tolist()
         return not any_nonfinite, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
 
+    def _average_gradients_(self) -> None:
+        _, active = self._agree()
+        for p in (p for p, is_active in active.items() if is_active):
+            gradient = flat_gradient(p)
+            mean = flat_view(torch.zeros_like(p)) if gradient is None else gradient
+            self.communicator.all_reduce_mean_(mean)
+            p.grad = unflatten_like(mean, p)
+
     def _check_same_parameters(self) -> None:
-        if self._numels != [[p.numel() for p in group["params"]] for group in self.optimizer.param_groups]:
+        now = [group["params"] for group in self.optimizer.param_groups]
+        if [list(map(id, group)) for group in now] != [list(map(id, group)) for group in self._parameters]:
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,7 +25,9 @@ from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.ddp_hook import HookState, phase_hook
+from lightning_onebit.division import Division, divide, listed
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.optim import parameters_of
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
@@ -86,7 +88,9 @@ class OneBitDDPStrategy(DDPStrategy):
         self.comm_stats = CommStats()
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
+        self._division = Division(compressed=[], dense={})
         self._steps: dict[Optimizer, int] = {}
+        self._averaged: set[Tensor] = set()
         self._phase = Phase.WARMUP
         self._stepping = False
         self.overlap = overlap
@@ -104,8 +108,8 @@ class OneBitDDPStrategy(DDPStrategy):
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that every optimizer has made: with several, those of the one that made fewest."""
-        return min(self._steps.values(), default=0)
+        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
+        return min((self._steps[optimizer] for optimizer in self._division.compressed), default=0)
 
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
@@ -114,19 +118,24 @@ class OneBitDDPStrategy(DDPStrategy):
         quantized: training goes on as exact Adam with a frozen second moment.
 
         Raises:
-            RuntimeError: outside ``fit``, or before the first optimizer step.
+            RuntimeError: outside ``fit``, or before every optimizer that can be compressed has made its first step.
         """
         if self._phase is Phase.COMPRESSED:
             return
         if self._hook_state is None:
             raise RuntimeError("freeze_variance() needs a running `trainer.fit`. HINT: call it from a callback.")
         if self.optimizer_steps == 0:
-            raise RuntimeError("freeze_variance() was called before the first optimizer step: no second moment yet.")
+            waiting = [type(o).__name__ for o in self._division.compressed if not self._steps[o]]
+            raise RuntimeError(
+                f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
+                " yet. HINT: call it after a step."
+            )
         self._enter_compressed_phase()
 
     def resume_warmup(self) -> None:
         """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
 
+        :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
         """
         if self._phase is Phase.WARMUP:
@@ -137,6 +146,11 @@ class OneBitDDPStrategy(DDPStrategy):
         self._set_phase(Phase.WARMUP)
 
     # What callbacks need
+
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
+        return self._division.compressed
 
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
@@ -159,33 +173,46 @@ class OneBitDDPStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        super().configure_ddp()
-        assert isinstance(self.model, DistributedDataParallel)
         self._reset()
         self._hook_state = HookState(Communicator())
+        super().configure_ddp()
         if self._groups is None and self.world_size > 1:
             self._groups = new_groups(self._topology(self._hook_state.communicator), self._timeout)
         self._set_phase(Phase.WARMUP)
-        self.model.register_comm_hook(self._hook_state, phase_hook)
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        wrapped = super()._setup_model(model)
+        wrapped.register_comm_hook(self._hook_state, phase_hook)
+        self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
+        self._averaged = {p for p in model.parameters() if p.requires_grad}
+        return wrapped
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
-        self._names: dict[Tensor, str] = {p: name for name, p in self.lightning_module.named_parameters()}
         check_trainer(trainer)
         check_module(self.lightning_module)
-        for optimizer in self.optimizers:
-            check_optimizer(optimizer, self._names)
-            self._steps[optimizer] = 0
+        self._division = divide(self.optimizers)
+        self._steps = dict.fromkeys(self.optimizers, 0)
+        for optimizer in self._division.compressed:
+            check_optimizer(optimizer, self._names())
         self._overlaps = self._choose_overlap(trainer)
-        for optimizer in self.optimizers:
+        for optimizer in self._division.compressed:
             optimizer.register_step_pre_hook(self._guard)
         if self.world_size == 1:
             rank_zero_warn(
                 f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
                 " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
             )
+            return
+        for remark in self._division.remarks(self.lightning_module):
+            rank_zero_warn(f"{type(self).__name__}: {remark}")
+
+    def _names(self) -> dict[Tensor, str]:
+        assert self.lightning_module is not None
+        return {p: name for name, p in self.lightning_module.named_parameters()}
 
     def _topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
@@ -243,6 +270,46 @@ class OneBitDDPStrategy(DDPStrategy):
             self._dense_clip_grad_by_norm = plugin.clip_grad_by_norm
         plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
+    # Parameters that begin to train during the run
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
+        if added:
+            rank_zero_warn(
+                f"{type(self).__name__}: parameters were added to an optimizer, which have no second moment yet:"
+                f" {listed(added, self._names())}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
+                " second moment again. HINT: add them before the first freeze, and there is only one warm-up."
+            )
+            self.resume_warmup()
+        if self._unaveraged():
+            # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+            self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
+            self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self._check_all_averaged(
+            "it began to require gradients within `training_step`. HINT: unfreeze it in a hook that runs before, such as"
+            " `on_train_batch_start`"
+        )
+        super().pre_backward(closure_loss)
+
+    def _unaveraged(self) -> list[Tensor]:
+        """Parameters that are trained, but that DDP does not know."""
+        if self.world_size == 1:
+            return []
+        return [p for p in parameters_of(*self.optimizers) if p.requires_grad and p not in self._averaged]
+
+    def _check_all_averaged(self, reason: str) -> None:
+        unaveraged = self._unaveraged()
+        if unaveraged:
+            raise RuntimeError(
+                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names())}, as"
+                f" {reason}."
+            )
+
     # Steps
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
@@ -261,10 +328,16 @@ class OneBitDDPStrategy(DDPStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        if optimizer not in self._steps:
+            raise RuntimeError(
+                f"The optimizer ({type(optimizer).__name__}) is not one of those that this run began with, so its gradients"
+                " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
+                " groups instead of replacing them."
+            )
         compressed = self._compressed.get(optimizer)
         if compressed is None:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-            self.comm_stats[Phase.WARMUP].steps += 1
+            self.comm_stats[self._phase].steps += 1
         else:
             with self._replaced_step(optimizer, compressed):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -343,13 +416,14 @@ class OneBitDDPStrategy(DDPStrategy):
                 optimizer,
                 self.config,
                 self._hook_state.communicator,
-                self._names,
+                self._names(),
                 groups=self._groups,
                 lane=self._lane,
                 overlap=self._overlaps,
             )
-            for optimizer in self.optimizers
+            for optimizer in self._division.compressed
         }
+        self._hook_state.local = self._division.local_parameters()
         if self._overlaps:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
@@ -358,9 +432,9 @@ class OneBitDDPStrategy(DDPStrategy):
     def _set_phase(self, phase: Phase) -> None:
         self._phase = phase
         if self._hook_state is not None:
-            self._hook_state.phase = phase
             self._hook_state.communicator.counters = self.comm_stats[phase]
             if phase is Phase.WARMUP:
+                self._hook_state.local = frozenset()
                 self._hook_state.gradients_ready = None
         if self._groups is not None:
             self._groups.count_into(self.comm_stats[phase])
