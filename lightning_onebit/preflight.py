@@ -45,11 +45,19 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
             name = names.get(p, "a parameter")
             if not p.is_floating_point() or p.dtype == torch.float16:
                 raise ValueError(
-                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16: the second moment"
-                    " of float16 gradients underflows. HINT: use precision='bf16-true' or a mixed precision."
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT:"
+                    f" {_dtype_remedy(p.dtype)}."
                 )
             if p.layout != torch.strided or not is_dense(p):
                 raise ValueError(
                     f"The parameter {name!r} (strides {p.stride() if p.layout == torch.strided else p.layout}) is sparse,"
                     " or shares memory between its elements. HINT: use `.contiguous()`."
                 )
+
+
+def _dtype_remedy(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "the second moment of float16 gradients underflows; use precision='bf16-true' or a mixed precision"
+    if dtype.is_complex:
+        return "keep real numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts"
+    return "what is not trained should be a buffer, or in no optimizer"
