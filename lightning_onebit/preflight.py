@@ -59,5 +59,7 @@ def _dtype_remedy(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
         return "the second moment of float16 gradients underflows; use precision='bf16-true' or a mixed precision"
     if dtype.is_complex:
-        return "keep real numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts"
+        return (
+            "keep real numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts"
+        )
     return "what is not trained should be a buffer, or in no optimizer"

@@ -120,6 +120,9 @@ class TwoLazyBackwards(TwoBackwards):
     lazy = True
 
 
+BACKWARDS = (TwoBackwards, TwoLazyBackwards)
+
+
 class Apart(Classifier):
     """Two networks that have nothing to do with each other but DDP's buckets: the second must be as under DDP."""
 
@@ -147,11 +150,8 @@ class Apart(Classifier):
 
 def compress(model, *, strategy=None, world_size=2, steps=WARMUP_STEPS, callbacks=(), **options):
     strategy = strategy or OneBitDDPStrategy(block_size=16, find_unused_parameters=True)
-    return fit(
-        strategy,
-        world_size,
-        **{"batches": BATCHES, "model": model, "callbacks": [PhaseSwitch(FixedStep(steps)), *callbacks], **options},
-    )
+    options = {"batches": BATCHES, "callbacks": [PhaseSwitch(FixedStep(steps)), *callbacks], **options}
+    return fit(strategy, world_size, model=model, **options)
 
 
 def others(recorder, model):
@@ -180,9 +180,7 @@ def test_warmup_is_bitwise_ddp(kinds, world_size):
 @pytest.mark.parametrize(
     ("kind", "kinds"),
     [(Adversaries, kinds) for kinds in MIXTURES]
-    + [
-        (kind, kinds) for kind in (Toggling, WithClosure, Clipping, TwoBackwards, TwoLazyBackwards) for kinds in MIXTURES[:2]
-    ],
+    + [(kind, kinds) for kind in (Toggling, WithClosure, Clipping, *BACKWARDS) for kinds in MIXTURES[:2]],
 )
 def test_ranks_agree_bitwise_and_all_train(kind, kinds):
     def fn(rank):
@@ -213,7 +211,7 @@ def test_several_backwards_before_a_step_equal_one(kinds):
     """Whether DDP synchronizes at each of them or not: in the compressed phase it has nothing to do with it."""
 
     def fn(rank):
-        runs = [compress(kind(kinds), precision="64-true")[1] for kind in (Adversaries, TwoBackwards, TwoLazyBackwards)]
+        runs = [compress(kind(kinds), precision="64-true")[1] for kind in (Adversaries, *BACKWARDS)]
         for other in runs[1:]:
             for a, b in zip(runs[0].params[-1], other.params[-1], strict=True):
                 assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
