@@ -2,7 +2,7 @@
 
     python examples/dcgan_digits.py --picture digits.png
 
-A GAN has an optimizer for each network, which step in turn, so Lightning leaves the order to the module: manual optimization.
+A GAN has an optimizer for each network, and they step in turn, which Lightning leaves to the module: manual optimization.
 The strategy compresses the gradients of each when it steps. The authors of 1-bit Adam (arXiv 2102.02888) trained a DCGAN
 as well, with the first fifth of the run as warm-up (as remembered: the published text was not at hand).
 """

@@ -57,13 +57,18 @@ class CompressedOptimizer:
         self.communicator = communicator
         self._names = names
         self._sketches = 0
-        self._parameters = [list(group["params"]) for group in optimizer.param_groups]
         method_type = method_for(optimizer)
         self._check_second_moments()
 
         self._overlap = overlap and communicator.world_size > 1
-        # Reversed: roughly the order in which backward produces gradients.
-        placed = [(group, p) for group in optimizer.param_groups for p in group["params"]][::-1]
+        # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
+        # is to cost neither memory nor bytes.
+        placed = [
+            (group, p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad or optimizer.state.get(p)
+        ][::-1]
         kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
         self._pipelines = [
             Pipeline(
@@ -80,15 +85,16 @@ class CompressedOptimizer:
             )
             for dtype, device in kinds
         ]
+        known = {p for _, p in placed}
+        self._group_of = {p: index for p, index in _group_indices(optimizer).items() if p in known}
         self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
         self._anticipated = 0
         self._arrived: set[Tensor] = set()
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
-        """Those that the optimizer was given since its state was frozen."""
-        known = {p for group in self._parameters for p in group}
-        return [p for p in parameters_of(self.optimizer) if p not in known]
+        """Those that are trained since the optimizer's state was frozen, but were not before."""
+        return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._group_of]
 
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
@@ -155,7 +161,7 @@ class CompressedOptimizer:
         """
         params = parameters_of(self.optimizer)
         grads = [p.grad for p in params]
-        sketch = NormSketch(self._sketches, device=self._pipelines[0].device)
+        sketch = NormSketch(self._sketches, device=self._device)
         self._sketches += 1
         sketch.add_(grads, [p.numel() for p in params])
         self.communicator.all_reduce_mean_(sketch.buckets)
@@ -193,6 +199,10 @@ class CompressedOptimizer:
             pipeline.thaw_(outstanding)
         self.close()
 
+    @property
+    def _device(self) -> torch.device:
+        return self._pipelines[0].device if self._pipelines else torch.device("cpu")
+
     def _anticipate_next_(self, pipeline: Pipeline) -> None:
         pipeline.anticipate_()
         self._anticipated += 1
@@ -213,8 +223,7 @@ class CompressedOptimizer:
     def _agree(self) -> tuple[bool, dict[Tensor, bool]]:
         """Whether all gradients of all ranks are finite, and which parameters have one on any rank."""
         params = [p for pipeline in self._pipelines for p in pipeline.parameters]
-        device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
-        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
+        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=self._device)
         if self._overlap:
             flags[0] = not all(pipeline.all_finite for pipeline in self._pipelines)
         else:
@@ -232,8 +241,9 @@ class CompressedOptimizer:
             p.grad = unflatten_like(mean, p)
 
     def _check_same_parameters(self) -> None:
-        now = [group["params"] for group in self.optimizer.param_groups]
-        if [list(map(id, group)) for group in now] != [list(map(id, group)) for group in self._parameters]:
+        now = _group_indices(self.optimizer)
+        added = any(p.grad is not None for p in now.keys() - self._group_of.keys())
+        if added or any(now.get(p) != index for p, index in self._group_of.items()):
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
@@ -247,3 +257,7 @@ class CompressedOptimizer:
                     " values, so the warm-up has already diverged. HINT: resume from an earlier checkpoint with a"
                     " smaller learning rate or with gradient clipping."
                 )
+
+
+def _group_indices(optimizer: Optimizer) -> dict[Tensor, int]:
+    return {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

@@ -278,9 +278,9 @@ class OneBitDDPStrategy(DDPStrategy):
         added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
         if added:
             rank_zero_warn(
-                f"{type(self).__name__}: parameters were added to an optimizer, which have no second moment yet:"
+                f"{type(self).__name__}: new parameters are trained, which have no second moment yet:"
                 f" {listed(added, self._names())}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
-                " second moment again. HINT: add them before the first freeze, and there is only one warm-up."
+                " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             self.resume_warmup()
         if self._unaveraged():

@@ -183,6 +183,28 @@ def test_parameters_that_cannot_be_compressed_are_an_error_before_training(param
     run_trainers(2, fn)
 
 
+def test_frozen_parameters_cost_neither_memory_nor_bytes():
+    class Large(Frozen):
+        def __init__(self):
+            super().__init__()
+            self.large = nn.Linear(FEATURES, 16, bias=False).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step((self.large(batch[0])[:, :FEATURES], batch[1]), batch_idx)
+
+    def fn(rank):
+        def sent(kind):
+            trainer = compress(kind())[0]
+            large = getattr(trainer.lightning_module, "large", None)
+            assert large is None or not trainer.optimizers[0].state[large.weight]
+            return trainer.strategy.comm_stats[COMPRESSED].bytes_sent
+
+        # A flag for each parameter in each step: whether it has a gradient anywhere.
+        assert sent(Large) == sent(Frozen)
+
+    run_trainers(2, fn)
+
+
 # Parameters that begin to train during the run
 
 
@@ -249,7 +271,7 @@ def test_finetuning_in_the_compressed_phase_goes_back_to_warmup_says_so_and_free
         assert (stats[WARMUP].steps, stats[COMPRESSED].steps) == (6, 10)
         assert not torch.equal(recorder.params[-1][0], recorder.params[8][0])
         if rank == 0:
-            assert messages.count("parameters were added to an optimizer") == 1
+            assert messages.count("new parameters are trained") == 1
             assert messages.count("'body.0.weight', 'body.0.bias', 'body.2.weight' and 1 more") == 1
             assert messages.count("after step 11 (step 3 of this warm-up)") == 1
         return recorder.params
@@ -281,15 +303,20 @@ def test_a_finetuned_run_resumes(tmp_path):
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
 @pytest.mark.parametrize("batch", [1, 7])
-def test_parameters_of_the_optimizer_may_be_unfrozen_between_batches_in_both_phases(hook, batch):
-    """The optimizer had them all the time: no need to go back to warm-up."""
+def test_parameters_of_the_optimizer_may_be_unfrozen_between_batches(hook, batch):
+    """In the compressed phase with another warm-up, as for new groups: they have no second moment either."""
 
     def fn(rank):
         model = Classifier()
         model.body.requires_grad_(False)
-        _, recorder = compress(model, OneBitDDPStrategy(block_size=16), callbacks=[Unfreeze(hook, batch)])
-        assert recorder.phases == [WARMUP] * (WARMUP_STEPS - 1) + [COMPRESSED] * (BATCHES - WARMUP_STEPS + 1)
-        assert not torch.equal(recorder.params[-1][0], recorder.params[0][0])
+        options = {"callbacks": [Unfreeze(hook, batch)], "batches": 16}
+        _, recorder = compress(model, OneBitDDPStrategy(block_size=16), **options)
+        # The batch that is first trained with them
+        first = batch + (hook == "on_train_batch_end")
+        once = [WARMUP] * (WARMUP_STEPS - 1) + [COMPRESSED] * (16 - WARMUP_STEPS + 1)
+        assert recorder.phases == (once if first < WARMUP_STEPS else once[:first] + once[: 16 - first])
+        moved = [not torch.equal(a[0], b[0]) for a, b in zip(recorder.params, recorder.params[1:], strict=False)]
+        assert moved == [False] * (first - 1) + [True] * (16 - first)
         return recorder.params
 
     first, second = run_trainers(2, fn)
@@ -347,7 +374,9 @@ def test_exchanges_during_backward_follow_unfrozen_parameters():
             model = Classifier()
             model.body.requires_grad_(False)
             strategy = OneBitDDPStrategy(block_size=16, overlap=overlap)
-            return compress(model, strategy, callbacks=[Unfreeze("on_train_batch_start", 7)])[1].params
+            recorder = compress(model, strategy, callbacks=[Unfreeze("on_train_batch_start", 6)])[1]
+            assert recorder.phases[-1] is COMPRESSED
+            return recorder.params
 
         assert same_params(params(True), params(False))
 
