@@ -242,8 +242,7 @@ class CompressedOptimizer:
 
     def _check_same_parameters(self) -> None:
         now = _group_indices(self.optimizer)
-        added = any(p.grad is not None for p in now.keys() - self._group_of.keys())
-        if added or any(now.get(p) != index for p, index in self._group_of.items()):
+        if self.added_parameters() or any(now.get(p) != index for p, index in self._group_of.items()):
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."

@@ -199,7 +199,6 @@ def test_frozen_parameters_cost_neither_memory_nor_bytes():
             assert large is None or not trainer.optimizers[0].state[large.weight]
             return trainer.strategy.comm_stats[COMPRESSED].bytes_sent
 
-        # A flag for each parameter in each step: whether it has a gradient anywhere.
         assert sent(Large) == sent(Frozen)
 
     run_trainers(2, fn)

@@ -457,6 +457,17 @@ def test_parameters_in_no_optimizer_are_averaged_as_under_ddp_and_it_is_said():
     assert not torch.equal(first_local, second_local)
 
 
+def test_parameters_in_no_optimizer_do_not_hold_up_exchanges_during_backward():
+    def fn(rank):
+        def params(overlap):
+            strategy = OneBitDDPStrategy(block_size=16, bucket_cap_mb=0.0005, overlap=overlap)
+            return compress(Classifier(lambda m: adam(m.body.parameters())), strategy=strategy)[1].params
+
+        assert same_params(params(True), params(False))
+
+    run_trainers(2, fn)
+
+
 def test_a_parameter_of_a_dense_and_a_compressed_optimizer_is_averaged():
     class Shared(Apart):
         def configure_optimizers(self):
