@@ -260,6 +260,31 @@ def test_finetuning_in_warmup(ddp_options):
     assert same_params(first, second)
 
 
+def test_finetuning_by_hand_with_a_static_graph():
+    """Lightning sends the gradients of the first backward through a DDP model itself, so also of the second model."""
+
+    class ByHand(Backbone):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def fn(rank):
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+        strategy = OneBitDDPStrategy(static_graph=True)
+        return compress(ByHand(), strategy, steps=9, callbacks=[finetuning], batches=4, max_epochs=3)[1].params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
+
+
 def test_finetuning_in_the_compressed_phase_goes_back_to_warmup_says_so_and_freezes_again():
     def fn(rank):
         finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2)

@@ -10,11 +10,9 @@ from torch.nn import functional as F
 from trainers import CLASSES, FEATURES, Classifier, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
-from lightning_onebit.callbacks.phase_switch import observe
 from lightning_onebit.checkpoint import CHECKPOINT_KEY
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.ddp_hook import HookState, phase_hook
-from lightning_onebit.division import divide
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 WARMUP_STEPS, BATCHES = 4, 12
@@ -505,13 +503,18 @@ def test_complex_parameters_may_have_a_dense_optimizer():
 
 
 def test_the_criterion_sees_the_compressed_optimizers_only():
-    model = Adversaries((amsgrad, adam))
-    optimizers = model.configure_optimizers()[0]
-    (model.discriminator(torch.ones(FEATURES)) + model.generator(torch.ones(NOISE)).sum()).backward()
-    for optimizer in optimizers:
-        optimizer.step()
-    observation = observe(1, divide(optimizers).compressed, model)
-    assert {name.split(".")[0] for name in observation.variances} == {"generator"}
+    class Watching(PhaseSwitch):
+        def _judge(self, now, **kwargs):
+            assert {name.split(".")[0] for name in now.variances} == {"generator"}
+            return super()._judge(now, **kwargs)
+
+    def fn(rank):
+        switch = Watching(FixedStep(3))
+        strategy = OneBitDDPStrategy(find_unused_parameters=True)
+        fit(strategy, 2, batches=4, model=Adversaries((amsgrad, adam)), callbacks=[switch])
+        assert rank or switch.verdict.freeze
+
+    run_trainers(2, fn)
 
 
 def test_an_exchanged_optimizer_is_an_error():
