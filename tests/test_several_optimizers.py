@@ -232,8 +232,15 @@ def test_steps_are_counted_per_optimizer_and_the_slowest_decides():
     assert same_params(first, second)
 
 
-def test_a_criterion_sees_what_it_needs_when_a_batch_holds_several_steps():
-    """Every 5th step can be observed only every 15 steps here; its history must reach as far back as it asks for."""
+@pytest.mark.parametrize(
+    ("window", "freeze"),
+    [
+        (10, 21),  # all steps, that is 3, 6, ...; of 15, 18, 21 each has one a window before
+        (50, 66),  # 6, 12, 15, 21, ..., 57, 60, 66, as they reach or pass 5, 10, ...; likewise
+    ],
+)
+def test_a_criterion_sees_what_it_needs_when_a_batch_holds_several_steps(window, freeze):
+    """Ten steps in a window, but only every third can be observed here; history must reach as far back as it asks for."""
 
     class Thrice(Adversaries):
         def update(self, optimizer, loss):
@@ -241,11 +248,10 @@ def test_a_criterion_sees_what_it_needs_when_a_batch_holds_several_steps():
                 super().update(optimizer, loss)
 
     def fn(rank):
-        switch = PhaseSwitch(VarianceStability(tolerance=1e9, window=50, patience=3, min_steps=0, max_steps=None))
+        switch = PhaseSwitch(VarianceStability(tolerance=1e9, window=window, patience=3, min_steps=0, max_steps=None))
         strategy = OneBitDDPStrategy(find_unused_parameters=True)
-        _, recorder = fit(strategy, 2, batches=40, model=Thrice(), callbacks=[switch])
-        # Seen are 6, 12, 15, 21, ..., 57, 60, 66, as they reach or pass 5, 10, ...; the last three have one a window before.
-        assert recorder.phases.index(COMPRESSED) == 66 // 3 - 1
+        _, recorder = fit(strategy, 2, batches=freeze // 3 + 3, model=Thrice(), callbacks=[switch])
+        assert recorder.phases.index(COMPRESSED) == freeze // 3 - 1
 
     run_trainers(2, fn)
 
