@@ -1,12 +1,15 @@
 """1-bit error-feedback gradient communication for Lightning.
 
-Importing the package registers the strategies, so that ``Trainer(strategy="onebit_ddp")`` works.
+Importing the package registers the strategies, so that ``Trainer(strategy="onebit_ddp")`` works, and with Fabric
+``Fabric(strategy="onebit_ddp")``.
 """
 
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_onebit.callbacks import CommMonitor, PhaseSwitch
 from lightning_onebit.comm.allreduce import ErrorFeedback, compressed_all_reduce
+from lightning_onebit.fabric import OneBitDDPFabricStrategy
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import FixedStep, VarianceStability
 from lightning_onebit.stats import CommStats
@@ -18,6 +21,7 @@ __all__ = [
     "CommStats",
     "ErrorFeedback",
     "FixedStep",
+    "OneBitDDPFabricStrategy",
     "OneBitDDPStrategy",
     "Phase",
     "PhaseSwitch",
@@ -27,3 +31,4 @@ __all__ = [
 ]
 
 OneBitDDPStrategy.register_strategies(StrategyRegistry)
+OneBitDDPFabricStrategy.register_strategies(STRATEGY_REGISTRY)

@@ -17,6 +17,8 @@ class HookState:
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
+        self.local_world_size = 1
+        """Ranks of a node, if they exchange as one."""
         self.local: Set[Tensor] = frozenset()
         """Parameters of compressed optimizers, whose gradients are left as they are: none in warm-up."""
         self.gradients_ready: Callable[[Iterable[Tensor]], None] | None = None
@@ -38,9 +40,9 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
         gradients = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
         dense = [gradient for p, gradient in gradients if p not in state.local]
         local_numel = sum(gradient.numel() for p, gradient in gradients if p in state.local)
-    counters.dense_equivalent_bytes += ring_all_reduce_nbytes(
-        DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size
-    )
+    counters.dense_equivalent_bytes += (
+        ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size) // state.local_world_size
+    )  # of a ring, one hop in so many leaves the node: only those count as sent
     if local_numel and state.gradients_ready is not None:
         state.gradients_ready(bucket.parameters())
     if not dense:

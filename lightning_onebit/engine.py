@@ -56,9 +56,9 @@ class CompressedOptimizer:
         self.optimizer = optimizer
         self.communicator = communicator
         self._names = names
-        self._sketches = 0
         method_type = method_for(optimizer)
         self._check_second_moments()
+        self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
 
         self._overlap = overlap and communicator.world_size > 1
         # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
@@ -122,15 +122,18 @@ class CompressedOptimizer:
             self._anticipate_next_(pipeline)
 
     @torch.no_grad()
-    def step(self) -> bool:
+    def step(self, *, skip: bool = False) -> bool:
         """Compress, exchange, apply (steps 1 to 6 of the algorithm). Collective.
 
         A parameter without gradient on every rank sits out, as under torch's optimizers; without gradient on some, it
         counts as zero there.
 
+        Args:
+            skip: whether this rank wants the step to be skipped whatever the gradients are.
+
         Returns:
             False if the step was skipped on all ranks, with all state untouched, because a gradient was infinite or NaN
-            on one of them.
+            on one of them, or one of them wanted it.
         """
         self._check_same_parameters()
         if self._overlap:
@@ -140,14 +143,32 @@ class CompressedOptimizer:
             self._anticipated = 0
             self._arrived.clear()
         with record_function("onebit::agree"):
-            finite, active = self._agree()
+            finite, active = self._agree(skip=skip)
         self.communicator.counters.steps += 1
         for pipeline in self._pipelines:
             if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])
             elif self._overlap:
                 pipeline.take_back()
+        self._steps += finite
         return finite
+
+    @torch.no_grad()
+    def spread_nonfinite_(self) -> None:
+        """If a gradient is infinite or NaN on any rank, put an infinity into one gradient of every rank. Collective.
+
+        So do averaged gradients under DDP: whoever inspects gradients for infinities decides alike on all ranks. For the
+        same reason a rank without any gradient gets one of zeros if another rank has one.
+        """
+        finite, active = self._agree()
+        p = next((p for p, is_active in active.items() if is_active and p.numel()), None)
+        if p is None:
+            return
+        if not any(p.grad is not None for p in active) or (not finite and p.grad is None):
+            p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if not finite:
+            assert p.grad is not None
+            p.grad.fill_(torch.inf)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -161,8 +182,7 @@ class CompressedOptimizer:
         """
         params = parameters_of(self.optimizer)
         grads = [p.grad for p in params]
-        sketch = NormSketch(self._sketches, device=self._device)
-        self._sketches += 1
+        sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
         sketch.add_(grads, [p.numel() for p in params])
         self.communicator.all_reduce_mean_(sketch.buckets)
         norm = sketch.norm()
@@ -220,17 +240,18 @@ class CompressedOptimizer:
         state = {index: {**entry, **stock.get(params[index], {})} for index, entry in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
-    def _agree(self) -> tuple[bool, dict[Tensor, bool]]:
-        """Whether all gradients of all ranks are finite, and which parameters have one on any rank."""
+    def _agree(self, *, skip: bool = False) -> tuple[bool, dict[Tensor, bool]]:
+        """Whether all gradients of all ranks are finite and none wants to skip; which parameters have one on any rank."""
         params = [p for pipeline in self._pipelines for p in pipeline.parameters]
         flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=self._device)
         if self._overlap:
-            flags[0] = not all(pipeline.all_finite for pipeline in self._pipelines)
+            finite = all(pipeline.all_finite for pipeline in self._pipelines)
         else:
-            flags[0] = not all_finite([p.grad for p in params if p.grad is not None])
+            finite = all_finite([p.grad for p in params if p.grad is not None])
+        flags[0] = skip or not finite
         self.communicator.all_reduce_max_(flags)
-        any_nonfinite, *active = flags.tolist()
-        return not any_nonfinite, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
+        any_skips, *active = flags.tolist()
+        return not any_skips, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
 
     def _average_gradients_(self) -> None:
         _, active = self._agree()

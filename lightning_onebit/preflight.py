@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_onebit.flat import is_dense
 from lightning_onebit.optim import method_for
-
-
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Raise ``ValueError`` if a setting of the Trainer cannot be honoured in the compressed phase."""
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(
-            "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
-            " HINT: use precision='bf16-mixed' or '32-true'."
-        )
 
 
 def check_module(module: nn.Module) -> None:
@@ -43,23 +33,24 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names.get(p, "a parameter")
-            if not p.is_floating_point() or p.dtype == torch.float16:
+            if p.dtype == torch.float16:
                 raise ValueError(
-                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT:"
-                    f" {_dtype_remedy(p.dtype)}."
+                    f"The parameter {name!r} has dtype torch.float16. Must be float32, float64 or bfloat16: Adam's"
+                    " second moment and eps underflow in float16, under DDP as well. HINT: use precision='bf16-true', or"
+                    " '16-mixed', which keeps parameters in float32."
+                )
+            if p.is_complex():
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: keep real"
+                    " numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts."
+                )
+            if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: quantized"
+                    " weights do not train; give the optimizer only parameters that do, such as adapters."
                 )
             if p.layout != torch.strided or not is_dense(p):
                 raise ValueError(
                     f"The parameter {name!r} (strides {p.stride() if p.layout == torch.strided else p.layout}) is sparse,"
                     " or shares memory between its elements. HINT: use `.contiguous()`."
                 )
-
-
-def _dtype_remedy(dtype: torch.dtype) -> str:
-    if dtype == torch.float16:
-        return "the second moment of float16 gradients underflows; use precision='bf16-true' or a mixed precision"
-    if dtype.is_complex:
-        return (
-            "keep real numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts"
-        )
-    return "what is not trained should be a buffer, or in no optimizer"

@@ -163,6 +163,11 @@ class VarianceStability(Criterion):
             min_steps = DEFAULT_MIN_STEPS
         max_steps = max(max_steps, min_steps)
         remarks = []
+        if self.max_steps is not None and math.isinf(max_steps):
+            remarks.append(
+                f"The length of the run is not known, so max_steps={self.max_steps}, a fraction of it, has no effect: the"
+                " warm-up may last for ever. HINT: make max_steps a number of steps, or use FixedStep(n)."
+            )
         if min_steps >= total_steps:
             remarks.append(
                 f"This run of {total_steps:.0f} optimizer steps is not longer than its shortest warm-up of {min_steps:.0f}"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,22 +17,17 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
-from lightning_onebit.comm.groups import ExchangeGroups, new_groups
-from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
-from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale, Space
-from lightning_onebit.ddp_hook import HookState, phase_hook
-from lightning_onebit.division import Division, divide, listed
-from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.division import divide, listed
+from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
-from lightning_onebit.stats import CommStats
-from lightning_onebit.topology import Topology
+from lightning_onebit.preflight import check_module, check_optimizer
+from lightning_onebit.two_phases import DDP_COMMUNICATION, TwoPhases
 
 
-class OneBitDDPStrategy(DDPStrategy):
+class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
 
     Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
@@ -69,94 +61,16 @@ class OneBitDDPStrategy(DDPStrategy):
         bucket_cap_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("overlap", overlap), ("hierarchical", hierarchical)):
-            if value not in (True, False, "auto"):
-                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
-        self.config = CompressionConfig(
-            block_size=block_size,
-            scale=scale,
-            space=space,
-            bucket_cap_mb=bucket_cap_mb,
-        )
-        for name in ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period"):
+        for name in DDP_COMMUNICATION:
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f"{type(self).__name__} does its own gradient communication and cannot be combined with {name}="
                     f"{kwargs[name]!r}. HINT: leave it out, or use strategy='ddp'."
                 )
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.comm_stats = CommStats()
-        self._hook_state: HookState | None = None
-        self._compressed: dict[Optimizer, CompressedOptimizer] = {}
-        self._division = Division(compressed=[], dense={})
-        self._steps: dict[Optimizer, int] = {}
+        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
         self._averaged: set[Tensor] = set()
-        self._phase = Phase.WARMUP
-        self._stepping = False
-        self.overlap = overlap
-        self.hierarchical = hierarchical
-        self._overlaps = False
-        self._groups: ExchangeGroups | None = None
-        self._lane: AnyLane = InlineLane()
-
-    # What a user reads and calls
-
-    @property
-    def phase(self) -> Phase:
-        """``Phase.WARMUP`` or ``Phase.COMPRESSED``."""
-        return self._phase
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
-        return min((self._steps[optimizer] for optimizer in self._division.compressed), default=0)
-
-    def freeze_variance(self) -> None:
-        """Freeze the second moment and compress from the next optimizer step on.
-
-        Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
-        quantized: training goes on as exact Adam with a frozen second moment.
-
-        Raises:
-            RuntimeError: outside ``fit``, or before every optimizer that can be compressed has made its first step.
-        """
-        if self._phase is Phase.COMPRESSED:
-            return
-        if self._hook_state is None:
-            raise RuntimeError("freeze_variance() needs a running `trainer.fit`. HINT: call it from a callback.")
-        if self.optimizer_steps == 0:
-            waiting = [type(o).__name__ for o in self._division.compressed if not self._steps[o]]
-            raise RuntimeError(
-                f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
-                " yet. HINT: call it after a step."
-            )
-        self._enter_compressed_phase()
-
-    def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
-
-        :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
-        Call on all ranks, between two batches. Without effect in warm-up.
-        """
-        if self._phase is Phase.WARMUP:
-            return
-        for compressed in self._compressed.values():
-            compressed.thaw_()
-        self._compressed.clear()
-        self._set_phase(Phase.WARMUP)
-
-    # What callbacks need
-
-    @property
-    def compressed_optimizers(self) -> Sequence[Optimizer]:
-        """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
-        return self._division.compressed
-
-    def broadcast_decision(self, decision: bool) -> bool:
-        """Rank 0's decision, on all ranks. Collective."""
-        assert self._hook_state is not None
-        communicator = self._hook_state.communicator
-        return bool(communicator.broadcast_int(int(decision), device=self.root_device))
 
     # Set-up
 
@@ -173,74 +87,35 @@ class OneBitDDPStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        self._reset()
-        self._hook_state = HookState(Communicator())
+        self._forget_run()
         super().configure_ddp()
-        if self._groups is None and self.world_size > 1:
-            self._groups = new_groups(self._topology(self._hook_state.communicator), self._timeout)
-        self._set_phase(Phase.WARMUP)
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         wrapped = super()._setup_model(model)
-        wrapped.register_comm_hook(self._hook_state, phase_hook)
+        self._communicate_for(wrapped)
         self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
         self._averaged = {p for p in model.parameters() if p.requires_grad}
+        self._names = {p: name for name, p in model.named_parameters()}
         return wrapped
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
-        check_trainer(trainer)
+        self._names = {p: name for name, p in self.lightning_module.named_parameters()}
         check_module(self.lightning_module)
         self._division = divide(self.optimizers)
         self._steps = dict.fromkeys(self.optimizers, 0)
         for optimizer in self._division.compressed:
-            check_optimizer(optimizer, self._names())
+            check_optimizer(optimizer, self._names)
         self._overlaps = self._choose_overlap(trainer)
         for optimizer in self._division.compressed:
-            optimizer.register_step_pre_hook(self._guard)
-        if self.world_size == 1:
-            rank_zero_warn(
-                f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
-                " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
-            )
-            return
-        for remark in self._division.remarks(self.lightning_module):
-            rank_zero_warn(f"{type(self).__name__}: {remark}")
-
-    def _names(self) -> dict[Tensor, str]:
-        assert self.lightning_module is not None
-        return {p: name for name, p in self.lightning_module.named_parameters()}
-
-    def _topology(self, communicator: Communicator) -> Topology:
-        """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
-        flat = Topology(num_nodes=self.world_size, node_rank=self.global_rank)
-        if self.hierarchical is False:
-            return flat
-        if self.num_nodes == 1 or self.num_processes == 1:
-            if self.hierarchical is True:
-                rank_zero_warn(
-                    f"hierarchical=True has no effect with {self.num_nodes} node(s) of {self.num_processes} process(es):"
-                    " it takes several nodes of several processes."
-                )
-            return flat
-        nodes = Topology(
-            num_nodes=self.num_nodes,
-            node_rank=self.node_rank,
-            local_world_size=self.num_processes,
-            local_rank=self.local_rank,
-        )
-        misplaced = torch.tensor(nodes.rank != self.global_rank, dtype=torch.int32, device=self.root_device)
-        communicator.all_reduce_max_(misplaced)
-        if not misplaced:
-            return nodes
-        remark = "ranks are not numbered node by node, so exchanges cannot be hierarchical"
-        if self.hierarchical is True:
-            raise ValueError(f"hierarchical=True: {remark}. HINT: change the launcher's placement, or use 'auto'.")
-        rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
-        return flat
+            self._watch(optimizer)
+        self._warn_if_alone()
+        if self.world_size > 1:
+            for remark in self._division.remarks(self.lightning_module):
+                rank_zero_warn(f"{type(self).__name__}: {remark}")
 
     def _choose_overlap(self, trainer: pl.Trainer) -> bool:
         """Whether exchanges start during backward; says so, and why."""
@@ -276,17 +151,17 @@ class OneBitDDPStrategy(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
-        if added:
-            rank_zero_warn(
-                f"{type(self).__name__}: new parameters are trained, which have no second moment yet:"
-                f" {listed(added, self._names())}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
-                " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
-            )
-            self.resume_warmup()
         if self._unaveraged():
             # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
             self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
+        if added:
+            rank_zero_warn(
+                f"{type(self).__name__}: new parameters are trained, which have no second moment yet:"
+                f" {listed(added, self._names)}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
+                " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
+            )
+            self.resume_warmup()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -306,11 +181,16 @@ class OneBitDDPStrategy(DDPStrategy):
         unaveraged = self._unaveraged()
         if unaveraged:
             raise RuntimeError(
-                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names())}, as"
+                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names)}, as"
                 f" {reason}."
             )
 
     # Steps
+
+    @property
+    @override
+    def _scales_losses(self) -> bool:
+        return uses_loss_scaling(self.precision_plugin)
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
@@ -339,54 +219,18 @@ class OneBitDDPStrategy(DDPStrategy):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[self._phase].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
+            if self._scales_losses:
+                closure = with_agreement(closure, compressed)
+            with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._steps[optimizer] += 1
         return output
-
-    @contextmanager
-    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
-        """Within, ``optimizer.step`` is the compressed step. The object stays the same, as schedulers are bound to it."""
-
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            if not compressed.step():
-                rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
-            return loss
-
-        previous = optimizer.__dict__.get("step")
-        # The decorator runs the user's step hooks, as for every torch optimizer.
-        optimizer.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
-        self._stepping = True
-        try:
-            yield
-        finally:
-            self._stepping = False
-            if previous is None:
-                del optimizer.step
-            else:
-                optimizer.step = previous  # type: ignore[method-assign]
-
-    def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
-        if self._phase is Phase.COMPRESSED and not self._stepping:
-            raise RuntimeError(
-                "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
-                " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`."
-            )
 
     # State
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            assert self.lightning_module is not None
-            # After an exception the other ranks may be anywhere: nothing collective then.
-            interrupted = self.lightning_module.trainer.interrupted
+            interrupted = self._interrupted
             checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
             if interrupted:
                 rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
@@ -394,62 +238,31 @@ class OneBitDDPStrategy(DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for compressed in self._compressed.values():
-            compressed.close()
-        self._compressed.clear()
-        self._set_phase(Phase.WARMUP)
+        self._leave_compressed_phase()
         super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
-            self._steps[optimizer] = int(max(steps, default=0))
+        self._count_loaded_steps()
         state = checkpoint.get(CHECKPOINT_KEY)
         if state is not None:
             self._enter_compressed_phase()
             load_compressed_state(list(self._compressed.values()), state)
 
-    def _enter_compressed_phase(self) -> None:
-        assert self._hook_state is not None
-        self._lane.close()
-        self._lane = make_lane(self.root_device) if self.world_size > 1 else InlineLane()
-        self._compressed = {
-            optimizer: CompressedOptimizer(
-                optimizer,
-                self.config,
-                self._hook_state.communicator,
-                self._names(),
-                groups=self._groups,
-                lane=self._lane,
-                overlap=self._overlaps,
-            )
-            for optimizer in self._division.compressed
-        }
-        self._hook_state.local = self._division.local_parameters()
-        if self._overlaps:
-            (compressed,) = self._compressed.values()
-            self._hook_state.gradients_ready = compressed.gradients_ready
-        self._set_phase(Phase.COMPRESSED)
+    # The end
 
-    def _set_phase(self, phase: Phase) -> None:
-        self._phase = phase
-        if self._hook_state is not None:
-            self._hook_state.communicator.counters = self.comm_stats[phase]
-            if phase is Phase.WARMUP:
-                self._hook_state.local = frozenset()
-                self._hook_state.gradients_ready = None
-        if self._groups is not None:
-            self._groups.count_into(self.comm_stats[phase])
+    @property
+    def _interrupted(self) -> bool:
+        """Whether there was an exception: the other ranks may be anywhere, so nothing collective from here on."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and module._trainer.interrupted
 
-    def _reset(self) -> None:
-        """Forget an earlier fit."""
-        for compressed in self._compressed.values():
-            compressed.close()
-        self._compressed.clear()
-        self._steps.clear()
-        self.comm_stats = CommStats()
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
+        if not self._interrupted:
+            super().barrier(*args, **kwargs)
 
     @override
     def teardown(self) -> None:
-        self._lane.close()
+        self._release(after_failure=self._interrupted)
         super().teardown()
 
     @classmethod

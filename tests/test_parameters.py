@@ -162,7 +162,7 @@ def test_synchronized_batch_norm_on_cpu_fails_as_under_ddp():
     ("parameter", "message"),
     [
         (torch.zeros(3, dtype=torch.complex64), r"'extra' has dtype torch.complex64.*HINT: .*view_as_real"),
-        (torch.zeros(3, dtype=torch.int64), r"'extra' has dtype torch.int64.*HINT: .*buffer"),
+        (torch.zeros(3, dtype=torch.int64), r"'extra' has dtype torch.int64.*HINT: .*only parameters that do"),
         (torch.zeros(3, dtype=torch.float16), r"'extra' has dtype torch.float16.*HINT: .*bf16"),
         (torch.zeros(6)[::2], r"'extra' \(strides \(2,\)\).*HINT: .*contiguous"),
     ],

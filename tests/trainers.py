@@ -74,7 +74,7 @@ def fit(strategy, world_size, *, batches=10, configure=None, callbacks=(), model
     """Train for ``batches`` batches per rank and epoch; returns the trainer and the recorder."""
     recorder = Recorder()
     trainer = make_trainer(strategy, world_size, callbacks=[*callbacks, recorder], **kwargs)
-    trainer.fit(model or Classifier(configure), data(batches, world_size), ckpt_path=ckpt_path)
+    trainer.fit(Classifier(configure) if model is None else model, data(batches, world_size), ckpt_path=ckpt_path)
     return trainer, recorder
 
 

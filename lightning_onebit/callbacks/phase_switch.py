@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.strategy import strategy_of
+from lightning_onebit.two_phases import TwoPhases
 
 
 class PhaseSwitch(Callback):
@@ -56,18 +57,23 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        self.start(strategy_of(trainer), total_steps=_total_steps(trainer))
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.after_step(strategy_of(trainer), pl_module)
+
+    def start(self, strategy: TwoPhases, *, total_steps: float) -> None:
+        """Settle the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
         if strategy.world_size == 1:
             return
-        beta2 = slowest_beta2(strategy.compressed_optimizers)
-        self._plan = self.criterion.plan(total_steps=_total_steps(trainer), beta2=beta2)
+        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
         if strategy.phase is Phase.WARMUP:
             for remark in self._plan.remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        strategy = strategy_of(trainer)
+    def after_step(self, strategy: TwoPhases, module: nn.Module) -> None:
+        """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
         if strategy.world_size == 1:
             return
         if strategy.phase is Phase.COMPRESSED:
@@ -82,7 +88,7 @@ class PhaseSwitch(Callback):
             return
         verdict = None
         if strategy.is_global_zero:
-            now = observe(step, strategy.compressed_optimizers, pl_module)
+            now = observe(step, strategy.compressed_optimizers, module)
             verdict = self._judge(now, steps_between=step - previous)
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
         if strategy.broadcast_decision(verdict is not None and verdict.freeze):

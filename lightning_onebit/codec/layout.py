@@ -35,6 +35,8 @@ SCALE_NBYTES = 4
 MESSAGE_ALIGNMENT = 8
 SEGMENT_NUMEL = 262144
 """Elements per segment (1 MiB of float32): the working set stays in cache, the overhead of calls is amortized."""
+CUDA_SEGMENT_NUMEL = 16777216
+"""The same on a GPU (64 MiB), which keeps nothing in cache: here what counts is that a launch has enough to do."""
 
 
 def num_blocks(numel: int, block_size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from lightning_onebit.comm.primitives import Communicator, new_group
+from lightning_onebit.comm.primitives import Communicator, destroy_group, new_group
 from lightning_onebit.stats import PhaseCounters
 from lightning_onebit.topology import Topology
 
@@ -27,6 +27,12 @@ class ExchangeGroups:
         for communicator in (self.peers, self.node, self.averaging):
             if communicator is not None:
                 communicator.counters = counters
+
+    def destroy(self) -> None:
+        """End the process groups, which must have been made by :func:`new_groups`."""
+        for communicator in (self.peers, self.node, self.averaging):
+            if communicator is not None:
+                destroy_group(communicator.group)
 
 
 def flat_groups(communicator: Communicator) -> ExchangeGroups:

@@ -132,6 +132,12 @@ def new_group(timeout: timedelta | None, ranks: list[int]) -> dist.ProcessGroup:
     return dist.new_group(ranks, timeout=timeout)
 
 
+def destroy_group(group: dist.ProcessGroup | None) -> None:
+    """End a process group, unless the default one, and so all others, has ended before."""
+    if group is not None and dist.is_initialized():
+        dist.destroy_process_group(group)
+
+
 def completed_future(tensor: Tensor) -> torch.futures.Future[Tensor]:
     """A future that already holds ``tensor``."""
     future: torch.futures.Future[Tensor] = torch.futures.Future()

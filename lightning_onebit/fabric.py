@@ -1,0 +1,222 @@
+"""The strategy for Fabric: the same communication, for training loops of one's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_onebit.callbacks.phase_switch import PhaseSwitch
+from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
+from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.division import Division
+from lightning_onebit.phase import Phase
+from lightning_onebit.preflight import check_module, check_optimizer
+from lightning_onebit.stability import Criterion
+from lightning_onebit.two_phases import TwoPhases
+
+
+class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
+    """:class:`~lightning_onebit.OneBitDDPStrategy` for :class:`lightning.fabric.Fabric`.
+
+    Starts as Fabric's DDP, bitwise. After every step of an optimizer the criterion judges, as
+    :class:`~lightning_onebit.PhaseSwitch` does in a Trainer. In the compressed phase gradients are local, and
+    ``optimizer.step()`` exchanges signs and block scales. ``fabric.strategy.phase``, ``.comm_stats``,
+    ``.freeze_variance()`` and ``.resume_warmup()`` are the same as there.
+
+    ``fabric.save`` and ``fabric.load`` keep the phase and the errors if the state holds the optimizers, not only their
+    state dicts. Fabric never ends a strategy: ``fabric.strategy.teardown()`` ends its thread and process groups.
+
+    Args:
+        criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
+        total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
+        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next four.
+        scale: likewise.
+        space: likewise.
+        hierarchical: likewise.
+        bucket_cap_mb: likewise.
+        **kwargs: every argument of :class:`lightning.fabric.strategies.DDPStrategy` and of
+            :class:`~torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: if an argument is outside its domain.
+
+    Example::
+
+        fabric = Fabric(strategy=OneBitDDPFabricStrategy(criterion=FixedStep(1000)), devices=8, num_nodes=4)
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        criterion: Criterion | None = None,
+        total_steps: int | None = None,
+        block_size: int = 2048,
+        scale: Scale = "l2",
+        space: Space = "update",
+        hierarchical: bool | Literal["auto"] = "auto",
+        bucket_cap_mb: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
+        super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
+        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        # Never overlapped: a training loop may do anything to gradients between backward and step.
+        self._set_up_phases(config, overlap=False, hierarchical=hierarchical)
+        self.switch = PhaseSwitch(criterion)
+        self.total_steps = total_steps
+        self._first_step = True
+        self._modules: list[nn.Module] = []
+        self._loaded_errors: dict[Optimizer, dict[str, Any]] = {}
+
+    @property
+    def optimizers(self) -> list[Optimizer]:  # type: ignore[override]
+        """Those that were set up, in that order."""
+        return list(self._steps)
+
+    # Set-up
+
+    @override
+    def setup_module(self, module: nn.Module) -> DistributedDataParallel:
+        self._check_still_warming_up("a model")
+        check_module(module)
+        if getattr(self.precision, "scaler", None) is not None:
+            raise ValueError(
+                "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
+                " HINT: use precision='bf16-mixed' or '32-true'."
+            )
+        model = super().setup_module(module)
+        self._modules.append(module)
+        self._names.update({p: name for name, p in module.named_parameters()})
+        self._communicate_for(model)
+        return model
+
+    @override
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        self._check_still_warming_up("an optimizer")
+        check_optimizer(optimizer, self._names)
+        if not self._steps:
+            self._warn_if_alone()
+        self._steps[optimizer] = 0
+        self._division = Division(compressed=self.optimizers, dense={})
+        self._watch(optimizer)
+        optimizer.register_load_state_dict_pre_hook(self._before_loading)
+        optimizer.register_load_state_dict_post_hook(self._after_loading)
+        return super().setup_optimizer(optimizer)
+
+    def _check_still_warming_up(self, what: str) -> None:
+        if self._phase is Phase.COMPRESSED:
+            raise RuntimeError(
+                f"Cannot set up {what} in the compressed phase: it has had no warm-up. HINT: set up all of them before"
+                " training, or call `fabric.strategy.resume_warmup()` first."
+            )
+
+    # Steps
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
+        if self._first_step:
+            self._first_step = False
+            self.switch.start(self, total_steps=self.total_steps or math.inf)
+        if optimizer not in self._compressed:
+            output = super().optimizer_step(optimizer, **kwargs)
+            self.comm_stats[Phase.WARMUP].steps += 1
+        else:
+            with self._compressed_step(optimizer):
+                output = super().optimizer_step(optimizer, **kwargs)
+        self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
+        return output
+
+    @override
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """In the compressed phase by the norm of the mean gradient, as under DDP, estimated within about 1%."""
+        compressed = self._compressed.get(optimizer)
+        if compressed is None:
+            return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
+        if float(norm_type) != 2.0:
+            raise ValueError(
+                f"Invalid norm_type: {norm_type}. Must be 2 in the compressed phase: no rank has the mean gradient, and"
+                " only its 2-norm can be estimated from what the ranks can tell each other."
+            )
+        norm = compressed.clip_grad_norm_(float(max_norm))
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                "The norm of the mean gradient is infinite or NaN, so it cannot be clipped. HINT: with"
+                " error_if_nonfinite=False the step is skipped, on all ranks."
+            )
+        return norm
+
+    # State
+
+    @override
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Errors of error feedback go into the optimizers' state dicts, where a stock optimizer disregards them."""
+        super().save_checkpoint(path, {key: self._with_errors(value) for key, value in state.items()}, *args, **kwargs)
+
+    def _with_errors(self, value: Any) -> Any:
+        if not isinstance(value, Optimizer) or value not in self._compressed:
+            return value
+        errors = compressed_state([self._compressed[value]], with_errors=True)
+        return {**self.get_optimizer_state(value), CHECKPOINT_KEY: errors}
+
+    @override
+    def load_checkpoint(self, path: Any, state: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        objects = list(state.values()) if isinstance(state, dict) else [state]
+        loaded = [optimizer for optimizer in self.optimizers if any(optimizer is each for each in objects)]
+        if loaded and self._phase is Phase.COMPRESSED:
+            if len(loaded) != len(self._steps):
+                raise ValueError(
+                    f"Cannot load {len(loaded)} of {len(self._steps)} optimizers in the compressed phase: they change phase"
+                    " together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
+                )
+            self._leave_compressed_phase()
+        return super().load_checkpoint(path, state, *args, **kwargs)
+
+    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if self._phase is Phase.COMPRESSED:
+            raise RuntimeError(
+                "`load_state_dict` was called on an optimizer in the compressed phase, whose state is held in another form."
+                " HINT: use `fabric.load`, or call `fabric.strategy.resume_warmup()` first."
+            )
+        self._loaded_errors.pop(optimizer, None)
+        if CHECKPOINT_KEY in state_dict:
+            self._loaded_errors[optimizer] = state_dict[CHECKPOINT_KEY]
+
+    def _after_loading(self, optimizer: Optimizer) -> None:
+        self._count_loaded_steps()
+        if len(self._loaded_errors) == len(self._steps):  # the last of them: all go on compressed
+            self._enter_compressed_phase()
+            for each, errors in self._loaded_errors.items():
+                load_compressed_state([self._compressed[each]], errors)
+            self._loaded_errors.clear()
+
+    @override
+    def teardown(self) -> None:
+        self._release(after_failure=False)
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            name = f"onebit_ddp{suffix}"
+            if name not in strategy_registry:
+                description = f"1-bit DDP strategy with `start_method={start_method!r}`"
+                strategy_registry.register(name, cls, description=description, start_method=start_method)
+        name = "onebit_ddp_find_unused_parameters_true"
+        if name not in strategy_registry:
+            strategy_registry.register(name, cls, start_method="popen", find_unused_parameters=True)
