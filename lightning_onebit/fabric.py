@@ -125,6 +125,10 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         if self._first_step:
             self._first_step = False
             self.switch.start(self, total_steps=self.total_steps or math.inf)
+        self._check_all_averaged(
+            "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT: unfreeze"
+            " parameters before, or set the module up once more"
+        )
         if optimizer not in self._compressed:
             output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1

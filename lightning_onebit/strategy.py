@@ -20,7 +20,6 @@ from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_c
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
 from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
-from lightning_onebit.optim import parameters_of
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_module, check_optimizer
@@ -70,7 +69,6 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
-        self._averaged: set[Tensor] = set()
 
     # Set-up
 
@@ -88,14 +86,13 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         self._forget_run()
-        super().configure_ddp()
+        super().configure_ddp()  # calls :meth:`_setup_model`
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         wrapped = super()._setup_model(model)
         self._communicate_for(wrapped)
         self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
-        self._averaged = {p for p in model.parameters() if p.requires_grad}
         self._names = {p: name for name, p in model.named_parameters()}
         return wrapped
 
@@ -152,7 +149,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().on_train_batch_start(batch, batch_idx)
         added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
         if self._unaveraged():
-            # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+            self._averaged.clear()
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
             self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
         if added:
@@ -170,20 +167,6 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             " `on_train_batch_start`"
         )
         super().pre_backward(closure_loss)
-
-    def _unaveraged(self) -> list[Tensor]:
-        """Parameters that are trained, but that DDP does not know."""
-        if self.world_size == 1:
-            return []
-        return [p for p in parameters_of(*self.optimizers) if p.requires_grad and p not in self._averaged]
-
-    def _check_all_averaged(self, reason: str) -> None:
-        unaveraged = self._unaveraged()
-        if unaveraged:
-            raise RuntimeError(
-                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names)}, as"
-                f" {reason}."
-            )
 
     # Steps
 

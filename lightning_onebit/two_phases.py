@@ -20,9 +20,10 @@ from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
-from lightning_onebit.division import Division
+from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer
 from lightning_onebit.grad_scaler import found_inf_after_unscaling_
+from lightning_onebit.optim import parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
@@ -72,6 +73,7 @@ class TwoPhases:
         self._steps: dict[Optimizer, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
+        self._averaged: set[Tensor] = set()
         self._phase = Phase.WARMUP
         self._stepping = False
         self._overlaps = False
@@ -176,6 +178,8 @@ class TwoPhases:
                 self._hook_state.local_world_size = self._groups.topology.local_world_size
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
+        # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+        self._averaged.update(p for p in model.parameters() if p.requires_grad)
 
     def _topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
@@ -204,6 +208,20 @@ class TwoPhases:
             raise ValueError(f"hierarchical=True: {remark}. HINT: change the launcher's placement, or use 'auto'.")
         rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
         return flat
+
+    def _unaveraged(self) -> list[Tensor]:
+        """Parameters that are trained, but that DDP does not know."""
+        if self.world_size == 1:
+            return []
+        return [p for p in parameters_of(*self.optimizers) if p.requires_grad and p not in self._averaged]
+
+    def _check_all_averaged(self, reason: str) -> None:
+        unaveraged = self._unaveraged()
+        if unaveraged:
+            raise RuntimeError(
+                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names)}, as"
+                f" {reason}."
+            )
 
     @property
     def _scales_losses(self) -> bool:
@@ -298,6 +316,7 @@ class TwoPhases:
             hook.remove()
         self._hooks.clear()
         self._division = Division(compressed=[], dense={})
+        self._averaged.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
 

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import BackboneFinetuning
 from ranks import run_trainers
 from test_strategy import Messages
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from trainers import FEATURES, Classifier, fit, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 WARMUP_STEPS, BATCHES = 4, 12
@@ -389,6 +390,35 @@ def test_a_parameter_outside_the_module_is_an_error():
         assert trainer.strategy._averaged == set(trainer.lightning_module.parameters())
 
     run_trainers(2, fn)
+
+
+def test_with_fabric_unfreezing_takes_another_setup():
+    """Stock Fabric lets the ranks drift apart."""
+
+    def fn(rank):
+        strategy = OneBitDDPFabricStrategy(criterion=FixedStep(1000))
+        fabric = Fabric(accelerator="cpu", strategy=strategy, devices=2)
+        fabric.launch()
+        body, head = nn.Linear(4, 3), nn.Linear(3, 1)
+        body.requires_grad_(False)
+        both = nn.Sequential(body, head)
+        model, optimizer = fabric.setup(both, torch.optim.Adam(both.parameters()))
+
+        def step(model):
+            optimizer.zero_grad()
+            fabric.backward(model(torch.full((1, 4), rank + 1.0)).sum())
+            optimizer.step()
+
+        step(model)
+        body.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"drift apart.*'0.weight', '0.bias'.*`fabric.setup` made.*HINT"):
+            step(model)
+        step(fabric.setup_module(both))
+        strategy.teardown()
+        return [[p.detach() for p in both.parameters()]]
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
 
 
 def test_exchanges_during_backward_follow_unfrozen_parameters():
