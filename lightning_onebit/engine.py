@@ -16,11 +16,10 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.flat import all_finite
-from lightning_onebit.optim import method_for
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
-from lightning_onebit.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
 
 
 class CompressedOptimizer:
@@ -57,16 +56,19 @@ class CompressedOptimizer:
         self.optimizer = optimizer
         self.communicator = communicator
         self._names = names
-        self._numels = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
         method_type = method_for(optimizer)
         self._check_second_moments()
         self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
 
-        groups = groups or flat_groups(communicator)
-        self._local_world_size = groups.topology.local_world_size
         self._overlap = overlap and communicator.world_size > 1
-        # Reversed: roughly the order in which backward produces gradients.
-        placed = [(group, p) for group in optimizer.param_groups for p in group["params"]][::-1]
+        # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
+        # is to cost neither memory nor bytes.
+        placed = [
+            (group, p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad or optimizer.state.get(p)
+        ][::-1]
         kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
         self._pipelines = [
             Pipeline(
@@ -75,7 +77,7 @@ class CompressedOptimizer:
                 method_type,
                 config,
                 communicator,
-                groups,
+                groups or flat_groups(communicator),
                 lane or InlineLane(),
                 overlap=self._overlap,
                 dtype=dtype,
@@ -83,15 +85,16 @@ class CompressedOptimizer:
             )
             for dtype, device in kinds
         ]
+        known = {p for _, p in placed}
+        self._group_of = {p: index for p, index in _group_indices(optimizer).items() if p in known}
         self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
         self._anticipated = 0
         self._arrived: set[Tensor] = set()
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters."""
-        return sum(map(sum, self._numels))
+    def added_parameters(self) -> list[Tensor]:
+        """Those that are trained since the optimizer's state was frozen, but were not before."""
+        return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._group_of]
 
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
@@ -141,11 +144,7 @@ class CompressedOptimizer:
             self._arrived.clear()
         with record_function("onebit::agree"):
             finite, active = self._agree(skip=skip)
-        counters = self.communicator.counters
-        counters.steps += 1
-        counters.dense_equivalent_bytes += (
-            ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size) // self._local_world_size
-        )  # of a ring, one hop in so many leaves the node: only those count as sent
+        self.communicator.counters.steps += 1
         for pipeline in self._pipelines:
             if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])
@@ -181,11 +180,11 @@ class CompressedOptimizer:
         Returns:
             The norm before clipping, 0-d, the same on all ranks.
         """
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = parameters_of(self.optimizer)
         with_gradient = [p for p in params if p.grad is not None]
         if self.communicator.world_size == 1:
             return clip_grad_norm_(with_gradient, max_norm)
-        sketch = NormSketch(seed=self._steps, device=self._pipelines[0].device)  # the step: a resumed run draws the same
+        sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
         sketch.add_([p.grad for p in params], [p.numel() for p in params])
         self.communicator.all_reduce_mean_(sketch.buckets)
         norm = sketch.norm()
@@ -212,11 +211,19 @@ class CompressedOptimizer:
 
     @torch.no_grad()
     def thaw_(self) -> None:
-        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then."""
+        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
+
+        Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
+        """
+        self._average_gradients_()
         outstanding = self.outstanding()
         for pipeline in self._pipelines:
             pipeline.thaw_(outstanding)
         self.close()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._pipelines[0].device if self._pipelines else torch.device("cpu")
 
     def _anticipate_next_(self, pipeline: Pipeline) -> None:
         pipeline.anticipate_()
@@ -231,15 +238,14 @@ class CompressedOptimizer:
         stock: dict[Tensor, dict[str, Tensor]] = {}
         for pipeline in self._pipelines:
             stock.update(pipeline.stock_state())
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = parameters_of(self.optimizer)
         state = {index: {**entry, **stock.get(params[index], {})} for index, entry in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
     def _agree(self, *, skip: bool = False) -> tuple[bool, dict[Tensor, bool]]:
         """Whether all gradients of all ranks are finite and none wants to skip; which parameters have one on any rank."""
         params = [p for pipeline in self._pipelines for p in pipeline.parameters]
-        device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
-        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
+        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=self._device)
         if self._overlap:
             finite = all(pipeline.all_finite for pipeline in self._pipelines)
         else:
@@ -249,8 +255,17 @@ class CompressedOptimizer:
         any_skips, *active = flags.tolist()
         return not any_skips, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
 
+    def _average_gradients_(self) -> None:
+        _, active = self._agree()
+        for p in (p for p, is_active in active.items() if is_active):
+            gradient = flat_gradient(p)
+            mean = flat_view(torch.zeros_like(p)) if gradient is None else gradient
+            self.communicator.all_reduce_mean_(mean)
+            p.grad = unflatten_like(mean, p)
+
     def _check_same_parameters(self) -> None:
-        if self._numels != [[p.numel() for p in group["params"]] for group in self.optimizer.param_groups]:
+        now = _group_indices(self.optimizer)
+        if self.added_parameters() or any(now.get(p) != index for p, index in self._group_of.items()):
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
@@ -264,3 +279,7 @@ class CompressedOptimizer:
                     " values, so the warm-up has already diverged. HINT: resume from an earlier checkpoint with a"
                     " smaller learning rate or with gradient clipping."
                 )
+
+
+def _group_indices(optimizer: Optimizer) -> dict[Tensor, int]:
+    return {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

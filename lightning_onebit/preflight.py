@@ -39,6 +39,11 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
                     " second moment and eps underflow in float16, under DDP as well. HINT: use precision='bf16-true', or"
                     " '16-mixed', which keeps parameters in float32."
                 )
+            if p.is_complex():
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: keep real"
+                    " numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts."
+                )
             if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
                 raise ValueError(
                     f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: quantized"

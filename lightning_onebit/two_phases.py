@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -20,8 +20,10 @@ from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
+from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer
 from lightning_onebit.grad_scaler import found_inf_after_unscaling_
+from lightning_onebit.optim import parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
@@ -67,9 +69,11 @@ class TwoPhases:
         self.comm_stats = CommStats()
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
+        self._division = Division(compressed=[], dense={})
         self._steps: dict[Optimizer, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
+        self._averaged: set[Tensor] = set()
         self._phase = Phase.WARMUP
         self._stepping = False
         self._overlaps = False
@@ -85,8 +89,8 @@ class TwoPhases:
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that every optimizer has made: with several, those of the one that made fewest."""
-        return min(self._steps.values(), default=0)
+        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
+        return min((self._steps[optimizer] for optimizer in self._division.compressed), default=0)
 
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
@@ -95,7 +99,7 @@ class TwoPhases:
         quantized: training goes on as exact Adam with a frozen second moment.
 
         Raises:
-            RuntimeError: outside a running training, or before the first optimizer step.
+            RuntimeError: outside a running training, or before every optimizer that can be compressed has made a step.
         """
         if self._phase is Phase.COMPRESSED:
             return
@@ -105,12 +109,17 @@ class TwoPhases:
                 " callback, or from the training loop."
             )
         if self.optimizer_steps == 0:
-            raise RuntimeError("freeze_variance() was called before the first optimizer step: no second moment yet.")
+            waiting = [type(o).__name__ for o in self._division.compressed if not self._steps[o]]
+            raise RuntimeError(
+                f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
+                " yet. HINT: call it after a step."
+            )
         self._enter_compressed_phase()
 
     def resume_warmup(self) -> None:
         """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
 
+        :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
         """
         if self._phase is Phase.WARMUP:
@@ -137,6 +146,11 @@ class TwoPhases:
 
     # What callbacks need
 
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
+        return self._division.compressed
+
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
         assert self._hook_state is not None
@@ -161,8 +175,11 @@ class TwoPhases:
                 self._groups = new_groups(self._topology(communicator), self._timeout)
                 # A rank that fails next closes its connections: not before the others have made theirs.
                 communicator.all_reduce_max_(torch.zeros((), dtype=torch.int32, device=self.root_device))
+                self._hook_state.local_world_size = self._groups.topology.local_world_size
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
+        # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+        self._averaged.update(p for p in model.parameters() if p.requires_grad)
 
     def _topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
@@ -191,6 +208,20 @@ class TwoPhases:
             raise ValueError(f"hierarchical=True: {remark}. HINT: change the launcher's placement, or use 'auto'.")
         rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
         return flat
+
+    def _unaveraged(self) -> list[Tensor]:
+        """Parameters that are trained, but that DDP does not know."""
+        if self.world_size == 1:
+            return []
+        return [p for p in parameters_of(*self.optimizers) if p.requires_grad and p not in self._averaged]
+
+    def _check_all_averaged(self, reason: str) -> None:
+        unaveraged = self._unaveraged()
+        if unaveraged:
+            raise RuntimeError(
+                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names)}, as"
+                f" {reason}."
+            )
 
     @property
     def _scales_losses(self) -> bool:
@@ -247,8 +278,9 @@ class TwoPhases:
                 lane=self._lane,
                 overlap=self._overlaps,
             )
-            for optimizer in self.optimizers
+            for optimizer in self._division.compressed
         }
+        self._hook_state.local = self._division.local_parameters()
         if self._overlaps:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
@@ -264,9 +296,9 @@ class TwoPhases:
     def _set_phase(self, phase: Phase) -> None:
         self._phase = phase
         if self._hook_state is not None:
-            self._hook_state.phase = phase
             self._hook_state.communicator.counters = self.comm_stats[phase]
             if phase is Phase.WARMUP:
+                self._hook_state.local = frozenset()
                 self._hook_state.gradients_ready = None
         if self._groups is not None:
             self._groups.count_into(self.comm_stats[phase])
@@ -283,6 +315,8 @@ class TwoPhases:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._division = Division(compressed=[], dense={})
+        self._averaged.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
 

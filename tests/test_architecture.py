@@ -25,6 +25,7 @@ FLOORS = [
         "two_phases",
         "replaced_step",
         "grad_scaler",
+        "division",
         "overlap",
         "preflight",
         "checkpoint",
