@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +12,28 @@ from torch.optim import Optimizer
 
 from lightning_onebit.flat import is_dense
 from lightning_onebit.optim import method_for
+
+COMMUNICATION_ARGUMENTS = (
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "model_averaging_period",
+    "process_group",
+    "device_mesh",
+    "mixed_precision",
+    "delay_all_reduce_named_params",
+)
+"""Arguments of Lightning's DDP strategies and of DistributedDataParallel that ask for another communication than ours."""
+
+
+def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an argument for DDP asks for another communication of gradients."""
+    for name in COMMUNICATION_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{strategy} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
+                " HINT: leave it out, or use strategy='ddp'."
+            )
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

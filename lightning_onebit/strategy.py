@@ -20,8 +20,8 @@ from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_c
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer, check_trainer
-from lightning_onebit.two_phases import DDP_COMMUNICATION, TwoPhases
+from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer, check_trainer
+from lightning_onebit.two_phases import TwoPhases
 
 
 class OneBitDDPStrategy(TwoPhases, DDPStrategy):
@@ -44,7 +44,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        ValueError: if an argument is outside its domain, or asks for a communication hook or model averaging.
+        ValueError: if an argument is outside its domain, or asks for another communication of gradients.
     """
 
     def __init__(
@@ -58,12 +58,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         bucket_cap_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in DDP_COMMUNICATION:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{type(self).__name__} does its own gradient communication and cannot be combined with {name}="
-                    f"{kwargs[name]!r}. HINT: leave it out, or use strategy='ddp'."
-                )
+        check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
