@@ -21,6 +21,7 @@ from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer, check_trainer
+from lightning_onebit.twin import HINT, comes_from_twin
 from lightning_onebit.two_phases import TwoPhases
 
 
@@ -219,8 +220,10 @@ def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
     """The Trainer's strategy, if it is this one.
 
     Raises:
-        TypeError: if it is another.
+        TypeError: if it is another, or the Trainer is that of ``pytorch_lightning``.
     """
+    if comes_from_twin(trainer):
+        raise TypeError(HINT)
     if not isinstance(trainer.strategy, OneBitDDPStrategy):
         raise TypeError(
             f"This callback belongs to OneBitDDPStrategy, but the Trainer uses {type(trainer.strategy).__name__}. HINT: use"

@@ -19,7 +19,7 @@ FLOORS = [
     {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
     {"engine", "pipeline", "ddp_hook"},
-    {"strategy", "fabric", "two_phases", "overlap", "preflight", "checkpoint", "callbacks"},
+    {"strategy", "fabric", "two_phases", "twin", "overlap", "preflight", "checkpoint", "callbacks"},
     {"doctor", "__main__"},
     {"__init__"},
 ]
