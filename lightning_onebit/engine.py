@@ -194,6 +194,13 @@ class CompressedOptimizer:
             pipeline.thaw_(outstanding)
         self.close()
 
+    @torch.no_grad()
+    def retire_(self) -> None:
+        """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
+        for pipeline in self._pipelines:
+            pipeline.thaw_({})
+        self.close()
+
     def _anticipate_next_(self, pipeline: Pipeline) -> None:
         pipeline.anticipate_()
         self._anticipated += 1

@@ -46,7 +46,14 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise ``ValueError`` if a layer produces sparse gradients."""
+    """Raise ``ValueError`` if a layer produces sparse gradients, or if DDP is told not to average a parameter's."""
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, p in module.named_parameters():
+        if name in ignored and p.requires_grad:
+            raise ValueError(
+                f"DDP is told to ignore the parameter {name!r} (`_ddp_params_and_buffers_to_ignore`): every rank would train"
+                " its own. A compressed step averages over the ranks. HINT: leave it out there, or use strategy='ddp'."
+            )
     for name, submodule in module.named_modules():
         if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
             raise ValueError(

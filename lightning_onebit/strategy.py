@@ -63,6 +63,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
+        self._final_state: dict[str, Any] | None = None
 
     # Set-up
 
@@ -82,6 +83,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().configure_ddp()
         assert isinstance(self.model, DistributedDataParallel)
         self._forget_run()
+        self._final_state = None
         self._communicate_for(self.model)
 
     @override
@@ -160,11 +162,14 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            interrupted = self._interrupted
-            checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
-            if interrupted:
-                rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
+            checkpoint[CHECKPOINT_KEY] = self._final_state or self._compressed_state()
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _compressed_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the optimizers' state. Collective, unless there was an exception."""
+        if self._interrupted:
+            rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
+        return compressed_state(list(self._compressed.values()), with_errors=not self._interrupted)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -185,6 +190,14 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         return module is not None and module._trainer is not None and module._trainer.interrupted
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # Lightning's advice for unused parameters is to take a strategy that would not compress.
+        advice = {"'ddp_find_unused": "'onebit_ddp_find_unused", "=DDPStrategy(": f"={type(self).__name__}("}
+        for old, new in advice.items():
+            exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
+
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
         if not self._interrupted:
@@ -192,6 +205,12 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._compressed and not self._interrupted:
+            # Lightning takes the model off the device now. A checkpoint can still be saved afterwards, by the user.
+            self._final_state = self._compressed_state()
+            for compressed in self._compressed.values():
+                compressed.retire_()
+            self._compressed.clear()
         self._release(after_failure=self._interrupted)
         super().teardown()
 
