@@ -14,6 +14,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.stability import FixedStep, VarianceStability
 from lightning_onebit.stats import CommStats
 from lightning_onebit.strategy import OneBitDDPStrategy
+from lightning_onebit.twin import explain_to_twin
 from lightning_onebit.version import __version__
 
 __all__ = [
@@ -32,3 +33,4 @@ __all__ = [
 
 OneBitDDPStrategy.register_strategies(StrategyRegistry)
 OneBitDDPFabricStrategy.register_strategies(STRATEGY_REGISTRY)
+explain_to_twin([name for name in StrategyRegistry if name.startswith("onebit_")])

@@ -221,6 +221,13 @@ class CompressedOptimizer:
             pipeline.thaw_(outstanding)
         self.close()
 
+    @torch.no_grad()
+    def retire_(self) -> None:
+        """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
+        for pipeline in self._pipelines:
+            pipeline.thaw_({})
+        self.close()
+
     @property
     def _device(self) -> torch.device:
         return self._pipelines[0].device if self._pipelines else torch.device("cpu")

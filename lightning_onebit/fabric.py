@@ -17,7 +17,7 @@ from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_c
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import Division
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer
+from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.stability import Criterion
 from lightning_onebit.two_phases import TwoPhases
 
@@ -45,7 +45,7 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        ValueError: if an argument is outside its domain.
+        ValueError: if an argument is outside its domain, or asks for another communication of gradients.
 
     Example::
 
@@ -66,6 +66,7 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
     ) -> None:
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
+        check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         # Never overlapped: a training loop may do anything to gradients between backward and step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,38 @@ from torch.optim import Optimizer
 from lightning_onebit.flat import is_dense
 from lightning_onebit.optim import method_for
 
+COMMUNICATION_ARGUMENTS = (
+    "ddp_comm_hook",
+    "ddp_comm_state",
+    "ddp_comm_wrapper",
+    "model_averaging_period",
+    "process_group",
+    "device_mesh",
+    "mixed_precision",
+    "delay_all_reduce_named_params",
+)
+"""Arguments of Lightning's DDP strategies and of DistributedDataParallel that ask for another communication than ours."""
+
+
+def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if an argument for DDP asks for another communication of gradients."""
+    for name in COMMUNICATION_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{strategy} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
+                " HINT: leave it out, or use strategy='ddp'."
+            )
+
 
 def check_module(module: nn.Module) -> None:
-    """Raise ``ValueError`` if a layer produces sparse gradients."""
+    """Raise ``ValueError`` if a layer produces sparse gradients, or if DDP is told not to average a parameter's."""
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, p in module.named_parameters():
+        if name in ignored and p.requires_grad:
+            raise ValueError(
+                f"DDP is told to ignore the parameter {name!r} (`_ddp_params_and_buffers_to_ignore`): every rank would train"
+                " its own. A compressed step averages over the ranks. HINT: leave it out there, or use strategy='ddp'."
+            )
     for name, submodule in module.named_modules():
         if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
             raise ValueError(

@@ -22,8 +22,9 @@ from lightning_onebit.division import divide, listed
 from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_module, check_optimizer
-from lightning_onebit.two_phases import DDP_COMMUNICATION, TwoPhases
+from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
+from lightning_onebit.twin import HINT, comes_from_twin
+from lightning_onebit.two_phases import TwoPhases
 
 
 class OneBitDDPStrategy(TwoPhases, DDPStrategy):
@@ -46,7 +47,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
-        ValueError: if an argument is outside its domain, or asks for a communication hook or model averaging.
+        ValueError: if an argument is outside its domain, or asks for another communication of gradients.
     """
 
     def __init__(
@@ -60,15 +61,11 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         bucket_cap_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in DDP_COMMUNICATION:
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{type(self).__name__} does its own gradient communication and cannot be combined with {name}="
-                    f"{kwargs[name]!r}. HINT: leave it out, or use strategy='ddp'."
-                )
+        check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
+        self._final_state: dict[str, Any] | None = None
 
     # Set-up
 
@@ -86,6 +83,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         self._forget_run()
+        self._final_state = None
         super().configure_ddp()  # calls :meth:`_setup_model`
 
     @override
@@ -213,11 +211,14 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            interrupted = self._interrupted
-            checkpoint[CHECKPOINT_KEY] = compressed_state(list(self._compressed.values()), with_errors=not interrupted)
-            if interrupted:
-                rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
+            checkpoint[CHECKPOINT_KEY] = self._final_state or self._compressed_state()
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _compressed_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the optimizers' state. Collective, unless there was an exception."""
+        if self._interrupted:
+            rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
+        return compressed_state(list(self._compressed.values()), with_errors=not self._interrupted)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -238,6 +239,14 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         return module is not None and module._trainer is not None and module._trainer.interrupted
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # Lightning's advice for unused parameters is to take a strategy that would not compress.
+        advice = {"'ddp_find_unused": "'onebit_ddp_find_unused", "=DDPStrategy(": f"={type(self).__name__}("}
+        for old, new in advice.items():
+            exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
+
+    @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
         if not self._interrupted:
@@ -245,6 +254,12 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._compressed and not self._interrupted:
+            # Lightning takes the model off the device now. A checkpoint can still be saved afterwards, by the user.
+            self._final_state = self._compressed_state()
+            for compressed in self._compressed.values():
+                compressed.retire_()
+            self._compressed.clear()
         self._release(after_failure=self._interrupted)
         super().teardown()
 
@@ -273,8 +288,10 @@ def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
     """The Trainer's strategy, if it is this one.
 
     Raises:
-        TypeError: if it is another.
+        TypeError: if it is another, or the Trainer is that of ``pytorch_lightning``.
     """
+    if comes_from_twin(trainer):
+        raise TypeError(HINT)
     if not isinstance(trainer.strategy, OneBitDDPStrategy):
         raise TypeError(
             f"This callback belongs to OneBitDDPStrategy, but the Trainer uses {type(trainer.strategy).__name__}. HINT: use"

@@ -29,9 +29,6 @@ from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
 from lightning_onebit.topology import Topology
 
-DDP_COMMUNICATION = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
-"""Arguments of Lightning's DDP strategies that ask for another communication."""
-
 
 class TwoPhases:
     """Mixed into a DDP strategy: owns the phase, the DDP hook, the compressed optimizers and their process groups."""

@@ -26,6 +26,7 @@ FLOORS = [
         "replaced_step",
         "grad_scaler",
         "division",
+        "twin",
         "overlap",
         "preflight",
         "checkpoint",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ranks import free_port
 
+from lightning_onebit import OneBitDDPStrategy, PhaseSwitch
+
 SCRIPT = Path(__file__).with_name("launch_script.py")
 ROOT = SCRIPT.parent.parent
 
@@ -58,3 +60,48 @@ def test_torchrun_with_two_nodes(tmp_path):
     ]
     wait_for(nodes)
     check(tmp_path, world_size=4, num_nodes=2)
+
+
+CELLS = """
+from trainers import *
+from lightning_onebit import *
+model = Classifier()
+before = [p.detach().clone() for p in model.parameters()]
+callbacks = [PhaseSwitch(FixedStep(4)), CommMonitor(1)]
+trainer = make_trainer("STRATEGY", 2, callbacks=callbacks)
+trainer.fit(model, data(10, 2))
+moved = [bool((p != old).any()) for p, old in zip(model.parameters(), before)]
+print("FITTED", all(moved), bool(trainer.callback_metrics["less_sent"] > 5))
+_ = make_trainer("onebit_ddp_fork", 2).validate(model, data(4, 2))
+"""
+
+
+def test_notebooks_and_python_c(tmp_path):
+    """Both fork: an interactive interpreter is what a notebook is to Lightning. There, `onebit_ddp` says what to use."""
+    command = [sys.executable, "-c", CELLS.replace("STRATEGY", "onebit_ddp_fork")]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": SCRIPT.parent}
+    at_once = subprocess.Popen(command, env=environment(), **options)
+    cells = CELLS.replace("STRATEGY", "onebit_ddp_notebook") + 'make_trainer("onebit_ddp", 2)\n'
+    interactive = subprocess.run([sys.executable, "-i"], input=cells, env=environment(), timeout=110, **options).stdout
+    at_once = at_once.communicate(timeout=110)[0]
+    for output in (interactive, at_once):
+        assert "FITTED True True" in output, output
+        assert "val_loss" in output
+    assert "`Trainer(strategy='onebit_ddp')` is not compatible with an interactive environment" in interactive
+
+
+def test_the_twin_package_says_that_it_is_the_wrong_one():
+    """Whatever is passed to it: a name, a strategy, a callback."""
+    twin = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    from lightning_onebit.twin import explain_to_twin
+
+    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "fast_dev_run": 1}
+    with pytest.raises(ValueError, match=r"must be either a string or an instance of `pytorch_lightning.strategies"):
+        twin.Trainer(strategy=OneBitDDPStrategy(), **options)
+    with pytest.raises(TypeError, match=r"HINT: write `import lightning.pytorch as pl`"):
+        twin.Trainer(callbacks=[PhaseSwitch()], **options).fit(BoringModel())
+    explain_to_twin(["onebit_ddp"])  # as importing the package does if the twin was imported first
+    with pytest.raises(TypeError, match="works with the package `lightning`, not with its twin"):
+        twin.Trainer(strategy="onebit_ddp", **options)
