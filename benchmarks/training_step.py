@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lab import LOOPBACK, LabError, Loopback, NetworkLab, check_requirements, exit_on_sigterm, make_lab, sent_bytes
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
@@ -66,6 +67,14 @@ class HookedDDPStrategy(DDPStrategy):
         self.model.register_comm_hook(self._make_state(), self._hook)
 
 
+class WaitingDDPStrategy(HookedDDPStrategy):
+    """Ranks train by themselves but wait for each other after every backward."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        dist.all_reduce(torch.zeros(1))
+
+
 def powersgd_state() -> PowerSGDState:
     return PowerSGDState(
         process_group=None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=max(2, WARMUP_STEPS)
@@ -92,6 +101,12 @@ COMPETITORS: dict[str, Competitor] = {
     "none": Competitor(
         label="no communication",
         strategy=lambda timeout: HookedDDPStrategy(no_state, noop_hook, timeout=timeout),
+        bytes_per_element=0,
+    ),
+    # What any synchronous training pays: the time until the slowest rank has its gradients.
+    "waiting": Competitor(
+        label="no communication, but waiting for all",
+        strategy=lambda timeout: WaitingDDPStrategy(no_state, noop_hook, timeout=timeout),
         bytes_per_element=0,
     ),
     "ddp": Competitor(label="DDP, fp32", strategy=lambda timeout: DDPStrategy(timeout=timeout), bytes_per_element=4),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.optim import parameters_of
 
 CHECKPOINT_KEY = "lightning_onebit"
 VERSION = 1
@@ -27,7 +28,7 @@ def compressed_state(compressed: Sequence[CompressedOptimizer], *, with_errors: 
     """The entry under :data:`CHECKPOINT_KEY`, the same on all ranks.
 
     Args:
-        compressed: the optimizers, in Lightning's order.
+        compressed: the compressed optimizers, in Lightning's order.
         with_errors: whether to collect the errors, which is collective.
     """
     outstanding = [_by_index(c.optimizer, c.outstanding()) if with_errors else {} for c in compressed]
@@ -38,7 +39,7 @@ def load_compressed_state(compressed: Sequence[CompressedOptimizer], state: Mapp
     """Add the errors of a checkpoint to those of ``compressed``, in place.
 
     Raises:
-        ValueError: if another version wrote the state, or for another number of optimizers.
+        ValueError: if another version wrote the state, or for another number of compressed optimizers.
     """
     if state["version"] != VERSION:
         raise ValueError(
@@ -47,17 +48,15 @@ def load_compressed_state(compressed: Sequence[CompressedOptimizer], state: Mapp
         )
     if len(state["outstanding"]) != len(compressed):
         raise ValueError(
-            f"The checkpoint was written with {len(state['outstanding'])} optimizers, but there are {len(compressed)} now."
+            f"The checkpoint was written with {len(state['outstanding'])} compressed optimizers, but there are"
+            f" {len(compressed)} now. HINT: return the same ones from `configure_optimizers`, or load it with ckpt_path in"
+            " strategy='ddp'."
         )
     for c, errors in zip(compressed, state["outstanding"], strict=True):
-        params = _params(c.optimizer)
+        params = parameters_of(c.optimizer)
         c.add_outstanding_({params[int(index)]: error.to(params[int(index)].device) for index, error in errors.items()})
 
 
 def _by_index(optimizer: Optimizer, errors: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
     """Keyed by the position of the parameter, as in torch's optimizer state."""
-    return {str(index): errors[p].cpu() for index, p in enumerate(_params(optimizer)) if p in errors}
-
-
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return {str(index): errors[p].cpu() for index, p in enumerate(parameters_of(optimizer)) if p in errors}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -16,11 +16,10 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.flat import all_finite
-from lightning_onebit.optim import method_for
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
-from lightning_onebit.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
 
 
 class CompressedOptimizer:
@@ -57,14 +56,19 @@ class CompressedOptimizer:
         self.optimizer = optimizer
         self.communicator = communicator
         self._names = names
-        self._sketches = 0
-        self._numels = [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
         method_type = method_for(optimizer)
         self._check_second_moments()
+        self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
 
         self._overlap = overlap and communicator.world_size > 1
-        # Reversed: roughly the order in which backward produces gradients.
-        placed = [(group, p) for group in optimizer.param_groups for p in group["params"]][::-1]
+        # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
+        # is to cost neither memory nor bytes.
+        placed = [
+            (group, p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad or optimizer.state.get(p)
+        ][::-1]
         kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
         self._pipelines = [
             Pipeline(
@@ -81,15 +85,16 @@ class CompressedOptimizer:
             )
             for dtype, device in kinds
         ]
+        known = {p for _, p in placed}
+        self._group_of = {p: index for p, index in _group_indices(optimizer).items() if p in known}
         self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
         self._anticipated = 0
         self._arrived: set[Tensor] = set()
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters."""
-        return sum(map(sum, self._numels))
+    def added_parameters(self) -> list[Tensor]:
+        """Those that are trained since the optimizer's state was frozen, but were not before."""
+        return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._group_of]
 
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
@@ -117,15 +122,18 @@ class CompressedOptimizer:
             self._anticipate_next_(pipeline)
 
     @torch.no_grad()
-    def step(self) -> bool:
+    def step(self, *, skip: bool = False) -> bool:
         """Compress, exchange, apply (steps 1 to 6 of the algorithm). Collective.
 
         A parameter without gradient on every rank sits out, as under torch's optimizers; without gradient on some, it
         counts as zero there.
 
+        Args:
+            skip: whether this rank wants the step to be skipped whatever the gradients are.
+
         Returns:
             False if the step was skipped on all ranks, with all state untouched, because a gradient was infinite or NaN
-            on one of them.
+            on one of them, or one of them wanted it.
         """
         self._check_same_parameters()
         if self._overlap:
@@ -135,37 +143,52 @@ class CompressedOptimizer:
             self._anticipated = 0
             self._arrived.clear()
         with record_function("onebit::agree"):
-            finite, active = self._agree()
-        counters = self.communicator.counters
-        counters.steps += 1
-        counters.dense_equivalent_bytes += ring_all_reduce_nbytes(
-            DENSE_ELEMENT_NBYTES * self.numel, self.communicator.world_size
-        )
+            finite, active = self._agree(skip=skip)
+        self.communicator.counters.steps += 1
         for pipeline in self._pipelines:
             if finite:
                 pipeline.step([active[p] for p in pipeline.parameters])
             elif self._overlap:
                 pipeline.take_back()
+        self._steps += finite
         return finite
+
+    @torch.no_grad()
+    def spread_nonfinite_(self) -> None:
+        """If a gradient is infinite or NaN on any rank, put an infinity into one gradient of every rank. Collective.
+
+        So do averaged gradients under DDP: whoever inspects gradients for infinities decides alike on all ranks. For the
+        same reason a rank without any gradient gets one of zeros if another rank has one.
+        """
+        finite, active = self._agree()
+        p = next((p for p, is_active in active.items() if is_active and p.numel()), None)
+        if p is None:
+            return
+        if not any(p.grad is not None for p in active) or (not finite and p.grad is None):
+            p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if not finite:
+            assert p.grad is not None
+            p.grad.fill_(torch.inf)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the local gradients so that the norm of their mean over the ranks is at most ``max_norm``. Collective.
 
         As ``torch.nn.utils.clip_grad_norm_`` does under DDP, but with the norm estimated by a sketch (within about 1%),
-        as no rank has the mean. All ranks use the same coefficient.
+        as no rank has the mean. All ranks use the same coefficient. A single rank computes the norm exactly.
 
         Returns:
-            The estimated norm before clipping, 0-d.
+            The norm before clipping, 0-d, the same on all ranks.
         """
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
-        sketch = NormSketch(self._sketches, device=self._pipelines[0].device)
-        self._sketches += 1
-        sketch.add_(grads, [p.numel() for p in params])
+        params = parameters_of(self.optimizer)
+        with_gradient = [p for p in params if p.grad is not None]
+        if self.communicator.world_size == 1:
+            return clip_grad_norm_(with_gradient, max_norm)
+        sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
+        sketch.add_([p.grad for p in params], [p.numel() for p in params])
         self.communicator.all_reduce_mean_(sketch.buckets)
         norm = sketch.norm()
-        clip_grads_with_norm_([p for p in params if p.grad is not None], max_norm, norm)
+        clip_grads_with_norm_(with_gradient, max_norm, norm)
         return norm
 
     @torch.no_grad()
@@ -188,7 +211,11 @@ class CompressedOptimizer:
 
     @torch.no_grad()
     def thaw_(self) -> None:
-        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then."""
+        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
+
+        Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
+        """
+        self._average_gradients_()
         outstanding = self.outstanding()
         for pipeline in self._pipelines:
             pipeline.thaw_(outstanding)
@@ -200,6 +227,10 @@ class CompressedOptimizer:
         for pipeline in self._pipelines:
             pipeline.thaw_({})
         self.close()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._pipelines[0].device if self._pipelines else torch.device("cpu")
 
     def _anticipate_next_(self, pipeline: Pipeline) -> None:
         pipeline.anticipate_()
@@ -214,25 +245,34 @@ class CompressedOptimizer:
         stock: dict[Tensor, dict[str, Tensor]] = {}
         for pipeline in self._pipelines:
             stock.update(pipeline.stock_state())
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = parameters_of(self.optimizer)
         state = {index: {**entry, **stock.get(params[index], {})} for index, entry in state_dict["state"].items()}
         return {**state_dict, "state": state}
 
-    def _agree(self) -> tuple[bool, dict[Tensor, bool]]:
-        """Whether all gradients of all ranks are finite, and which parameters have one on any rank."""
+    def _agree(self, *, skip: bool = False) -> tuple[bool, dict[Tensor, bool]]:
+        """Whether all gradients of all ranks are finite and none wants to skip; which parameters have one on any rank."""
         params = [p for pipeline in self._pipelines for p in pipeline.parameters]
-        device = self._pipelines[0].device if self._pipelines else torch.device("cpu")
-        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=device)
+        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=self._device)
         if self._overlap:
-            flags[0] = not all(pipeline.all_finite for pipeline in self._pipelines)
+            finite = all(pipeline.all_finite for pipeline in self._pipelines)
         else:
-            flags[0] = not all_finite([p.grad for p in params if p.grad is not None])
+            finite = all_finite([p.grad for p in params if p.grad is not None])
+        flags[0] = skip or not finite
         self.communicator.all_reduce_max_(flags)
-        any_nonfinite, *active = flags.tolist()
-        return not any_nonfinite, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
+        any_skips, *active = flags.tolist()
+        return not any_skips, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
+
+    def _average_gradients_(self) -> None:
+        _, active = self._agree()
+        for p in (p for p, is_active in active.items() if is_active):
+            gradient = flat_gradient(p)
+            mean = flat_view(torch.zeros_like(p)) if gradient is None else gradient
+            self.communicator.all_reduce_mean_(mean)
+            p.grad = unflatten_like(mean, p)
 
     def _check_same_parameters(self) -> None:
-        if self._numels != [[p.numel() for p in group["params"]] for group in self.optimizer.param_groups]:
+        now = _group_indices(self.optimizer)
+        if self.added_parameters() or any(now.get(p) != index for p, index in self._group_of.items()):
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
@@ -246,3 +286,7 @@ class CompressedOptimizer:
                     " values, so the warm-up has already diverged. HINT: resume from an earlier checkpoint with a"
                     " smaller learning rate or with gradient clipping."
                 )
+
+
+def _group_indices(optimizer: Optimizer) -> dict[Tensor, int]:
+    return {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

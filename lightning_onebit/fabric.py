@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_onebit.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.division import Division
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.stability import Criterion
@@ -105,7 +106,8 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         if not self._steps:
             self._warn_if_alone()
         self._steps[optimizer] = 0
-        optimizer.register_step_pre_hook(self._guard)
+        self._division = Division(compressed=self.optimizers, dense={})
+        self._watch(optimizer)
         optimizer.register_load_state_dict_pre_hook(self._before_loading)
         optimizer.register_load_state_dict_post_hook(self._after_loading)
         return super().setup_optimizer(optimizer)
@@ -124,14 +126,16 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         if self._first_step:
             self._first_step = False
             self.switch.start(self, total_steps=self.total_steps or math.inf)
-        compressed = self._compressed.get(optimizer)
-        if compressed is None:
+        self._check_all_averaged(
+            "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT: unfreeze"
+            " parameters before, or set the module up once more"
+        )
+        if optimizer not in self._compressed:
             output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
+            with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
-        self._steps[optimizer] += 1
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
         return output
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.codec import make_codec
-from lightning_onebit.codec.layout import SEGMENT_NUMEL, plan_buckets
+from lightning_onebit.codec import make_codec, segment_numel
+from lightning_onebit.codec.layout import plan_buckets
 from lightning_onebit.codec.reference import pack_bits, unpack_bits
 from lightning_onebit.comm.allreduce import CompressedBucket
 from lightning_onebit.comm.groups import ExchangeGroups
@@ -88,20 +88,21 @@ class Pipeline:
         self._quantized = communicator.world_size > 1
         if not self._quantized:  # the space of what is quantized decides nothing: take the one that is bounded
             config = replace(config, space="update")
-        segment_numel = max(SEGMENT_NUMEL, config.block_size)
-        self._method = method_type(optimizer, config, segment_numel=segment_numel, dtype=dtype, device=device)
-        self._scratch = torch.empty(segment_numel, dtype=dtype, device=device)
-        self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-
-        # One for each thread: a codec owns its workspace.
-        self._codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
-        server_scratch = torch.empty(segment_numel, dtype=dtype, device=device)
         layouts = plan_buckets(
             [p.numel() for p in self.parameters],
             block_size=config.block_size,
             world_size=communicator.world_size,
             bucket_numel=config.bucket_numel(sum(p.numel() for p in self.parameters)),
+            segment_numel=segment_numel(device),
         )
+        longest = max((segment.numel for layout in layouts for segment in layout.segments), default=0)
+        self._method = method_type(optimizer, config, segment_numel=longest, dtype=dtype, device=device)
+        self._scratch = torch.empty(longest, dtype=dtype, device=device)
+        self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+        # One for each thread: a codec owns its workspace.
+        self._codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
+        server_scratch = torch.empty(longest, dtype=dtype, device=device)
         for p in self.parameters:
             self._method.freeze_(p, self._group(p))
         self._buckets: list[CompressedBucket] = []
@@ -126,7 +127,10 @@ class Pipeline:
         self._shard_gradients: list[Tensor] = []
         if not self._topology.is_flat:
             self._node_average = NodeAverage(layouts, groups, dtype=dtype, device=device)
-            self._shard_gradients = [torch.empty_like(bucket.buffers.worker_error) for bucket in self._buckets]
+            # Overlapped, they are needed once more when the step is settled; deferred, only until the bucket is encoded.
+            shards = [bucket.buffers.worker_error.numel() for bucket in self._buckets]
+            memory = torch.empty(sum(shards) if overlap else max(shards, default=0), dtype=dtype, device=device)
+            self._shard_gradients = list(memory.split(shards)) if overlap else [memory[:numel] for numel in shards]
         self._tickets: list[Ticket] = []
         self._all_finite = True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,15 +35,6 @@ def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Raise ``ValueError`` if a setting of the Trainer cannot be honoured in the compressed phase."""
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(
-            "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
-            " HINT: use precision='bf16-mixed' or '32-true'."
-        )
-
-
 def check_module(module: nn.Module) -> None:
     """Raise ``ValueError`` if a layer produces sparse gradients, or if DDP is told not to average a parameter's."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
@@ -73,10 +63,21 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names.get(p, "a parameter")
-            if not p.is_floating_point() or p.dtype == torch.float16:
+            if p.dtype == torch.float16:
                 raise ValueError(
-                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16: the second moment"
-                    " of float16 gradients underflows. HINT: use precision='bf16-true' or a mixed precision."
+                    f"The parameter {name!r} has dtype torch.float16. Must be float32, float64 or bfloat16: Adam's"
+                    " second moment and eps underflow in float16, under DDP as well. HINT: use precision='bf16-true', or"
+                    " '16-mixed', which keeps parameters in float32."
+                )
+            if p.is_complex():
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: keep real"
+                    " numbers in the parameter, and use `torch.view_as_complex(parameter)`; `torch.view_as_real` converts."
+                )
+            if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise ValueError(
+                    f"The parameter {name!r} has dtype {p.dtype}. Must be float32, float64 or bfloat16. HINT: quantized"
+                    " weights do not train; give the optimizer only parameters that do, such as adapters."
                 )
             if p.layout != torch.strided or not is_dense(p):
                 raise ValueError(

@@ -3,7 +3,8 @@
 A random-sign sketch (the count sketch of Charikar, Chen and Farach-Colton, 2002; as a norm estimator: Alon, Matias and
 Szegedy, 1996): each element is multiplied by a random sign and added to one of k buckets. The map is linear, so the mean of
 the ranks' sketches is the sketch of their mean; and the squared norm of a sketch estimates that of the vector without
-bias, with a relative standard deviation of at most sqrt(2 / k), 1.1% for k = 16384 (half of that for the norm).
+bias, with a relative standard deviation of at most sqrt(2 / k), 1.1% for k = 16384 (half of that for the norm), whatever
+the vector. Up to k elements it is exact.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor
 
 SKETCH_NUMEL = 16384
-ROWS_AT_ONCE = 4
-"""Rows of a gradient that are folded together: 256 KiB, to stay in cache."""
+MOST_ROWS_PER_DRAW = 256
 
 
 class NormSketch:
     """A sketch of a list of tensors, seen as one long vector.
 
-    Element e lies in column e mod k of row e div k; the column is its bucket. Row r takes its signs from a row of k random
-    ones, rotated by r; after k rotations a new one is drawn. So all elements of a bucket have independent signs.
+    Element e lies in row e div k. A row is added to the buckets as a whole, rotated by a random amount, so that what
+    is large in the same columns of many rows (a layer whose inputs are sparse) does not end up in the same few buckets.
+    The element in bucket b of row r gets the sign ``a[b + r] * t[r]``, both random. With a alone the products of
+    signs would repeat from bucket to bucket, and the buckets' errors add up where neighbours are alike (a layer behind a
+    ReLU); with t alone they would be the same in all buckets. Together, the products of any two pairs of elements are
+    uncorrelated, for k / 2 rows at most; then all is drawn anew. That is what the bound on the deviation needs.
 
     Args:
-        seed: determines the signs: the same on all ranks, another at every step.
+        seed: determines what is random: the same on all ranks, another at every step.
         device: where the tensors are.
-        numel: k, the number of buckets.
+        numel: k, the number of buckets; even.
     """
 
     def __init__(self, seed: int, *, device: torch.device, numel: int = SKETCH_NUMEL) -> None:
@@ -35,9 +39,10 @@ class NormSketch:
         self.buckets = torch.zeros(numel, dtype=torch.float32, device=device)
         """The sketch: float32 ``[k]``. Average it over the ranks before :meth:`norm`."""
         self._generator = torch.Generator().manual_seed(seed)
-        self._turn = -1
-        self._draw_row_()
         self._element = 0
+        self._rows_per_draw = min(numel // 2, MOST_ROWS_PER_DRAW)
+        self._draws = 0
+        self._draw_()
 
     def add_(self, tensors: Iterable[Tensor | None], numels: Iterable[int]) -> None:
         """Append tensors to the vector.
@@ -57,32 +62,34 @@ class NormSketch:
 
     def _fold_(self, flat: Tensor, element: int) -> None:
         """Add a flat tensor whose first element is number ``element`` of the vector."""
-        k = self.numel
-        head = min(-element % k, flat.numel())
-        whole = (flat.numel() - head) // k * k
-        first_row = (element + head) // k
-        self._fold_part_(flat[:head], element)
-        rows = flat[head : head + whole].view(-1, k)
-        for start in range(0, rows.shape[0], ROWS_AT_ONCE):
-            part = rows[start : start + ROWS_AT_ONCE].float()
-            signs = torch.stack([self._signs(first_row + start + i) for i in range(part.shape[0])])
-            self.buckets.add_((part * signs).sum(dim=0))
-        self._fold_part_(flat[head + whole :], element + head + whole)
+        done = 0
+        while done < flat.numel():
+            row, column = divmod(element + done, self.numel)
+            part = flat[done : done + self.numel - column]
+            self._fold_part_(part.float(), row, column)
+            done += part.numel()
 
-    def _fold_part_(self, part: Tensor, element: int) -> None:
+    def _fold_part_(self, part: Tensor, row: int, column: int) -> None:
         """Add a piece that does not reach beyond its row."""
-        row, column = divmod(element, self.numel)
-        end = column + part.numel()
-        self.buckets[column:end].add_(part.float() * self._signs(row)[column:end])
+        draw, row = divmod(row, self._rows_per_draw)
+        while self._draws <= draw:
+            self._draw_()
+        bucket = (column + self._rotations[row]) % self.numel
+        before_end = self.numel - bucket
+        self._add_signed_(part[:before_end], row, bucket)
+        if part.numel() > before_end:
+            self._add_signed_(part[before_end:], row, 0)
 
-    def _signs(self, row: int) -> Tensor:
-        turn, shift = divmod(row, self.numel)
-        while self._turn < turn:  # all rotations are used up
-            self._draw_row_()
-        return self._row[shift : shift + self.numel]
+    def _add_signed_(self, part: Tensor, row: int, bucket: int) -> None:
+        numel = part.numel()
+        signs = self._bucket_signs[row + bucket : row + bucket + numel]
+        self.buckets[bucket : bucket + numel].addcmul_(part, signs, value=self._row_signs[row])
 
-    def _draw_row_(self) -> None:
-        """A new row of random signs, twice in succession: each of its rotations is a slice then."""
-        signs = torch.randint(0, 2, (self.numel,), generator=self._generator, dtype=torch.int8).mul_(2).sub_(1)
-        self._row = signs.to(device=self.buckets.device, dtype=torch.float32).repeat(2)
-        self._turn += 1
+    def _draw_(self) -> None:
+        k, rows, generator = self.numel, self._rows_per_draw, self._generator
+        signs = torch.randint(0, 2, (k + rows,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+        # On after its end as at its beginning: each rotation is a slice then.
+        self._bucket_signs = signs[:k].to(device=self.buckets.device, dtype=torch.float32).repeat(2)
+        self._row_signs: list[int] = signs[k:].tolist()
+        self._rotations: list[int] = torch.randint(0, k, (rows,), generator=generator).tolist()
+        self._draws += 1

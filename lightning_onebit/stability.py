@@ -59,9 +59,13 @@ class Plan:
     remarks: tuple[str, ...] = ()
     """What the user should know, such as a shortened window."""
 
-    def observes(self, step: int) -> bool:
-        """Whether the criterion wants to see this step."""
-        return step >= self.start and (step % self.every == 0 or step >= self.max_steps)
+    def observes(self, step: int, previous: int | None = None) -> bool:
+        """Whether the criterion wants to see ``step``, if ``previous`` was the last one that it could see.
+
+        Manual optimization may step several times between two batches; ``None`` is for the step before.
+        """
+        previous = step - 1 if previous is None else previous
+        return step >= self.start and (step // self.every > previous // self.every or step >= self.max_steps)
 
 
 class Criterion(ABC):

@@ -32,7 +32,7 @@ class PhaseCounters:
     collectives: int = 0
     """Collective operations, each of one message per pair of ranks or less."""
     dense_equivalent_bytes: int = 0
-    """Bytes that dense float32 DDP would have sent in the same steps."""
+    """Bytes that dense DDP would have sent meanwhile: all gradients at each synchronization, compressed ones as float32."""
     seconds_waited: float = 0.0
     """Time the training thread spent inside exchanges. Counted for compressed exchanges only: during
     warm-up DDP waits inside its own backward."""

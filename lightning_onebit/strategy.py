@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.fabric.strategies import _StrategyRegistry
@@ -11,16 +11,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.division import divide, listed
+from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
-from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer, check_trainer
+from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.stats import PhaseCounters
 from lightning_onebit.twin import HINT, comes_from_twin
 from lightning_onebit.two_phases import TwoPhases
@@ -81,26 +83,37 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        super().configure_ddp()
-        assert isinstance(self.model, DistributedDataParallel)
         self._forget_run()
         self._final_state = None
-        self._communicate_for(self.model)
+        super().configure_ddp()  # calls :meth:`_setup_model`
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        wrapped = super()._setup_model(model)
+        self._communicate_for(wrapped)
+        self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
+        self._names = {p: name for name, p in model.named_parameters()}
+        return wrapped
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
+        self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
         assert self.lightning_module is not None
         self._names = {p: name for name, p in self.lightning_module.named_parameters()}
-        check_trainer(trainer)
         check_module(self.lightning_module)
-        for optimizer in self.optimizers:
+        self._division = divide(self.optimizers)
+        self._steps = dict.fromkeys(self.optimizers, 0)
+        for optimizer in self._division.compressed:
             check_optimizer(optimizer, self._names)
-            self._steps[optimizer] = 0
         self._overlaps = self._choose_overlap(trainer)
-        for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(self._guard)
+        for optimizer in self._division.compressed:
+            self._watch(optimizer)
         self._warn_if_alone()
+        if self.world_size > 1:
+            for remark in self._division.remarks(self.lightning_module):
+                rank_zero_warn(f"{type(self).__name__}: {remark}")
 
     def _choose_overlap(self, trainer: pl.Trainer) -> bool:
         """Whether exchanges start during backward; says so, and why."""
@@ -125,18 +138,47 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
-        plugin = self.precision_plugin
-        if not isinstance(getattr(plugin.clip_grad_by_norm, "__self__", None), OneBitDDPStrategy):
-            self._dense_clip_grad_by_norm = plugin.clip_grad_by_norm
-        plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    # Parameters that begin to train during the run
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
+        if self._unaveraged():
+            self._averaged.clear()
+            self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
+            self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
+        if added:
+            rank_zero_warn(
+                f"{type(self).__name__}: new parameters are trained, which have no second moment yet:"
+                f" {listed(added, self._names)}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
+                " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
+            )
+            self.resume_warmup()
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        self._check_all_averaged(
+            "it began to require gradients within `training_step`. HINT: unfreeze it in a hook that runs before, such as"
+            " `on_train_batch_start`"
+        )
+        super().pre_backward(closure_loss)
 
     # Steps
+
+    @property
+    @override
+    def _scales_losses(self) -> bool:
+        return uses_loss_scaling(self.precision_plugin)
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
         compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
         if compressed is None:
-            self._dense_clip_grad_by_norm(optimizer, clip_val)
+            plugin = self.precision_plugin
+            type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
         else:
             compressed.clip_grad_norm_(float(clip_val))
 
@@ -148,14 +190,21 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
+        if optimizer not in self._steps:
+            raise RuntimeError(
+                f"The optimizer ({type(optimizer).__name__}) is not one of those that this run began with, so its gradients"
+                " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
+                " groups instead of replacing them."
+            )
         compressed = self._compressed.get(optimizer)
         if compressed is None:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-            self.comm_stats[Phase.WARMUP].steps += 1
+            self.comm_stats[self._phase].steps += 1
         else:
-            with self._replaced_step(optimizer, compressed):
+            if self._scales_losses:
+                closure = with_agreement(closure, compressed)
+            with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._steps[optimizer] += 1
         return output
 
     # State

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,14 +13,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_onebit.comm.groups import ExchangeGroups, new_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
+from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.grad_scaler import found_inf_after_unscaling_
+from lightning_onebit.optim import parameters_of
 from lightning_onebit.phase import Phase
+from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.stats import CommStats
 from lightning_onebit.topology import Topology
 
@@ -61,8 +66,11 @@ class TwoPhases:
         self.comm_stats = CommStats()
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
+        self._division = Division(compressed=[], dense={})
         self._steps: dict[Optimizer, int] = {}
+        self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
+        self._averaged: set[Tensor] = set()
         self._phase = Phase.WARMUP
         self._stepping = False
         self._overlaps = False
@@ -78,8 +86,8 @@ class TwoPhases:
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that every optimizer has made: with several, those of the one that made fewest."""
-        return min(self._steps.values(), default=0)
+        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
+        return min((self._steps[optimizer] for optimizer in self._division.compressed), default=0)
 
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
@@ -88,7 +96,7 @@ class TwoPhases:
         quantized: training goes on as exact Adam with a frozen second moment.
 
         Raises:
-            RuntimeError: outside a running training, or before the first optimizer step.
+            RuntimeError: outside a running training, or before every optimizer that can be compressed has made a step.
         """
         if self._phase is Phase.COMPRESSED:
             return
@@ -98,12 +106,17 @@ class TwoPhases:
                 " callback, or from the training loop."
             )
         if self.optimizer_steps == 0:
-            raise RuntimeError("freeze_variance() was called before the first optimizer step: no second moment yet.")
+            waiting = [type(o).__name__ for o in self._division.compressed if not self._steps[o]]
+            raise RuntimeError(
+                f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
+                " yet. HINT: call it after a step."
+            )
         self._enter_compressed_phase()
 
     def resume_warmup(self) -> None:
         """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
 
+        :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
         """
         if self._phase is Phase.WARMUP:
@@ -130,6 +143,11 @@ class TwoPhases:
 
     # What callbacks need
 
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
+        return self._division.compressed
+
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
         assert self._hook_state is not None
@@ -154,8 +172,11 @@ class TwoPhases:
                 self._groups = new_groups(self._topology(communicator), self._timeout)
                 # A rank that fails next closes its connections: not before the others have made theirs.
                 communicator.all_reduce_max_(torch.zeros((), dtype=torch.int32, device=self.root_device))
+                self._hook_state.local_world_size = self._groups.topology.local_world_size
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
+        # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+        self._averaged.update(p for p in model.parameters() if p.requires_grad)
 
     def _topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
@@ -185,32 +206,45 @@ class TwoPhases:
         rank_zero_warn(f"{type(self).__name__}: {remark}: all ranks exchange with each other directly.")
         return flat
 
+    def _unaveraged(self) -> list[Tensor]:
+        """Parameters that are trained, but that DDP does not know."""
+        if self.world_size == 1:
+            return []
+        return [p for p in parameters_of(*self.optimizers) if p.requires_grad and p not in self._averaged]
+
+    def _check_all_averaged(self, reason: str) -> None:
+        unaveraged = self._unaveraged()
+        if unaveraged:
+            raise RuntimeError(
+                f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, self._names)}, as"
+                f" {reason}."
+            )
+
+    @property
+    def _scales_losses(self) -> bool:
+        """Whether a loss scaler decides which steps are made."""
+        return False
+
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Guard the optimizer's steps, and count those of the warm-up."""
+        self._hooks.append(optimizer.register_step_pre_hook(self._guard))
+        self._hooks.append(optimizer.register_step_post_hook(self._count_warmup_step))
+
     @contextmanager
-    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
-        """Within, ``optimizer.step`` is the compressed step. The object stays the same, as schedulers are bound to it."""
-
-        def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            if not compressed.step():
-                rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
-            return loss
-
-        previous = optimizer.__dict__.get("step")
-        # The decorator runs the user's step hooks, as for every torch optimizer.
-        optimizer.step = types.MethodType(Optimizer.profile_hook_step(step), optimizer)  # type: ignore[method-assign]
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+    def _compressed_step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Within, ``optimizer.step`` is the compressed step."""
         self._stepping = True
         try:
-            yield
+            with replaced_step(optimizer, partial(self._step_compressed, optimizer)):
+                yield
         finally:
             self._stepping = False
-            if previous is None:
-                del optimizer.step
-            else:
-                optimizer.step = previous  # type: ignore[method-assign]
+
+    def _step_compressed(self, optimizer: Optimizer) -> None:
+        if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
+            self._steps[optimizer] += 1
+        elif not self._scales_losses:  # which skips steps all the time, to find its scale
+            rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
 
     def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
@@ -220,6 +254,12 @@ class TwoPhases:
                 " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the"
                 " optimizer that `fabric.setup` returned."
             )
+
+    def _count_warmup_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
+        if self._phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
+            has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            self._steps[optimizer] += has_gradient
 
     def _enter_compressed_phase(self) -> None:
         assert self._hook_state is not None
@@ -235,8 +275,9 @@ class TwoPhases:
                 lane=self._lane,
                 overlap=self._overlaps,
             )
-            for optimizer in self.optimizers
+            for optimizer in self._division.compressed
         }
+        self._hook_state.local = self._division.local_parameters()
         if self._overlaps:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
@@ -252,9 +293,9 @@ class TwoPhases:
     def _set_phase(self, phase: Phase) -> None:
         self._phase = phase
         if self._hook_state is not None:
-            self._hook_state.phase = phase
             self._hook_state.communicator.counters = self.comm_stats[phase]
             if phase is Phase.WARMUP:
+                self._hook_state.local = frozenset()
                 self._hook_state.gradients_ready = None
         if self._groups is not None:
             self._groups.count_into(self.comm_stats[phase])
@@ -268,6 +309,11 @@ class TwoPhases:
     def _forget_run(self) -> None:
         """Forget an earlier run, but not the process groups."""
         self._leave_compressed_phase()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._division = Division(compressed=[], dense={})
+        self._averaged.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
 

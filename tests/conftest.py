@@ -10,6 +10,10 @@ import torch.distributed as dist
 # Forked ranks must not inherit a pool of OpenMP threads that did not survive the fork.
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels are interpreted. It has to know when it is imported, and importing lightning does that.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def no_leaks():

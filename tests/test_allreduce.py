@@ -71,7 +71,7 @@ def test_result_does_not_depend_on_the_bucket_size_or_the_cut_into_segments(monk
     def run(bucket_cap_mb, segment_numel):
         def fn(rank):
             plan = allreduce.plan_buckets
-            monkeypatch.setattr(allreduce, "plan_buckets", lambda *a, **k: plan(*a, **k, segment_numel=segment_numel))
+            monkeypatch.setattr(allreduce, "plan_buckets", lambda *a, **k: plan(*a, **{**k, "segment_numel": segment_numel}))
             return reduce_steps(rank, 20011, steps=4, block_size=64, bucket_cap_mb=bucket_cap_mb)
 
         return run_ranks(3, fn)

@@ -2,6 +2,7 @@
 
 import math
 import tracemalloc
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -14,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_onebit.codec import make_codec
 from lightning_onebit.codec.cpu import CpuCodec
+from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.momentum import LocalMomentum, square_root_
 
 BLOCK_SIZES = [8, 64, 2048, 16384]
 MOST_NUMEL = 65536
@@ -52,18 +55,25 @@ def unpacked(signs, numel):
     return np.unpackbits(signs.numpy(), bitorder="little")[:numel].astype(bool)
 
 
+def empty_message(codec, numel, live=None):
+    """An ``Encoded`` full of garbage; ``live`` is a bool array."""
+    return Encoded(
+        signs=torch.full((-(-numel // 8),), 0xA5, dtype=torch.uint8),
+        scales=torch.full((-(-numel // codec.block_size),), math.nan),
+        live=None if live is None else packed(live),
+    )
+
+
 def encode(codec, values, live=None):
     """Signs, scales and residual of ``values``, which stay as they are; ``live`` is a bool array."""
-    residual = values.clone()
-    signs = torch.full((-(-values.numel() // 8),), 0xA5, dtype=torch.uint8)
-    scales = torch.full((-(-values.numel() // codec.block_size),), math.nan)
-    codec.encode_(residual, signs, scales, live=None if live is None else packed(live))
-    return signs, scales, residual
+    residual, encoded = values.clone(), empty_message(codec, values.numel(), live)
+    codec.encode_(residual, encoded)
+    return encoded.signs, encoded.scales, residual
 
 
 def decode(codec, numel, dtype, signs, scales, factor=1.0, live=None):
     out = torch.full((numel,), math.nan, dtype=dtype)
-    codec.decode_(out, signs, scales, factor, live=None if live is None else packed(live))
+    codec.decode_(out, Encoded(signs, scales, None if live is None else packed(live)), factor)
     return out
 
 
@@ -216,7 +226,7 @@ def test_non_finite_values_are_refused_and_nothing_is_modified(kind, scale, dtyp
         signs, scales = torch.full((17,), 0xA5, dtype=torch.uint8), torch.full((3,), 7.0)
         before = [tensor.numpy().tobytes() for tensor in (values, signs, scales)]
         with pytest.raises(FloatingPointError, match="infinite or NaN"):
-            codec.encode_(values, signs, scales, live=None if live is None else packed(live))
+            codec.encode_(values, Encoded(signs, scales, None if live is None else packed(live)))
         assert [tensor.numpy().tobytes() for tensor in (values, signs, scales)] == before
 
 
@@ -371,7 +381,7 @@ def encode_in_parts(codec, values, cuts, live, alignment):
         blocks, sign_bytes = -(-part.numel() // codec.block_size), -(-part.numel() // 8)
         scales = torch.empty(blocks + alignment)[alignment:]
         signs = torch.empty(sign_bytes + alignment, dtype=torch.uint8)[alignment:]
-        codec.encode_(part, signs, scales, live=None if live is None else packed(live[start:end]))
+        codec.encode_(part, Encoded(signs, scales, None if live is None else packed(live[start:end])))
         joined = [old + new.numpy().tobytes() for old, new in zip(joined, (signs, scales, part), strict=True)]
         alignment = (alignment + 1) % 8
     return joined
@@ -425,6 +435,288 @@ def test_blocks_do_not_see_a_dead_one_beside_them(kind, scale):
     assert_block_local(codec_of(kind, 64, scale), random_values(live.size), live)
 
 
+# ---- whole steps
+
+
+def random_momentum(numel, dtype=torch.float32, second_moment="same"):
+    """Adam's, with a second moment of ``dtype`` or of another, or none."""
+    gradient = random_values(numel, dtype, seed=100)
+    if second_moment is None:
+        return LocalMomentum(gradient=gradient, second_moment=None, decay=0.9, weight=0.1)
+    gradient[::97] *= 1e4  # reaches the clamp
+    moment = random_values(numel, dtype, seed=101).square()
+    moment[5::50] = 0.0
+    moment = moment if second_moment == "same" else moment.to(second_moment)
+    return LocalMomentum(gradient=gradient, second_moment=moment, decay=0.9, weight=0.1, eps=1e-8, kappa=31.6)
+
+
+def random_message(codec, numel, live=None, seed=0):
+    """What a rank may have sent, a block of zeros included."""
+    scales = random_values(-(-numel // codec.block_size), seed=200 + seed).abs()
+    scales[1::3] = 0.0
+    return empty_message(codec, numel, live)._replace(signs=packed(random_mask(numel, seed=200 + seed)), scales=scales)
+
+
+def worker_step(kind, block_size, numel, dtype=torch.float32, second_moment="same", masks=(None, None)):
+    """Codec and arguments of the ``..._momentum_`` methods: error, previous, momentum, sent."""
+    codec = codec_of(kind, block_size, dtype=dtype)
+    error = random_values(numel, dtype, seed=102)
+    previous, sent = random_message(codec, numel, masks[0]), empty_message(codec, numel, masks[1])
+    return codec, error, previous, random_momentum(numel, dtype, second_moment), sent
+
+
+def server_step(kind, block_size, numel, dtype=torch.float32, ranks=3, live=None):
+    """Codec and arguments of the ``..._mean_`` methods: error, received, served."""
+    codec = codec_of(kind, block_size, dtype=dtype)
+    received = [random_message(codec, numel, live, seed=rank) for rank in range(ranks)]
+    return codec, random_values(numel, dtype, seed=103), received, empty_message(codec, numel, live)
+
+
+def some_woken(numel):
+    """Masks of the previous and of this step: an element may wake up in between, and a few go back to sleep."""
+    before = random_mask(numel, seed=1)
+    now = before | random_mask(numel, seed=2)
+    now[3::7] = False
+    return before, now
+
+
+def as_bytes(*tensors):
+    return [tensor.numpy().tobytes() for tensor in tensors]
+
+
+def momentum_values(error, previous, momentum, block_size):
+    """error + decay * u + weight * clamp(g / D), in float64."""
+    numel = error.numel()
+    signs = np.where(unpacked(previous.signs, numel), 1.0, -1.0)
+    if previous.live is not None:
+        signs *= unpacked(previous.live, numel)
+    u = signs * previous.scales.double().numpy().repeat(block_size)[:numel]
+    gradient = momentum.gradient.double().numpy()
+    if momentum.second_moment is not None:
+        denominator = np.sqrt(momentum.second_moment.double().numpy()) + momentum.eps
+        gradient = np.clip(gradient / denominator, -momentum.kappa, momentum.kappa)
+    return error.double().numpy() + momentum.decay * u + momentum.weight * gradient
+
+
+def mean_values(error, received, block_size):
+    """error + mean of what was received, in float64."""
+    numel, q = error.numel(), 0.0
+    for each in received:
+        signs = np.where(unpacked(each.signs, numel), 1.0, -1.0)
+        if each.live is not None:
+            signs *= unpacked(each.live, numel)
+        q = q + signs * each.scales.double().numpy().repeat(block_size)[:numel]
+    return error.double().numpy() + q / len(received)
+
+
+def assert_quantized(codec, dtype, values, message, new_error):
+    """``message`` and ``new_error`` are what quantizing ``values`` (float64) gives, to rounding."""
+    numel = len(values)
+    tolerance = 200 * torch.finfo(dtype).eps
+    live = None if message.live is None else unpacked(message.live, numel)
+    bits, scales, _ = model(torch.from_numpy(values), codec.block_size, codec.scale, live)
+    clear = np.abs(values) > tolerance
+    assert np.array_equal(unpacked(message.signs, numel)[clear], bits[clear])
+    np.testing.assert_allclose(message.scales.double().numpy(), scales, rtol=tolerance + 1e-6, atol=0)
+    q = decode(codec, numel, dtype, *message[:2], live=live).double().numpy()
+    np.testing.assert_allclose(q + new_error.double().numpy(), values, rtol=tolerance, atol=tolerance)
+
+
+every_second_moment = pytest.mark.parametrize("second_moment", ["same", torch.float32, torch.bfloat16, None], ids=str)
+every_number_of_ranks = pytest.mark.parametrize("ranks", [1, 2, 5])
+every_mask = pytest.mark.parametrize("masked", [False, True], ids=["all live", "some dead"])
+
+
+@every_codec
+@every_dtype
+@every_second_moment
+@every_mask
+def test_worker_step_agrees_with_the_model(kind, dtype, second_moment, masked):
+    for block_size, numel in ((8, 13), (64, 768), (2048, 5_003)):
+        masks = some_woken(numel) if masked else (None, None)
+        codec, error, previous, momentum, sent = worker_step(kind, block_size, numel, dtype, second_moment, masks)
+        values = momentum_values(error, previous, momentum, block_size)
+        codec.encode_momentum_(error, error, previous, momentum, sent)
+        assert_quantized(codec, dtype, values, sent, error)
+
+
+@every_codec
+@every_dtype
+@every_number_of_ranks
+@every_mask
+def test_server_step_agrees_with_the_model(kind, dtype, ranks, masked):
+    for block_size, numel in ((8, 13), (64, 768), (2048, 5_003)):
+        live = random_mask(numel) if masked else None
+        codec, error, received, served = server_step(kind, block_size, numel, dtype, ranks, live)
+        values = mean_values(error, received, block_size)
+        codec.encode_mean_(error, error, received, served)
+        served_bits = unpacked(served.signs, numel)
+        if live is not None:  # of dead elements the wake-up calls are checked elsewhere
+            served_bits = np.where(live, served_bits, values != 0)
+        assert_quantized(codec, dtype, values, served._replace(signs=packed(served_bits)), error)
+
+
+@every_codec
+@every_dtype
+@every_second_moment
+@every_mask
+@pytest.mark.parametrize("numel", SIZES)
+def test_worker_step_is_the_same_in_place_and_settled_later(kind, dtype, second_moment, masked, numel):
+    masks = some_woken(numel) if masked else (None, None)
+    codec, error, previous, momentum, sent = worker_step(kind, 2048, numel, dtype, second_moment, masks)
+    arguments = (error, previous.signs, previous.scales, momentum.gradient)
+    before = as_bytes(*arguments)
+    out = torch.full_like(error, math.nan)
+    codec.encode_momentum_(out, error, previous, momentum, sent)
+    assert as_bytes(*arguments) == before
+    settled, in_place, sent_in_place = error.clone(), error, empty_message(codec, numel, masks[1])
+    codec.settle_momentum_(settled, previous, momentum, sent)
+    codec.encode_momentum_(in_place, in_place, previous, momentum, sent_in_place)
+    assert as_bytes(settled) == as_bytes(in_place) == as_bytes(out)
+    assert as_bytes(*sent_in_place[:2]) == as_bytes(*sent[:2])
+
+
+@every_codec
+@every_dtype
+@every_number_of_ranks
+@every_mask
+@pytest.mark.parametrize("numel", SIZES)
+def test_server_step_is_the_same_in_place_and_settled_later(kind, dtype, ranks, masked, numel):
+    live = random_mask(numel) if masked else None
+    codec, error, received, served = server_step(kind, 2048, numel, dtype, ranks, live)
+    before = as_bytes(error, *(part for each in received for part in each[:2]))
+    out = torch.full_like(error, math.nan)
+    codec.encode_mean_(out, error, received, served)
+    assert as_bytes(error, *(part for each in received for part in each[:2])) == before
+    settled, in_place, served_in_place = error.clone(), error, empty_message(codec, numel, live)
+    codec.settle_mean_(settled, received, served)
+    codec.encode_mean_(in_place, in_place, received, served_in_place)
+    assert as_bytes(settled) == as_bytes(in_place) == as_bytes(out)
+    assert as_bytes(*served_in_place[:2]) == as_bytes(*served[:2])
+
+
+@every_block_size
+@every_dtype
+@every_second_moment
+@every_mask
+def test_cpu_worker_step_has_the_bits_of_the_reference(block_size, dtype, second_moment, masked):
+    for numel in SIZES:
+        masks = some_woken(numel) if masked else (None, None)
+        expected, got = (worker_step(kind, block_size, numel, dtype, second_moment, masks) for kind in ("reference", "cpu"))
+        for codec, error, *rest in (expected, got):
+            codec.encode_momentum_(error, error, *rest)
+        assert torch.equal(got[-1].signs, expected[-1].signs)
+        torch.testing.assert_close(got[-1].scales, expected[-1].scales, rtol=1e-6, atol=0)
+        _, error, *arguments = worker_step("reference", block_size, numel, dtype, second_moment, masks)
+        codec_of("reference", block_size, dtype=dtype).settle_momentum_(error, *arguments[:-1], got[-1])
+        assert as_bytes(got[1]) == as_bytes(error)
+
+
+@every_block_size
+@every_dtype
+@every_number_of_ranks
+@every_mask
+def test_cpu_server_step_has_the_bits_of_the_reference(block_size, dtype, ranks, masked):
+    for numel in SIZES:
+        live = random_mask(numel) if masked else None
+        expected, got = (server_step(kind, block_size, numel, dtype, ranks, live) for kind in ("reference", "cpu"))
+        for codec, error, *rest in (expected, got):
+            codec.encode_mean_(error, error, *rest)
+        assert torch.equal(got[-1].signs, expected[-1].signs)
+        torch.testing.assert_close(got[-1].scales, expected[-1].scales, rtol=1e-6, atol=0)
+        _, error, received, _ = server_step("reference", block_size, numel, dtype, ranks, live)
+        codec_of("reference", block_size, dtype=dtype).settle_mean_(error, received, got[-1])
+        assert as_bytes(got[1]) == as_bytes(error)
+
+
+@every_codec
+@every_dtype
+def test_zeros_keep_their_bits_in_whole_steps(kind, dtype):
+    """The sign of a zero decides nothing, but has to be the same in every codec and after every way through a step."""
+    signed_zeros = torch.tensor([0.0, -0.0] * 8, dtype=dtype)
+    no_news = LocalMomentum(
+        gradient=signed_zeros, second_moment=signed_zeros.abs(), decay=0.9, weight=0.1, eps=1e-8, kappa=9.0
+    )
+    for live in (None, np.arange(16) % 3 > 0):
+        for signs in (np.ones(16), np.zeros(16), np.arange(16) % 2):
+            errors = []
+            for each in ("reference", kind):
+                codec = codec_of(each, 8, dtype=dtype)
+                silent = empty_message(codec, 16, live)._replace(signs=packed(signs), scales=torch.zeros(2))
+                worker, server, sent = signed_zeros.clone(), signed_zeros.clone(), empty_message(codec, 16, live)
+                codec.encode_momentum_(worker, worker, silent, no_news, sent)
+                codec.encode_mean_(server, server, [silent, sent], served := empty_message(codec, 16, live))
+                errors.append(as_bytes(worker, server, sent.signs, sent.scales, served.signs, served.scales))
+            assert errors[0] == errors[1]
+
+
+@every_codec
+@every_dtype
+def test_wake_up_calls_of_all_ranks_are_passed_on(kind, dtype):
+    live = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0], dtype=bool)
+    codec, _, received, served = server_step(kind, 8, 10, dtype, ranks=2, live=live)
+    received[0].signs.copy_(packed([1, 0, 1, 0, 1, 0, 0, 0, 1, 0]))
+    received[1].signs.copy_(packed([1, 0, 0, 1, 1, 1, 0, 0, 1, 0]))
+    error = torch.zeros(10, dtype=dtype)
+    error[6] = -3.0  # one's own value is a call as well
+    codec.encode_mean_(error, error, received, served)
+    assert unpacked(served.signs, 10)[~live].tolist() == [True, True, True, False, False]
+    assert not unpacked(served.signs, 16)[10:].any()
+    assert error[~live].tolist() == [0.0, 0.0, -3.0, 0.0, 0.0]
+
+
+@every_codec
+def test_non_finite_gradients_leave_the_error_to_be_taken_back(kind):
+    codec, error, previous, momentum, sent = worker_step(kind, 64, 300)
+    momentum.gradient[200] = math.nan
+    before = as_bytes(error, *sent[:2])
+    with pytest.raises(FloatingPointError, match="infinite or NaN"):
+        codec.encode_momentum_(torch.empty_like(error), error, previous, momentum, sent)
+    assert as_bytes(error, *sent[:2]) == before
+
+
+def whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts):
+    """One worker step and one server step, called between ``cuts``: the bytes of all that they write."""
+    masks = some_woken(numel) if masked else (None, None)
+    codec, error, previous, momentum, sent = worker_step(kind, block_size, numel, dtype, masks=masks)
+    _, server_error, received, served = server_step(kind, block_size, numel, dtype, live=masks[1])
+    for start, end in zip([0, *cuts], [*cuts, numel], strict=True):
+        signs, blocks = slice(start // 8, -(-end // 8)), slice(start // block_size, -(-end // block_size))
+        previous_part, sent_part, served_part, *received_parts = (
+            Encoded(each.signs[signs], each.scales[blocks], None if each.live is None else each.live[signs])
+            for each in (previous, sent, served, *received)
+        )
+        part = replace(momentum, gradient=momentum.gradient[start:end], second_moment=momentum.second_moment[start:end])
+        codec.encode_momentum_(error[start:end], error[start:end], previous_part, part, sent_part)
+        codec.encode_mean_(server_error[start:end], server_error[start:end], received_parts, served_part)
+    return as_bytes(error, server_error, *sent[:2], *served[:2])
+
+
+@every_codec
+@every_dtype
+@every_mask
+def test_whole_steps_do_not_depend_on_how_a_parameter_is_cut(kind, dtype, masked):
+    numel, block_size = 3_001, 64
+    whole = whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts=[])
+    for cuts in (range(block_size, numel, block_size), [64], [1024, 2112], [2944]):
+        parts = whole_steps_in_parts(kind, block_size, numel, dtype, masked, cuts)
+        assert parts == whole, f"results depend on the cuts at {list(cuts)}"
+
+
+@every_codec
+@every_dtype
+@pytest.mark.usefixtures("two_threads")
+def test_whole_steps_do_not_depend_on_cuts_on_two_threads(kind, dtype):
+    whole, parts = (whole_steps_in_parts(kind, 2048, MOST_NUMEL, dtype, False, cuts) for cuts in ([], [2048]))
+    assert parts == whole
+
+
+def test_square_roots_are_correctly_rounded():
+    values = torch.from_numpy(np.arange(2.0, 2.1, 2.0**-22, dtype=np.float32))
+    square_root_(values, out=(roots := torch.empty_like(values)))
+    assert np.array_equal(roots.numpy(), np.sqrt(values.numpy().astype(np.float64)).astype(np.float32))
+
+
 # ---- error feedback
 
 
@@ -451,17 +743,24 @@ def test_what_was_sent_plus_the_residual_is_what_came_in(kind, scale, dtype):
 
 
 def steady_state(masked, zero_block):
-    """A closure that encodes and decodes one segment on buffers made beforehand, called once already."""
+    """A closure that makes every kind of step on one segment, on buffers made beforehand; called once already."""
     codec = CpuCodec(block_size=2048, max_numel=MOST_NUMEL, dtype=torch.float32)
-    values, out = random_values(MOST_NUMEL), torch.empty(MOST_NUMEL)
-    signs, scales = torch.empty(MOST_NUMEL // 8, dtype=torch.uint8), torch.empty(MOST_NUMEL // 2048)
-    live = packed(random_mask(MOST_NUMEL)) if masked else None
+    live = random_mask(MOST_NUMEL) if masked else None
+    values, out, error, scratch = (random_values(MOST_NUMEL, seed=seed) for seed in range(4))
+    encoded, sent, served = (empty_message(codec, MOST_NUMEL, live) for _ in range(3))
+    momentum = random_momentum(MOST_NUMEL)
+    codec.encode_(out, encoded)
 
     def call():
         if zero_block:
             values[:2048] = 0.0
-        codec.encode_(values, signs, scales, live=live)
-        codec.decode_(out, signs, scales, 0.5, live=live)
+        codec.encode_(values, encoded)
+        codec.decode_(out, encoded, 0.5)
+        codec.add_decoded_(out, encoded, 0.5)
+        codec.encode_momentum_(scratch, error, encoded, momentum, sent)
+        codec.settle_momentum_(error, encoded, momentum, sent)
+        codec.encode_mean_(scratch, error, [encoded, sent], served)
+        codec.settle_mean_(error, [encoded, sent], served)
 
     call()
     return call

@@ -77,7 +77,9 @@ def train(rank, kind, dtype, world_size, *, steps=50, optimizer_options=None, gr
     return history
 
 
-def train_model(kind, world_size, *, steps=50, maximize=False, block_size=2048, scale="l2", space="update"):
+def train_model(
+    kind, world_size, *, steps=50, maximize=False, gradient=gradient, block_size=2048, scale="l2", space="update"
+):
     models, index = [], 0
     for group in GROUPS:
         options = {k: v for k, v in group.items() if k != "shapes"}
@@ -477,7 +479,7 @@ def test_memory_per_parameter():
             compressed.step()
             return dense, tensor_bytes() - before - 8 * numel
 
-        small, large = 400_000, 1_200_000
+        small, large = 1_200_000, 3_600_000  # both with segments of full length
         (dense_small, ours_small), (dense_large, ours_large) = state_bytes(small), state_bytes(large)
         return [(b - a) / (large - small) for a, b in ((dense_small, dense_large), (ours_small, ours_large))]
 

@@ -15,6 +15,7 @@ from lightning_onebit.codec.layout import (
     plan_buckets,
     sign_nbytes,
 )
+from lightning_onebit.topology import Topology
 
 
 class Case(NamedTuple):
@@ -136,6 +137,35 @@ def test_chunks_are_neighbouring_segments_in_rank_order(case):
         assert set(chunks) <= set(range(case.world_size))
         assert layout.world_size == case.world_size
         assert tuple(s for rank in range(case.world_size) for s in layout.chunk(rank)) == layout.segments
+
+
+@on_many_layouts
+@given(cases, st.integers(1, 4), st.integers(1, 4))
+def test_shards_cut_the_bucket_in_the_order_of_local_ranks(case, num_nodes, local_world_size):
+    """Any node cuts it alike, so the parts of one message to all its ranks lie side by side, and so do their answers."""
+    for layout in case._replace(world_size=num_nodes * local_world_size).plan():
+        for node in range(num_nodes):
+            topologies = [
+                Topology(num_nodes=num_nodes, node_rank=node, local_world_size=local_world_size, local_rank=local)
+                for local in range(local_world_size)
+            ]
+            shards = [layout.shard(t) for t in topologies]
+            assert tuple(segment for shard in shards for segment in shard) == layout.segments
+            assert all(s.chunk in t.shard for shard, t in zip(shards, topologies, strict=True) for s in shard)
+            numels = [sum(s.numel for s in shard) for shard in shards]
+            assert [layout.shard_numel(t) for t in topologies] == numels
+            assert all(layout.shard_numels(t) == numels for t in topologies)
+            assert all(set(layout.chunk(t.chunk)) <= set(shard) for shard, t in zip(shards, topologies, strict=True))
+
+
+@on_many_layouts
+@given(cases)
+def test_on_a_flat_network_the_shard_is_the_bucket(case):
+    for layout in case.plan():
+        for rank in range(case.world_size):
+            topology = Topology(num_nodes=case.world_size, node_rank=rank)
+            assert layout.shard(topology) == layout.segments
+            assert layout.shard_numels(topology) == [layout.numel]
 
 
 @on_many_layouts

@@ -21,10 +21,13 @@ from lightning_onebit.two_phases import TwoPhases
 
 
 class PhaseSwitch(Callback):
-    """Watches the second moment during warm-up and freezes it, once, when the criterion says so.
+    """Watches the second moment during warm-up and freezes it when the criterion says so.
 
     Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step.
     The strategy adds one with the default criterion if the Trainer has none.
+
+    With several optimizers, the steps that count are those of the one that has made fewest, of those that can be
+    compressed. After ``strategy.resume_warmup()`` steps are counted anew.
 
     Args:
         criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
@@ -42,6 +45,7 @@ class PhaseSwitch(Callback):
         self.criterion = criterion if criterion is not None else VarianceStability()
         self._history: list[Observation] = []
         self._last_step = 0
+        self._start = 0
         self.verdict: Verdict | None = None
         """The criterion's last word, on rank 0: whether it froze, why, and whether it was forced to."""
 
@@ -49,7 +53,7 @@ class PhaseSwitch(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy_of(trainer)
         if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
-            self._history, self._last_step, self.verdict = [], 0, None
+            self._history, self._last_step, self._start, self.verdict = [], 0, 0, None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -63,25 +67,38 @@ class PhaseSwitch(Callback):
         """Settle the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
         if strategy.world_size == 1:
             return
-        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.optimizers))
+        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
         if strategy.phase is Phase.WARMUP:
             for remark in self._plan.remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
     def after_step(self, strategy: TwoPhases, module: nn.Module) -> None:
         """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
-        if strategy.world_size == 1 or strategy.phase is Phase.COMPRESSED:
+        if strategy.world_size == 1:
             return
-        step = strategy.optimizer_steps
-        has_stepped, self._last_step = step != self._last_step, step
-        if not has_stepped or not self._plan.observes(step):
+        if strategy.phase is Phase.COMPRESSED:
+            # Another warm-up would begin here.
+            self._start, self._last_step = strategy.optimizer_steps, 0
             return
-        verdict = self._judge(observe(step, strategy.optimizers, module)) if strategy.is_global_zero else None
+        if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
+            self._start = 0
+        step = strategy.optimizer_steps - self._start
+        previous, self._last_step = self._last_step, step
+        if step == previous or not self._plan.observes(step, previous):
+            return
+        verdict = None
+        if strategy.is_global_zero:
+            now = observe(step, strategy.compressed_optimizers, module)
+            verdict = self._judge(now, steps_between=step - previous)
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
         if strategy.broadcast_decision(verdict is not None and verdict.freeze):
             if verdict is not None:
                 announce = rank_zero_warn if verdict.forced else rank_zero_info
-                announce(f"{type(self).__name__}: freezing the second moment after step {step}: {verdict.reason}.")
+                anew = f" (step {step} of this warm-up)" if self._start else ""
+                announce(
+                    f"{type(self).__name__}: freezing the second moment after step {strategy.optimizer_steps}{anew}:"
+                    f" {verdict.reason}."
+                )
             self._history = []
             strategy.freeze_variance()
 
@@ -91,8 +108,10 @@ class PhaseSwitch(Callback):
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
             reason = "nothing was judged" if self.verdict is None else self.verdict.reason
+            once = strategy.comm_stats[Phase.COMPRESSED].steps
+            what = f"compressed only {once} steps and went back to warm-up" if once else "never compressed anything"
             rank_zero_warn(
-                f"This run never compressed anything: after {strategy.optimizer_steps} optimizer steps it was still in"
+                f"This run {what}: after {strategy.optimizer_steps} optimizer steps it was still in"
                 f" warm-up, that is plain DDP ({reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
                 " use PhaseSwitch(criterion=FixedStep(n))."
             )
@@ -100,15 +119,18 @@ class PhaseSwitch(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         history = [{"step": o.step, "variances": dict(o.variances), "learning_rate": o.learning_rate} for o in self._history]
-        return {"history": history, "last_step": self._last_step}
+        return {"history": history, "last_step": self._last_step, "start": self._start}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._history = [Observation(**entry) for entry in state_dict["history"]]
         self._last_step = state_dict["last_step"]
+        self._start = state_dict.get("start", 0)  # not in checkpoints of the first versions
 
-    def _judge(self, now: Observation) -> Verdict:
-        self._history = [o for o in self._history if now.step - self._plan.history <= o.step < now.step]
+    def _judge(self, now: Observation, *, steps_between: int) -> Verdict:
+        # The plan's history is enough where every step can be observed.
+        oldest = now.step - self._plan.history * steps_between
+        self._history = [o for o in self._history if oldest <= o.step < now.step]
         self._history.append(now)
         self.verdict = self.criterion.judge(self._history, self._plan)
         return self.verdict
@@ -142,8 +164,10 @@ def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
 
 
 def _total_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps of the whole run; infinite if the Trainer does not know."""
+    """Steps that each optimizer makes in the whole run, if all step as often; infinite if the Trainer does not know."""
     total = trainer.estimated_stepping_batches
+    if trainer.max_steps > 0:  # of all optimizers added up
+        total = min(total, trainer.max_steps / len(trainer.optimizers))
     return float(total) if total > 0 else math.inf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_onebit.codec.cpu import CpuCodec
 from lightning_onebit.codec.encoded import Encoded
-from lightning_onebit.codec.layout import SEGMENT_NUMEL
+from lightning_onebit.codec.layout import CUDA_SEGMENT_NUMEL, SEGMENT_NUMEL
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.momentum import LocalMomentum
@@ -39,13 +40,25 @@ class Codec(Protocol):
     def settle_mean_(self, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None: ...
 
 
+def segment_numel(device: torch.device) -> int:
+    """Elements that one call of a codec should work on, on ``device``. No result depends on it."""
+    return CUDA_SEGMENT_NUMEL if device.type == "cuda" else SEGMENT_NUMEL
+
+
 def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Codec:
-    """The fastest codec for tensors of ``dtype`` (float32 or float64) on ``device``, for up to a segment per call."""
+    """The fastest codec for tensors of ``dtype`` (float32 or float64) on ``device``, for up to a segment per call.
+
+    On a GPU that is Triton's, or plain torch where Triton is not installed; which one it is, its ``name`` tells.
+    """
     if device.type == "cpu" and sys.byteorder == "little":
         return CpuCodec(
             block_size=config.block_size,
             scale=config.scale,
-            max_numel=max(SEGMENT_NUMEL, config.block_size),
+            max_numel=max(segment_numel(device), config.block_size),
             dtype=dtype,
         )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from lightning_onebit.codec.triton_kernels import TritonCodec
+
+        return TritonCodec(block_size=config.block_size, scale=config.scale)
     return ReferenceCodec(block_size=config.block_size, scale=config.scale)

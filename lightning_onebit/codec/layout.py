@@ -34,7 +34,13 @@ from lightning_onebit.topology import Topology
 SCALE_NBYTES = 4
 MESSAGE_ALIGNMENT = 8
 SEGMENT_NUMEL = 262144
-"""Elements per segment (1 MiB of float32): the working set stays in cache, the overhead of calls is amortized."""
+"""Elements per segment (1 MiB of float32): the working set stays in cache, the overhead of calls is amortized.
+
+A worker step of 32M elements on one core with segments of 32768 / 65536 / 131072 / 262144 / 524288: 1.3 / 1.6 / 1.9 / 2.1 /
+2.2 GB/s of gradient.
+"""
+CUDA_SEGMENT_NUMEL = 16777216
+"""The same on a GPU (64 MiB), which keeps nothing in cache: here what counts is that a launch has enough to do."""
 
 
 def num_blocks(numel: int, block_size: int) -> int:

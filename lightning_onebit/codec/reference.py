@@ -17,6 +17,8 @@ from lightning_onebit.momentum import LocalMomentum
 SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
 """Between these a float32 norm loses nothing to under- or overflow of the squares."""
 
+ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
+
 BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -67,7 +69,8 @@ class ReferenceCodec:
         padding = (0, -numel % self.block_size)
         rows = torch.nn.functional.pad(values * live_mask, padding).view(-1, self.block_size)
         sizes = torch.nn.functional.pad(live_mask, padding).view(-1, self.block_size).sum(dim=1)
-        scales.copy_(block_scales(rows, sizes.clamp(min=1).to(values.dtype), self.scale))
+        divisors = scale_divisors(sizes.clamp(min=1).to(values.dtype), self.scale)
+        scales.copy_(block_scales(rows, divisors, self.scale))
         signs.copy_(pack_bits(torch.where(live_mask, values >= 0, values != 0)))
         self.add_decoded_(values, encoded, -1.0)
 
@@ -134,24 +137,16 @@ class ReferenceCodec:
         if out is not error:
             out.copy_(error)
         self.add_decoded_(out, previous, momentum.decay)
-        momentum.add_gradient_(out, self._workspace(out))
+        momentum.add_gradient_(out, workspace=torch.empty_like(out))
 
     def _add_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded]) -> None:
-        total = self._sum_workspace(out).zero_()
+        if out is not error:
+            out.copy_(error)
         for each in received:
-            self.add_decoded_(total, each)
-        torch.add(error, total.div_(len(received)), out=out)
-
-    def _workspace(self, like: Tensor) -> Tensor:
-        """Memory that no call but :meth:`encode_` and :meth:`add_decoded_` uses."""
-        return torch.empty_like(like)
-
-    def _sum_workspace(self, like: Tensor) -> Tensor:
-        """Memory that :meth:`add_decoded_` does not use."""
-        return torch.empty_like(like)
+            self.add_decoded_(out, each, 1 / len(received))
 
 
-def block_scales(rows: Tensor, sizes: Tensor | float, scale: Scale) -> Tensor:
+def block_scales(rows: Tensor, divisors: Tensor, scale: Scale) -> Tensor:
     """Scale of each row of ``rows [rows, columns]``: ``||c||_2 / sqrt(size)`` or ``||c||_1 / size``.
 
     Each row by itself: one with values whose squares under- or overflow is computed in another way, and does not
@@ -159,31 +154,39 @@ def block_scales(rows: Tensor, sizes: Tensor | float, scale: Scale) -> Tensor:
 
     Args:
         rows: the blocks, zero where an element does not count.
-        sizes: how many elements count, at least 1, ``[rows]`` or the same for all.
+        divisors: :func:`scale_divisors`, ``[rows]``.
         scale: ``"l2"`` or ``"l1"``.
 
     Raises:
         FloatingPointError: if a value is not finite, or a scale is beyond float32.
     """
-    order = 2 if scale == "l2" else 1
+    order = ORDERS[scale]
     norms = torch.linalg.vector_norm(rows, order, dim=1)
-    divisors = sizes if order == 1 else sizes**0.5
-    smallest, largest = (float(extreme) for extreme in torch.aminmax(norms))
-    if smallest > SMALLEST_SAFE_NORM and largest < LARGEST_SAFE_NORM:
+    if all_safe(norms):
         return norms.div_(divisors)
 
     magnitudes = torch.linalg.vector_norm(rows, float("inf"), dim=1)
     unsafe = (magnitudes > 0) & ~((norms > SMALLEST_SAFE_NORM) & (norms < LARGEST_SAFE_NORM))
     result = norms / divisors
     for row in unsafe.nonzero().flatten().tolist():
-        divisor = divisors[row] if isinstance(divisors, Tensor) else divisors
-        result[row] = torch.linalg.vector_norm(rows[row] / magnitudes[row], order) / divisor * magnitudes[row]
+        result[row] = torch.linalg.vector_norm(rows[row] / magnitudes[row], order) / divisors[row] * magnitudes[row]
     if not torch.isfinite(magnitudes).all() or not torch.isfinite(result.float()).all():
         raise FloatingPointError(
             "Cannot quantize infinite or NaN values, or values beyond float32. HINT: a non-finite gradient has to be skipped"
             " on all ranks before compression, or it would stay in the error feedback for ever."
         )
     return result
+
+
+def scale_divisors(sizes: Tensor, scale: Scale) -> Tensor:
+    """What the norms of blocks are divided by of whose elements ``sizes [blocks]`` count, at least 1."""
+    return sizes.sqrt() if scale == "l2" else sizes
+
+
+def all_safe(norms: Tensor) -> bool:
+    """Whether none of the sums of squares has under- or overflowed; not so for a block of zeros either."""
+    smallest, largest = torch.aminmax(norms)
+    return float(smallest) > SMALLEST_SAFE_NORM and float(largest) < LARGEST_SAFE_NORM
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_onebit.codec import Codec, make_codec
+from lightning_onebit.codec import Codec, make_codec, segment_numel
 from lightning_onebit.codec.encoded import Encoded
-from lightning_onebit.codec.layout import SEGMENT_NUMEL, BucketLayout, plan_buckets
+from lightning_onebit.codec.layout import BucketLayout, plan_buckets
 from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers, ServedSegment
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
@@ -31,7 +31,8 @@ class CompressedBucket:
         layout: places of blocks and bytes.
         groups: the ranks that take part.
         codec: the quantizer of the server, used by the thread that calls :meth:`exchange_`.
-        scratch: memory of that thread for one segment, of ``dtype``; shared by all buckets.
+        scratch: memory of that thread for one segment, of ``dtype``, shared by all buckets; only for exchanges with
+            ``keep=False``.
         revocable: whether rounds may be taken back; takes another bit per element.
         dtype: dtype of errors and results, float32 or float64.
         device: where they live.
@@ -61,11 +62,11 @@ class CompressedBucket:
 
     def sent(self, index: int) -> Encoded:
         """The outgoing message's part for a segment of the shard."""
-        return self.buffers.worker[index].sent._replace(live=self.live[index])
+        return self.buffers.worker[index].sent.among(self.live[index])
 
     def result(self, index: int) -> Encoded:
         """The last accepted average of a segment, with the elements that were live then; the same on all ranks."""
-        return self.buffers.result_segments[self._current][index]._replace(live=self._live_then[index])
+        return self.buffers.result_segments[self._current][index].among(self._live_then[index])
 
     def exchange_(self, skip: Container[int] = (), *, keep: bool = True) -> None:
         """Steps 3 to 5: send, average and quantize the own chunk, gather everybody's.
@@ -164,15 +165,16 @@ class ErrorFeedback:
         self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
         self.codec = make_codec(config, device=self.device, dtype=self.dtype)
         groups = flat_groups(self.communicator)
-        scratch = torch.empty(max(SEGMENT_NUMEL, block_size), dtype=self.dtype, device=self.device)
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
         layouts = plan_buckets(
             [tensor.numel()],
             block_size=block_size,
             world_size=self.communicator.world_size,
             bucket_numel=config.bucket_numel(tensor.numel()),
+            segment_numel=segment_numel(self.device),
         )
         self.buckets = [
-            CompressedBucket(layout, groups, self.codec, scratch, revocable=False, dtype=self.dtype, device=self.device)
+            CompressedBucket(layout, groups, self.codec, nothing, revocable=False, dtype=self.dtype, device=self.device)
             for layout in layouts
         ]
 
@@ -246,7 +248,8 @@ def compressed_all_reduce(
             codec.encode_(worker.worker_error, bucket.sent(index))
         bucket.exchange_()
         bucket.accept_()
-        decoded = torch.empty(min(bucket.layout.numel, SEGMENT_NUMEL), dtype=error_feedback.dtype, device=flat.device)
+        longest = max(segment.numel for segment in bucket.layout.segments)
+        decoded = torch.empty(longest, dtype=error_feedback.dtype, device=flat.device)
         for index, segment in enumerate(bucket.layout.segments):
             part = decoded[: segment.numel]
             codec.decode_(part, bucket.result(index))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_onebit.optim.adam import FrozenAdam
@@ -30,3 +31,8 @@ def method_for(optimizer: Optimizer) -> type[CompressedMethod[Any]]:
         f"The optimizer {kind.__module__}.{kind.__qualname__} cannot be compressed. Supported are exactly: {supported}"
         " (not their subclasses). HINT: use one of these, or strategy='ddp'."
     )
+
+
+def parameters_of(*optimizers: Optimizer) -> list[Tensor]:
+    """All parameters, in order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

@@ -89,7 +89,8 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     def freeze_(self, param: Tensor, group: Mapping[str, Any]) -> None:
         state = self.optimizer.state[param]
         if not state:  # never had a gradient on any rank
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            on_device = group["capturable"] or group["fused"]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else None)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
         correction = self._bias_correction2(param, group)
