@@ -16,6 +16,7 @@ from lightning_onebit.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import Division
+from lightning_onebit.grad_scaler import uses_loss_scaling
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.stability import Criterion
@@ -88,11 +89,6 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
         self._check_still_warming_up("a model")
         check_module(module)
-        if getattr(self.precision, "scaler", None) is not None:
-            raise ValueError(
-                "precision='16-mixed' is not supported: its loss scaler would skip steps on one rank only."
-                " HINT: use precision='bf16-mixed' or '32-true'."
-            )
         model = super().setup_module(module)
         self._modules.append(module)
         self._names.update({p: name for name, p in module.named_parameters()})
@@ -134,10 +130,26 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
             output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
+            self._agree_on_infinities(optimizer)
             with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
         return output
+
+    @property
+    @override
+    def _scales_losses(self) -> bool:
+        return uses_loss_scaling(self.precision)
+
+    def _agree_on_infinities(self, optimizer: Optimizer) -> None:
+        """Before gradients are unscaled: see :mod:`lightning_onebit.grad_scaler`. Collective; doing it twice is no harm."""
+        if self._scales_losses and optimizer in self._compressed:
+            self._compressed[optimizer].spread_nonfinite_()
+
+    @override
+    def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
+        self._agree_on_infinities(optimizer)
+        super().clip_gradients_value(module, optimizer, clip_val)
 
     @override
     def clip_gradients_norm(
@@ -157,6 +169,8 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
                 f"Invalid norm_type: {norm_type}. Must be 2 in the compressed phase: no rank has the mean gradient, and"
                 " only its 2-norm can be estimated from what the ranks can tell each other."
             )
+        self._agree_on_infinities(optimizer)
+        self.precision.unscale_gradients(optimizer)
         norm = compressed.clip_grad_norm_(float(max_norm))
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(

@@ -23,6 +23,7 @@ from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
+from lightning_onebit.stats import PhaseCounters
 from lightning_onebit.twin import HINT, comes_from_twin
 from lightning_onebit.two_phases import TwoPhases
 
@@ -255,7 +256,9 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def teardown(self) -> None:
         if self._compressed and not self._interrupted:
-            # Lightning takes the model off the device now. A checkpoint can still be saved afterwards, by the user.
+            # Lightning takes the model off the device now, so errors must leave it, too: a user may still save a checkpoint.
+            assert self._hook_state is not None
+            self._hook_state.communicator.counters = PhaseCounters()  # this is no part of training
             self._final_state = self._compressed_state()
             for compressed in self._compressed.values():
                 compressed.retire_()

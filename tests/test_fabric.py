@@ -3,9 +3,11 @@
 import threading
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning import fabric
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
 from ranks import run_ranks, run_trainers
@@ -27,11 +29,11 @@ def ours(freeze=FREEZE, **options):
 class Loop:
     """A training loop as one writes it with Fabric. ``run`` goes on where it stopped; ``params`` holds every step."""
 
-    def __init__(self, strategy, configure=adam, **fabric_options):
+    def __init__(self, strategy, configure=adam, module=None, **fabric_options):
         self.fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, **fabric_options)
         self.fabric.launch()
         self.strategy = self.fabric.strategy
-        module = Classifier()
+        module = module or Classifier()
         optimizers = configure(module)
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.model, *self.optimizers = self.fabric.setup(module, *optimizers)
@@ -147,6 +149,39 @@ def test_clipped_gradients_are_what_is_compressed():
         assert same_params([before], [list(loop.model.parameters())])
 
     run_trainers(2, fn)
+
+
+class InfiniteOnRank1(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if dist.get_rank() == 1 and batch_idx in (2, 9, 13) else loss
+
+
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.05}, {"clip_val": 0.01}])
+def test_all_loss_scalers_skip_alike(clip):
+    """precision="16-mixed", with infinities on one rank in both phases: the Trainer's steps, bitwise."""
+
+    def fn(rank):
+        def precision(kind):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+            return {"plugins": [kind("16-mixed", device="cpu", scaler=scaler)]}
+
+        fabric_clip = {**clip, "error_if_nonfinite": False} if clip else None
+        fabric_precision = precision(fabric.plugins.precision.MixedPrecision)
+        loop = Loop(ours(), module=InfiniteOnRank1(), **fabric_precision).run(clip=fabric_clip)
+        assert loop.strategy.optimizer_steps == 17
+        assert loop.phases[-1] is COMPRESSED
+        trainer_clip = {"gradient_clip_val": next(iter(clip.values()))} if clip else {}
+        if clip and "clip_val" in clip:
+            trainer_clip["gradient_clip_algorithm"] = "value"
+        options = {"batches": 20, "callbacks": [PhaseSwitch(FixedStep(FREEZE))], "model": InfiniteOnRank1()}
+        _, recorder = fit("onebit_ddp", 2, **options, **trainer_clip, **precision(pl.plugins.MixedPrecision))
+        assert same_params(loop.params, recorder.params)
+        return loop.params, fabric_precision["plugins"][0].scaler.get_scale()
+
+    (first, scale), (second, other) = run_trainers(2, fn)
+    assert same_params(first, second)
+    assert scale == other
 
 
 def test_closures_and_schedulers_work_as_ever():
