@@ -136,7 +136,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         out.copy_(exp_avg)
         if self.config.space == "update":
-            out.div_(self._denominator(exp_avg_sq, float(group["eps"])))
+            out.div_(self._denominator(self._shared(exp_avg_sq), float(group["eps"])))
 
     @override
     def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
