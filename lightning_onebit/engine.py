@@ -96,6 +96,11 @@ class CompressedOptimizer:
         """Those that are trained since the optimizer's state was frozen, but were not before."""
         return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._group_of]
 
+    @property
+    def codec_names(self) -> set[str]:
+        """Of the quantizers in use."""
+        return {pipeline.codec_name for pipeline in self._pipelines}
+
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
         """Start to send buckets whose gradients are all there. Call during backward, when those of ``params`` are final.

@@ -135,6 +135,11 @@ class Pipeline:
         self._all_finite = True
 
     @property
+    def codec_name(self) -> str:
+        """Of the quantizer."""
+        return self._codec.name
+
+    @property
     def bucket_parameters(self) -> list[set[Tensor]]:
         """For each bucket, the parameters of which it holds elements."""
         return [{self.parameters[piece.parameter] for piece in pieces} for pieces in self._pieces]

@@ -9,12 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.comm.groups import ExchangeGroups, new_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
@@ -282,6 +283,17 @@ class TwoPhases:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
         self._set_phase(Phase.COMPRESSED)
+        if self.world_size > 1:
+            self._say_which_codec()
+
+    def _say_which_codec(self) -> None:
+        names = sorted({name for compressed in self._compressed.values() for name in compressed.codec_names})
+        rank_zero_info(f"{type(self).__name__}: compressing with the codec {' and '.join(map(repr, names))}.")
+        if ReferenceCodec.name in names:
+            rank_zero_warn(
+                "There is no fast codec for this device, so compression runs as plain torch operations, many times slower."
+                " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
+            )
 
     def _leave_compressed_phase(self) -> None:
         """Back to warm-up because the optimizers' state is about to be replaced: what is outstanding is dropped."""

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from trainers import Classifier, adam, fit, make_trainer, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, pipeline
+from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.comm.allreduce import CompressedBucket
 from lightning_onebit.comm.groups import new_groups
 from lightning_onebit.comm.lane import Lane
@@ -378,6 +380,22 @@ def test_an_exception_in_an_exchange_ends_every_rank_with_the_cause(overlap, ran
         assert time.monotonic() - started < 30
 
     run_trainers(2, fn)
+
+
+def test_the_codec_in_use_is_said(caplog, monkeypatch):
+    def fn(rank, codec):
+        if codec == "reference":
+            monkeypatch.setattr(pipeline, "make_codec", lambda config, **_: ReferenceCodec(block_size=config.block_size))
+        caplog.clear()
+        with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(OneBitDDPStrategy(), 2, batches=4, callbacks=[PhaseSwitch(FixedStep(2))])
+        slow = [w for w in caught if "no fast codec for this device" in str(w.message)]
+        return [r.message for r in caplog.records if "compressing with the codec" in r.message], len(slow)
+
+    fast, slow = (run_trainers(2, fn, codec)[0] for codec in ("cpu", "reference"))
+    assert fast == (["OneBitDDPStrategy: compressing with the codec 'cpu'."], 0)
+    assert slow == (["OneBitDDPStrategy: compressing with the codec 'reference'."], 1)
 
 
 def test_one_process_and_unknown_values():
