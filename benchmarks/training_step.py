@@ -353,8 +353,8 @@ def as_table(entries: list[dict[str, Any]]) -> str:
             rows.append([entry["label"], "failed", *["-"] * 4])
             continue
         sent = entry["sent_bytes_per_step"]
-        is_none = entry["competitor"] == "none"
-        factors = (None if is_none else entry["bytes_less_than_ddp"], entry["speedup_over_ddp"])
+        sends_nothing = entry["competitor"] in ("none", "waiting")
+        factors = (None if sends_nothing else entry["bytes_less_than_ddp"], entry["speedup_over_ddp"])
         rows.append(
             [
                 entry["label"],

@@ -291,6 +291,24 @@ def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, new_ro
     assert torch.equal(traces[0][-1][others], traces[0][0][others])
 
 
+@pytest.mark.parametrize("space", ["update", "momentum"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_second_moments_as_small_as_those_of_new_coordinates_are_frozen_too(space, world_size):
+    """Gradients of 1e-17, as behind many layers: finite, and trained as others are."""
+
+    def tiny(rank, step, index, shape, dtype=torch.float64):
+        g = gradient(rank, step, index, shape, dtype)
+        g.view(-1)[::2] = 1e-17
+        return g
+
+    def fn(rank):
+        return train(rank, torch.optim.Adam, torch.float32, world_size, steps=5, gradient=tiny, space=space, block_size=16)
+
+    for history in run_ranks(world_size, fn):
+        assert all(torch.isfinite(p).all() for params in history for p in params)
+        assert not any(torch.equal(a, b) for a, b in zip(history[0], history[-1], strict=True))
+
+
 def test_an_outlier_moves_its_block_no_more_than_the_clamp_allows():
     """A gradient 10^6 times the frozen deviation counts as kappa deviations: it cannot raise the block's scale further."""
     numel, beta1, beta2, lr = 64, 0.9, 0.999, 1e-3

@@ -202,6 +202,31 @@ def test_schedulers_go_on_without_a_warning(name, precision):
     assert same_params(first, second)
 
 
+def test_a_scheduler_whose_first_step_follows_a_compressed_one(tmp_path):
+    """Resumed within the first epoch: torch looks whether the optimizer that it sees has stepped before."""
+
+    class PerEpoch(Classifier):
+        def configure_optimizers(self):
+            optimizer = Adam(self.parameters(), lr=1e-2)
+            return [optimizer], [ExponentialLR(optimizer, 0.5)]
+
+    def fn(rank):
+        def run(ckpt_path=None):
+            sixth = pl.callbacks.ModelCheckpoint(tmp_path, "sixth", every_n_train_steps=6, enable_version_counter=False)
+            callbacks = [switch_after(4), sixth]
+            options = {"ckpt_path": ckpt_path, "enable_checkpointing": True}
+            return fit("onebit_ddp", 2, model=PerEpoch(), callbacks=callbacks, **options)[0]
+
+        run()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(lr_scheduler|optimizer).step.*")
+            trainer = run(tmp_path / "sixth.ckpt")
+        assert trainer.global_step == 10
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5e-2
+
+    run_trainers(2, fn)
+
+
 @pytest.mark.parametrize("space", ["update", "momentum"])
 def test_lr_and_beta1_are_read_anew_at_every_step(space):
     """As OneCycleLR rewrites both: the float64 model with the numbers that it gives."""

@@ -243,17 +243,16 @@ def compressed_all_reduce(
     buckets, codec = error_feedback.buckets, error_feedback.codec
     starts = bucket_starts([bucket.layout for bucket in buckets])
     for bucket, start in zip(buckets, starts, strict=True):
-        bucket.buffers.worker_error.add_(flat[start : start + bucket.layout.numel])
+        parts = [flat[start + segment.offset :][: segment.numel] for segment in bucket.layout.segments]
         for index, worker in bucket.buffers.worker.items():
-            codec.encode_(worker.worker_error, bucket.sent(index))
+            codec.encode_(worker.worker_error.add_(parts[index]), bucket.sent(index))
         bucket.exchange_()
         bucket.accept_()
-        longest = max(segment.numel for segment in bucket.layout.segments)
-        decoded = torch.empty(longest, dtype=error_feedback.dtype, device=flat.device)
-        for index, segment in enumerate(bucket.layout.segments):
-            part = decoded[: segment.numel]
-            codec.decode_(part, bucket.result(index))
-            flat[start + segment.offset : start + segment.offset + segment.numel] = part
+        for index, part in enumerate(parts):
+            decoded = part if part.dtype == error_feedback.dtype else torch.empty_like(part, dtype=error_feedback.dtype)
+            codec.decode_(decoded, bucket.result(index))
+            if decoded is not part:
+                part.copy_(decoded)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
     return tensor

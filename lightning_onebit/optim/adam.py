@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from lightning_onebit.momentum import LocalMomentum
+from lightning_onebit.momentum import LocalMomentum, square_root_
 from lightning_onebit.optim.method import CompressedMethod
 
 WOKEN_VARIANCE = 1e-34
@@ -136,7 +136,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         out.copy_(exp_avg)
         if self.config.space == "update":
-            out.div_(self._denominator(exp_avg_sq, float(group["eps"])))
+            out.div_(self._denominator(self._shared(exp_avg_sq), float(group["eps"])))
 
     @override
     def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
@@ -231,7 +231,8 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         """D = sqrt(v_hat) + eps, in workspace 0."""
         out = self._workspace(0, exp_avg_sq.numel())
         source = exp_avg_sq if exp_avg_sq.dtype == out.dtype else out.copy_(exp_avg_sq)
-        return torch.sqrt(source, out=out).add_(eps)
+        square_root_(source, out=out)
+        return out.add_(eps)
 
     def _bias_correction2(self, param: Tensor, group: Mapping[str, Any]) -> float:
         return 1.0 - float(group["betas"][1]) ** float(self.optimizer.state[param]["step"])
