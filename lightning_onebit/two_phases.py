@@ -168,7 +168,7 @@ class TwoPhases:
         """Take over DDP's communication of gradients. Collective for the first model of a run."""
         if self._hook_state is None:
             communicator = Communicator()
-            self._hook_state = HookState(communicator)
+            self._hook_state, self._groups = HookState(communicator), None
             if self.world_size > 1:
                 self._groups = new_groups(self._topology(communicator), self._timeout)
                 # A rank that fails next closes its connections: not before the others have made theirs.
@@ -336,8 +336,7 @@ class TwoPhases:
             after_failure: whether the other ranks may be anywhere.
         """
         self._lane.close()
-        self._hook_state = None
+        is_running, self._hook_state = self._hook_state is not None, None
         # NCCL's way of ending a group waits for the other ranks.
-        if self._groups is not None and not (after_failure and self.root_device.type == "cuda"):
+        if is_running and self._groups is not None and not (after_failure and self.root_device.type == "cuda"):
             self._groups.destroy()
-        self._groups = None

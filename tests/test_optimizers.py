@@ -1,6 +1,7 @@
 """What users do around an optimizer: its variants, schedulers, hooks, accumulation. All as under DDP, in both phases."""
 
 import contextlib
+import inspect
 import warnings
 
 import lightning.pytorch as pl
@@ -69,6 +70,8 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_are_ddps_in_warmup_and_the_plain_optimizer_afterwards(name):
     kind, options = VARIANTS[name]
+    if not inspect.signature(kind).parameters.keys() >= options.keys():
+        pytest.skip(f"this torch has no {kind.__name__}({', '.join(options)})")
     plain_kind = AdamW if "decoupled_weight_decay" in options else kind
 
     def fn(rank):
