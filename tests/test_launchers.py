@@ -1,5 +1,6 @@
 """Every way in which Lightning starts processes: a script, spawn, fork, torchrun over two nodes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import free_port, run_trainers
 
 from lightning_onebit import OneBitDDPStrategy, PhaseSwitch
 
@@ -90,18 +91,23 @@ def test_notebooks_and_python_c(tmp_path):
     assert "`Trainer(strategy='onebit_ddp')` is not compatible with an interactive environment" in interactive
 
 
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="the twin is not installed")
 def test_the_twin_package_says_that_it_is_the_wrong_one():
-    """Whatever is passed to it: a name, a strategy, a callback."""
-    twin = pytest.importorskip("pytorch_lightning")
-    from pytorch_lightning.demos.boring_classes import BoringModel
+    """Whatever is passed to it: a name, a strategy, a callback. In a process of its own: importing it silences Lightning."""
 
-    from lightning_onebit.twin import explain_to_twin
+    def fn(rank):
+        import pytorch_lightning as twin
+        from pytorch_lightning.demos.boring_classes import BoringModel
 
-    options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "fast_dev_run": 1}
-    with pytest.raises(ValueError, match=r"must be either a string or an instance of `pytorch_lightning.strategies"):
-        twin.Trainer(strategy=OneBitDDPStrategy(), **options)
-    with pytest.raises(TypeError, match=r"HINT: write `import lightning.pytorch as pl`"):
-        twin.Trainer(callbacks=[PhaseSwitch()], **options).fit(BoringModel())
-    explain_to_twin(["onebit_ddp"])  # as importing the package does if the twin was imported first
-    with pytest.raises(TypeError, match="works with the package `lightning`, not with its twin"):
-        twin.Trainer(strategy="onebit_ddp", **options)
+        from lightning_onebit.twin import explain_to_twin
+
+        options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "fast_dev_run": 1}
+        with pytest.raises(ValueError, match=r"must be either a string or an instance of `pytorch_lightning.strategies"):
+            twin.Trainer(strategy=OneBitDDPStrategy(), **options)
+        with pytest.raises(TypeError, match=r"HINT: write `import lightning.pytorch as pl`"):
+            twin.Trainer(callbacks=[PhaseSwitch()], **options).fit(BoringModel())
+        explain_to_twin(["onebit_ddp"])  # as importing the package does if the twin was imported first
+        with pytest.raises(TypeError, match="works with the package `lightning`, not with its twin"):
+            twin.Trainer(strategy="onebit_ddp", **options)
+
+    run_trainers(1, fn)
