@@ -3,19 +3,23 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 DEMO_ARGUMENTS ?=
 TEST_ARGUMENTS ?=
+UPGRADE ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-oldest test-newest lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (2 minutes)'
 	@echo 'make test    run the tests, with the versions of constraints.txt'
+	@echo 'make test-oldest, test-newest'
+	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
 	@echo
@@ -28,21 +32,30 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TEST_ARGUMENTS)
 
+# In environments of their own, beside that of `make test`.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+# Nothing is pinned there: whatever pyproject.toml admits and the index has today, so pip has to look again.
+test-newest:
+	rm -f .venv-newest/.installed
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt UPGRADE=--upgrade
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps are newer than what was installed from: a changed requirement installs again.
 # torch comes first and by itself, so that its version is the tested one, whatever else asks for it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e '.[test,examples]'
+	$(PIP_INSTALL) $(UPGRADE) torch
+	$(PIP_INSTALL) $(UPGRADE) -e '.[test,examples]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from importlib.util import find_spec
 
 import lightning.pytorch as pl
 import pytest
@@ -144,7 +145,9 @@ def test_monitors_log_beside_ours(tmp_path):
         logger = pl.loggers.CSVLogger(tmp_path / bar.__name__, name="", version="")
         throughput = ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), window_size=5)
         timer = Timer(duration={"hours": 1})
-        monitors = [CommMonitor(), LearningRateMonitor("step"), throughput, DeviceStatsMonitor(), timer, bar()]
+        monitors = [CommMonitor(), LearningRateMonitor("step"), throughput, timer, bar()]
+        if find_spec("psutil"):
+            monitors.append(DeviceStatsMonitor())
         trainer, _ = run(callbacks=monitors, batches=20, logger=logger, log_every_n_steps=5, enable_progress_bar=True)
         assert trainer.progress_bar_metrics["less_sent"] > 5
         assert timer.time_elapsed("train") > 0
@@ -152,22 +155,15 @@ def test_monitors_log_beside_ours(tmp_path):
     for bar in bars():
         run_trainers(2, fn, bar)
         metrics = (tmp_path / bar.__name__ / "metrics.csv").read_text()
-        for name in (
-            "lr-Adam",
-            "onebit/compression_ratio",
-            "train/device/batches_per_sec",
-            "on_train_batch_end/cpu_percent",
-        ):
+        expected = ["lr-Adam", "onebit/compression_ratio", "train/device/batches_per_sec"]
+        for name in [*expected, *(["on_train_batch_end/cpu_percent"] if find_spec("psutil") else [])]:
             assert name in metrics.splitlines()[0], name
 
 
 def bars():
     yield pl.callbacks.TQDMProgressBar
-    try:
-        import rich  # noqa: F401
-    except ModuleNotFoundError:
-        return
-    yield pl.callbacks.RichProgressBar
+    if find_spec("rich"):
+        yield pl.callbacks.RichProgressBar
 
 
 def test_timer_stops_a_compressed_run_on_all_ranks_alike():

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from lightning_onebit.checkpoint import CHECKPOINT_KEY
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,3 +34,12 @@ def test_dcgan_digits(tmp_path):
     assert float(shown["at the end"]) < 0.7 * float(shown["distance of generated from held-out digits [1]: at the start"])
     lines = re.findall(r"^step +(\d+)  (\w+)", done.stdout, re.M)
     assert lines == [(str(step), "dense" if step < 8 else "compressed") for step in range(4, 41, 4)]
+
+
+def test_fabric_gpt(tmp_path):
+    done = run("fabric_gpt.py", "--steps", "20", "--batch-size", "1", "--output", "out/gpt.ckpt", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 20 (compressed): loss" in done.stdout
+    assert float(re.search(r"a compressed step sends (\S+) times less", done.stdout)[1]) > 10
+    saved = torch.load(tmp_path / "out" / "gpt.ckpt", weights_only=True)
+    assert (saved["step"], saved["optimizer"][CHECKPOINT_KEY]["version"]) == (20, 1)
