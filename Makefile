@@ -6,6 +6,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEMO_ARGUMENTS ?=
 TEST_ARGUMENTS ?=
+EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
 
 BIN := $(VENV)/bin
@@ -32,9 +33,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(TEST_ARGUMENTS)
 
-# In environments of their own, beside that of `make test`.
+# In environments of their own, beside that of `make test`. The oldest torch pins a Triton that is too old for the kernels.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test,examples
 
 # Nothing is pinned there: whatever pyproject.toml admits and the index has today, so pip has to look again.
 test-newest:
@@ -55,7 +56,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) $(UPGRADE) torch
-	$(PIP_INSTALL) $(UPGRADE) -e '.[test,examples]'
+	$(PIP_INSTALL) $(UPGRADE) -e '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 from trainers import BATCH_SIZE, CLASSES, FEATURES, Classifier, Recorder, data, fit, make_trainer, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.preflight import COMMUNICATION_ARGUMENTS
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 FREEZE = 4
@@ -85,6 +86,13 @@ def test_every_argument_of_ddp_is_accepted():
     assert ours._ddp_kwargs["static_graph"] is True
     positional = OneBitDDPStrategy(*list(given.values())[:5])
     assert positional._precision_plugin is given["precision_plugin"]
+
+
+@pytest.mark.parametrize("kind", [OneBitDDPStrategy, OneBitDDPFabricStrategy])
+def test_arguments_that_ask_for_another_communication_are_refused(kind):
+    for name in COMMUNICATION_ARGUMENTS:
+        with pytest.raises(ValueError, match=f"{kind.__name__} does its own .* combined with {name}=.* HINT: leave it out"):
+            kind(**{name: object()})
 
 
 def test_the_timeout_and_backend_are_those_of_all_process_groups():

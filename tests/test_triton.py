@@ -3,6 +3,7 @@
 The reference runs on the CPU, and is given the square root that it should have: rounded to nearest.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_onebit.codec import make_codec, segment_numel
+from lightning_onebit.codec import OLDEST_TRITON, make_codec, segment_numel
 from lightning_onebit.codec.encoded import Encoded
 from lightning_onebit.codec.layout import CUDA_SEGMENT_NUMEL, SEGMENT_NUMEL
 from lightning_onebit.codec.reference import ReferenceCodec, pack_bits, unpack_bits
@@ -24,7 +25,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import flat_view
 from lightning_onebit.momentum import LocalMomentum
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion=".".join(map(str, OLDEST_TRITON)))
 from lightning_onebit.codec.triton_kernels import TritonCodec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -621,6 +622,15 @@ def test_dispatch_on_a_gpu(monkeypatch, installed, name):
         monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     codec = make_codec(CompressionConfig(scale="l1", block_size=64), device=torch.device("cuda", 1), dtype=torch.float32)
     assert (codec.name, codec.scale, codec.block_size) == (name, "l1", 64)
+
+
+def test_an_old_triton_is_not_used_and_it_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "3.6.1+git")
+    with pytest.warns(
+        UserWarning, match=r"Triton 3.6.1\+git is installed, but the kernels are only known to be right from 3.7 on"
+    ):
+        codec = make_codec(CompressionConfig(), device=torch.device("cuda", 0), dtype=torch.float32)
+    assert codec.name == "reference"
 
 
 def test_segments_are_longer_on_a_gpu():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +18,9 @@ from lightning_onebit.codec.layout import CUDA_SEGMENT_NUMEL, SEGMENT_NUMEL
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.momentum import LocalMomentum
+
+OLDEST_TRITON = (3, 7)
+"""How older ones round was never checked; 3.2, which was tried, does not even interpret the kernels."""
 
 
 class Codec(Protocol):
@@ -48,7 +53,8 @@ def segment_numel(device: torch.device) -> int:
 def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Codec:
     """The fastest codec for tensors of ``dtype`` (float32 or float64) on ``device``, for up to a segment per call.
 
-    On a GPU that is Triton's, or plain torch where Triton is not installed; which one it is, its ``name`` tells.
+    On a GPU that is Triton's, or plain torch where Triton is not installed, or too old, which it warns of; which one it is,
+    its ``name`` tells.
     """
     if device.type == "cpu" and sys.byteorder == "little":
         return CpuCodec(
@@ -57,8 +63,23 @@ def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.
             max_numel=max(segment_numel(device), config.block_size),
             dtype=dtype,
         )
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and _has_triton():
         from lightning_onebit.codec.triton_kernels import TritonCodec
 
         return TritonCodec(block_size=config.block_size, scale=config.scale)
     return ReferenceCodec(block_size=config.block_size, scale=config.scale)
+
+
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    installed = importlib.metadata.version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST_TRITON:
+        return True
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    warnings.warn(
+        f"Triton {installed} is installed, but the kernels are only known to be right from {wanted} on: this GPU runs"
+        " plain torch instead, which takes longer. HINT: a newer torch brings a newer Triton.",
+        stacklevel=3,
+    )
+    return False
