@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.frozen import Run
 from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
@@ -72,13 +73,13 @@ class CompressedOptimizer:
         kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
         self._pipelines = [
             Pipeline(
-                optimizer,
-                [(group, p) for group, p in placed if (error_dtype(p.dtype), p.device) == (dtype, device)],
-                method_type,
-                config,
-                communicator,
-                groups or flat_groups(communicator),
-                lane or InlineLane(),
+                optimizer=optimizer,
+                placed=[(group, p) for group, p in placed if (error_dtype(p.dtype), p.device) == (dtype, device)],
+                method_type=method_type,
+                config=config,
+                communicator=communicator,
+                groups=groups or flat_groups(communicator),
+                lane=lane or InlineLane(),
                 overlap=self._overlap,
                 dtype=dtype,
                 device=device,
@@ -205,14 +206,58 @@ class CompressedOptimizer:
         """
         return {p: error for pipeline in self._pipelines for p, error in pipeline.outstanding().items()}
 
-    @torch.no_grad()
-    def add_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
-        """Take over what an earlier run had not applied: added to the worker error of every rank.
+    # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.frozen.FrozenParameters`
 
-        A single rank, which has no error, applies it at once.
+    def holds(self, p: Tensor) -> bool:
+        """Whether the state of ``p`` is frozen here."""
+        return p in self._group_of
+
+    def worker_errors(self) -> list[Run]:
+        """This rank's worker errors, views. With one rank, which has none: u."""
+        return [run for pipeline in self._pipelines for run in pipeline.worker_errors()]
+
+    def server_errors(self) -> list[Run]:
+        """The server errors of what this rank serves, views."""
+        return [run for pipeline in self._pipelines for run in pipeline.server_errors()]
+
+    def private_variances(self) -> tuple[Tensor, Tensor]:
+        """Second moments that this rank alone knows: places as of a :class:`Run`, int64, rising, and copies of them."""
+        places, values = zip(*(p.private_variances() for p in self._pipelines), strict=True) if self._pipelines else ([], [])
+        all_places = torch.cat([*(each.cpu() for each in places), torch.zeros(0, dtype=torch.int64)])
+        order = all_places.argsort()
+        return all_places[order], torch.cat([*(each.cpu().double() for each in values), torch.zeros(0).double()])[order]
+
+    def set_private_variances_(self, places: Tensor, values: Tensor) -> None:
+        """Take them over from an earlier run."""
+        for pipeline in self._pipelines:
+            pipeline.set_private_variances_(places, values)
+
+    def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Per parameter, what all ranks know and a stock state dict does not tell exactly."""
+        return {p: entry for pipeline in self._pipelines for p, entry in pipeline.shared_state().items()}
+
+    def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
+        """Take over :meth:`shared_state` from an earlier run, whose blocks had ``block_size`` elements.
+
+        Raises:
+            ValueError: if it does not fit the parameters.
         """
         for pipeline in self._pipelines:
-            pipeline.add_outstanding_(errors)
+            pipeline.restore_(shared, block_size=block_size)
+
+    @torch.no_grad()
+    def add_errors_(self, worker: Sequence[Run], server: Sequence[Run]) -> None:
+        """Add errors of an earlier run to those that this rank has in the same places.
+
+        A single rank, which has none, applies them at once.
+        """
+        for pipeline in self._pipelines:
+            pipeline.add_errors_(worker, server)
+
+    def add_momentum_(self, momentum: Sequence[Run]) -> None:
+        """Take over :meth:`worker_errors` of a single rank, on a single rank."""
+        for pipeline in self._pipelines:
+            pipeline.add_momentum_(momentum)
 
     @torch.no_grad()
     def thaw_(self) -> None:

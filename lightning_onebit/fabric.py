@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,17 +16,20 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_onebit.callbacks.phase_switch import PhaseSwitch
-from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
+from lightning_onebit.checkpoint import CHECKPOINT_KEY, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import Division
 from lightning_onebit.grad_scaler import uses_loss_scaling
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
+from lightning_onebit.saved_phases import SavedPhases
 from lightning_onebit.stability import Criterion
-from lightning_onebit.two_phases import TwoPhases
+
+POSITION = "position"
+"""In an optimizer's saved state: which one of all it was."""
 
 
-class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
+class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
     """:class:`~lightning_onebit.OneBitDDPStrategy` for :class:`lightning.fabric.Fabric`.
 
     Starts as Fabric's DDP, bitwise. After every step of an optimizer the criterion judges, as
@@ -76,7 +82,8 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         self.total_steps = total_steps
         self._first_step = True
         self._modules: list[nn.Module] = []
-        self._loaded_errors: dict[Optimizer, dict[str, Any]] = {}
+        self._loaded: dict[Optimizer, Mapping[str, Any]] = {}
+        self._loading_from: str | None = None
 
     @property
     def optimizers(self) -> list[Optimizer]:  # type: ignore[override]
@@ -118,6 +125,11 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
     # Steps
 
     @override
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        super().backward(*args, **kwargs)
+        self._has_waiting_gradients = True
+
+    @override
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
         if self._first_step:
             self._first_step = False
@@ -126,13 +138,14 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
             "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT: unfreeze"
             " parameters before, or set the module up once more"
         )
-        if optimizer not in self._compressed:
+        if self._compressed_of(optimizer) is None:
             output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
             self._agree_on_infinities(optimizer)
             with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
+        self._has_waiting_gradients = False
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
         return output
 
@@ -143,8 +156,9 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
 
     def _agree_on_infinities(self, optimizer: Optimizer) -> None:
         """Before gradients are unscaled: see :mod:`lightning_onebit.grad_scaler`. Collective; doing it twice is no harm."""
-        if self._scales_losses and optimizer in self._compressed:
-            self._compressed[optimizer].spread_nonfinite_()
+        compressed = self._compressed_of(optimizer)
+        if self._scales_losses and compressed is not None:
+            compressed.spread_nonfinite_()
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
@@ -161,7 +175,7 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
         error_if_nonfinite: bool = True,
     ) -> Tensor:
         """In the compressed phase by the norm of the mean gradient, as under DDP, estimated within about 1%."""
-        compressed = self._compressed.get(optimizer)
+        compressed = self._compressed_of(optimizer)
         if compressed is None:
             return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
         if float(norm_type) != 2.0:
@@ -183,14 +197,22 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
 
     @override
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Errors of error feedback go into the optimizers' state dicts, where a stock optimizer disregards them."""
-        super().save_checkpoint(path, {key: self._with_errors(value) for key, value in state.items()}, *args, **kwargs)
+        """As Fabric's, plus this rank's part, in a folder beside ``path``. Collective.
 
-    def _with_errors(self, value: Any) -> Any:
-        if not isinstance(value, Optimizer) or value not in self._compressed:
+        What is not in the part goes into the optimizers' state dicts, where a stock optimizer disregards it.
+        """
+        snapshot = self._snapshot() if any(isinstance(value, Optimizer) for value in state.values()) else None
+        if snapshot is not None:
+            state = {key: self._with_header(value, snapshot.header) for key, value in state.items()}
+        save = partial(super().save_checkpoint, path, state, *args, **kwargs)
+        self._save_with_parts(path, snapshot, save)
+
+    def _with_header(self, value: Any, header: dict[str, Any]) -> Any:
+        if not (isinstance(value, Optimizer) and value in self.optimizers):
             return value
-        errors = compressed_state([self._compressed[value]], with_errors=True)
-        return {**self.get_optimizer_state(value), CHECKPOINT_KEY: errors}
+        position = self.optimizers.index(value)
+        own = {**header, "optimizers": header["optimizers"][position : position + 1], POSITION: position}
+        return {**self.get_optimizer_state(value), CHECKPOINT_KEY: own}
 
     @override
     def load_checkpoint(self, path: Any, state: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -203,7 +225,11 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
                     " together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
                 )
             self._leave_compressed_phase()
-        return super().load_checkpoint(path, state, *args, **kwargs)
+        self._loading_from = os.fspath(path)
+        try:
+            return super().load_checkpoint(path, state, *args, **kwargs)
+        finally:
+            self._loading_from = None
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if self._phase is Phase.COMPRESSED:
@@ -211,17 +237,17 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
                 "`load_state_dict` was called on an optimizer in the compressed phase, whose state is held in another form."
                 " HINT: use `fabric.load`, or call `fabric.strategy.resume_warmup()` first."
             )
-        self._loaded_errors.pop(optimizer, None)
+        self._loaded.pop(optimizer, None)
         if CHECKPOINT_KEY in state_dict:
-            self._loaded_errors[optimizer] = state_dict[CHECKPOINT_KEY]
+            self._loaded[optimizer] = read_header(state_dict[CHECKPOINT_KEY])
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         self._count_loaded_steps()
-        if len(self._loaded_errors) == len(self._steps):  # the last of them: all go on compressed
-            self._enter_compressed_phase()
-            for each, errors in self._loaded_errors.items():
-                load_compressed_state([self._compressed[each]], errors)
-            self._loaded_errors.clear()
+        if len(self._loaded) == len(self._steps):  # the last of them: all go on together
+            headers = [self._loaded[each] for each in self.optimizers]
+            self._loaded.clear()
+            optimizers = [entry for header in headers for entry in header["optimizers"]]
+            self._resume(headers[0], optimizers, [header[POSITION] for header in headers], self._loading_from)
 
     @override
     def teardown(self) -> None:

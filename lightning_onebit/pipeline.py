@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.codec import make_codec, segment_numel
-from lightning_onebit.codec.layout import plan_buckets
 from lightning_onebit.codec.reference import pack_bits, unpack_bits
-from lightning_onebit.comm.allreduce import CompressedBucket
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.lane import AnyLane, Ticket
-from lightning_onebit.comm.primitives import Communicator
-from lightning_onebit.config import CompressionConfig
-from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view
+from lightning_onebit.frozen import FrozenParameters, Piece
 from lightning_onebit.momentum import LocalMomentum
-from lightning_onebit.optim.method import CompressedMethod
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """One segment as a pipeline walks over it."""
-
-    bucket: CompressedBucket
-    index: int
-    parameter: int
-    start: int
-    numel: int
-    error: Tensor | None
-    """The worker error; ``None`` if the segment belongs to another rank's shard."""
-    shard_offset: int
-    """Place in the shard, if it belongs to this one's."""
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.start + self.numel]
 
 
 class _Operand(NamedTuple):
@@ -55,89 +30,45 @@ class _Operand(NamedTuple):
     variance: Tensor
 
 
-class Pipeline:
-    """The parameters of one dtype and device: frozen, cut into buckets, stepped bucket by bucket.
+class Pipeline(FrozenParameters):
+    """Frozen parameters, stepped bucket by bucket.
 
     A step takes one of two ways, with the same result. **Deferred**: :meth:`step` alone, when all gradients are known to
     be finite. **Overlapped**: :meth:`anticipate_` for every bucket in turn, as soon as its gradients are there, and then
     :meth:`step`, or :meth:`take_back` if a gradient is infinite or NaN on some rank: until then nothing has changed
     but messages.
+
+    Args:
+        groups: as :class:`~lightning_onebit.frozen.FrozenParameters`, also for those not named here.
+        lane: where exchanges are carried out.
+        overlap: whether buckets are anticipated.
+        dtype: likewise.
+        device: likewise.
+        **frozen: likewise.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
-        placed: Sequence[tuple[dict[str, Any], Tensor]],
-        method_type: type[CompressedMethod[Any]],
-        config: CompressionConfig,
-        communicator: Communicator,
+        *,
         groups: ExchangeGroups,
         lane: AnyLane,
-        *,
         overlap: bool,
         dtype: torch.dtype,
         device: torch.device,
+        **frozen: Any,
     ) -> None:
-        self.optimizer = optimizer
-        self.parameters = [p for _, p in placed]
-        self.device = device
-        self._dtype = dtype
-        self._communicator = communicator
-        self._topology = groups.topology
+        super().__init__(groups=groups, revocable=overlap, dtype=dtype, device=device, **frozen)
         self._lane = lane
-        self._quantized = communicator.world_size > 1
-        if not self._quantized:  # the space of what is quantized decides nothing: take the one that is bounded
-            config = replace(config, space="update")
-        layouts = plan_buckets(
-            [p.numel() for p in self.parameters],
-            block_size=config.block_size,
-            world_size=communicator.world_size,
-            bucket_numel=config.bucket_numel(sum(p.numel() for p in self.parameters)),
-            segment_numel=segment_numel(device),
-        )
-        longest = max((segment.numel for layout in layouts for segment in layout.segments), default=0)
-        self._method = method_type(optimizer, config, segment_numel=longest, dtype=dtype, device=device)
-        self._scratch = torch.empty(longest, dtype=dtype, device=device)
-        self._group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-
-        # One for each thread: a codec owns its workspace.
-        self._codec, server_codec = (make_codec(config, device=device, dtype=dtype) for _ in range(2))
-        server_scratch = torch.empty(longest, dtype=dtype, device=device)
-        for p in self.parameters:
-            self._method.freeze_(p, self._group(p))
-        self._buckets: list[CompressedBucket] = []
-        self._pieces: list[list[_Piece]] = []
-        for layout in layouts:
-            # Bucket by bucket, as the momentum's memory is freed: no second copy of all of it.
-            bucket = CompressedBucket(
-                layout, groups, server_codec, server_scratch, revocable=overlap, dtype=dtype, device=device
-            )
-            pieces = _pieces(bucket)
-            self._buckets.append(bucket)
-            self._pieces.append(pieces)
-            for piece in pieces:
-                self._take_momentum(piece)
-                p = self.parameters[piece.parameter]
-                if piece.start + piece.numel == p.numel():
-                    del optimizer.state[p]["exp_avg"]
-        for p in self.parameters:
-            optimizer.state[p].pop("exp_avg", None)  # of empty parameters, which have no segment
-
         self._node_average: NodeAverage | None = None
         self._shard_gradients: list[Tensor] = []
-        if not self._topology.is_flat:
-            self._node_average = NodeAverage(layouts, groups, dtype=dtype, device=device)
+        if not groups.topology.is_flat:
+            self._node_average = NodeAverage([bucket.layout for bucket in self._buckets], groups, dtype=dtype, device=device)
             # Overlapped, they are needed once more when the step is settled; deferred, only until the bucket is encoded.
             shards = [bucket.buffers.worker_error.numel() for bucket in self._buckets]
             memory = torch.empty(sum(shards) if overlap else max(shards, default=0), dtype=dtype, device=device)
             self._shard_gradients = list(memory.split(shards)) if overlap else [memory[:numel] for numel in shards]
         self._tickets: list[Ticket] = []
         self._all_finite = True
-
-    @property
-    def codec_name(self) -> str:
-        """Of the quantizer."""
-        return self._codec.name
 
     @property
     def bucket_parameters(self) -> list[set[Tensor]]:
@@ -255,7 +186,7 @@ class Pipeline:
 
     def _momenta(
         self, index: int, operands: Mapping[int, _Operand], *, keep: bool
-    ) -> Iterator[tuple[_Piece, Tensor, LocalMomentum]]:
+    ) -> Iterator[tuple[Piece, Tensor, LocalMomentum]]:
         """The pieces of this rank's shard that do not sit out, each with its error and what is to be added to that."""
         for piece, gradient in zip(self._pieces[index], self._gradients(index, operands), strict=True):
             c, param, _, variance = operands[piece.parameter]
@@ -288,85 +219,7 @@ class Pipeline:
                     self._method.apply_(param, self._direction(piece, factor), variance, c)
                 self._wake_(piece, variance)
 
-    def outstanding(self) -> dict[Tensor, Tensor]:
-        errors = {p: torch.zeros(p.numel(), dtype=self._dtype, device=self.device) for p in self.parameters}
-        if self._quantized:
-            for bucket, pieces in zip(self._buckets, self._pieces, strict=True):
-                # Summed over all ranks: the mean of the nodes' worker errors, and the server error of the one that has it.
-                total = torch.zeros(bucket.layout.numel, dtype=self._dtype, device=self.device)
-                for index, worker in bucket.buffers.worker.items():
-                    _part(total, bucket, index).copy_(worker.worker_error).mul_(self._topology.local_world_size)
-                for served in bucket.buffers.server:
-                    _part(total, bucket, served.index).add_(served.server_error, alpha=self._topology.world_size)
-                self._communicator.all_reduce_mean_(total)
-                for piece in pieces:
-                    piece.of(errors[self.parameters[piece.parameter]]).copy_(_part(total, bucket, piece.index))
-        return {p: unflatten_like(error, p) for p, error in errors.items()}
-
-    def add_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
-        if not self._quantized:
-            self._apply_outstanding_(errors)
-            return
-        flat = [flat_view(errors[p]) if p in errors else None for p in self.parameters]
-        for piece in self._all_pieces():
-            outstanding = flat[piece.parameter]
-            if outstanding is not None and piece.error is not None:
-                piece.error.add_(piece.of(outstanding).to(self._dtype))
-
-    def stock_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Per parameter, the entries of a stock optimizer's state that are held in another form while frozen."""
-        stock = {}
-        for p in self.parameters:
-            frozen = self.optimizer.state[p]["exp_avg_sq"]
-            stock[p] = {
-                "exp_avg": torch.zeros_like(frozen, memory_format=torch.preserve_format),
-                "exp_avg_sq": self._method.thawed(p, self._group(p)),
-            }
-        for piece in self._all_pieces():
-            p = self.parameters[piece.parameter]
-            self._method.exp_avg_(
-                piece.of(flat_view(stock[p]["exp_avg"])),
-                self._direction(piece, 1.0),
-                piece.of(self._variance(p)),
-                self._group(p),
-            )
-        return stock
-
-    def thaw_(self, outstanding: Mapping[Tensor, Tensor]) -> None:
-        stock = self.stock_state()
-        self._apply_outstanding_(outstanding)
-        for p in self.parameters:
-            self.optimizer.state[p].update(stock[p])
-
-    def _apply_outstanding_(self, errors: Mapping[Tensor, Tensor]) -> None:
-        for piece in self._all_pieces():
-            p = self.parameters[piece.parameter]
-            if p in errors:
-                coefficients = self._method.coefficients(p, self._group(p))
-                direction = self._scratch[: piece.numel].copy_(piece.of(flat_view(errors[p])))
-                direction.mul_(self._method.direction_factor(coefficients))
-                self._method.apply_(piece.of(flat_view(p)), direction, piece.of(self._variance(p)), coefficients)
-
-    def _take_momentum(self, piece: _Piece) -> None:
-        """Step t = T_w. The first compressed step adds beta1 u and a zero error: put beta1 u in the error's place.
-
-        So the momentum needs no dense copy. A single rank keeps u itself there, for it has no error.
-        """
-        p = self.parameters[piece.parameter]
-        group, state = self._group(p), self.optimizer.state[p]
-        variance = piece.of(self._variance(p))
-        dead = self._method.dead(variance)
-        if dead.any():
-            piece.bucket.live[piece.index] = pack_bits(~dead)
-        error = piece.error
-        if error is None:
-            return
-        self._method.momentum_(error, piece.of(flat_view(state["exp_avg"])), variance, group)
-        error.masked_fill_(dead, 0.0)
-        if self._quantized:
-            error.mul_(self._method.momentum_decay(self._method.coefficients(p, group)))
-
-    def _wake_(self, piece: _Piece, variance: Tensor) -> None:
+    def _wake_(self, piece: Piece, variance: Tensor) -> None:
         """Let coordinates live from the next step on whose wake-up call, from whichever rank, came with the average."""
         live = piece.bucket.live[piece.index]
         if live is None:
@@ -381,48 +234,3 @@ class Pipeline:
             self._method.wake_(variance, unpack_bits(woken_bits, piece.numel))
             live = live | woken_bits
             piece.bucket.live[piece.index] = None if unpack_bits(live, piece.numel).all() else live
-
-    def _direction(self, piece: _Piece, factor: float) -> Tensor:
-        """The average u of the last step, times ``factor``."""
-        direction = self._scratch[: piece.numel]
-        if self._quantized:
-            self._codec.decode_(direction, piece.bucket.result(piece.index), factor)
-        else:
-            assert piece.error is not None
-            torch.mul(piece.error, factor, out=direction)
-        return direction
-
-    def _variance(self, p: Tensor) -> Tensor:
-        return flat_view(self.optimizer.state[p]["exp_avg_sq"])
-
-    def _group(self, p: Tensor) -> dict[str, Any]:
-        # Looked up anew: `load_state_dict` replaces the groups.
-        return self.optimizer.param_groups[self._group_of[p]]
-
-    def _all_pieces(self) -> list[_Piece]:
-        return [piece for pieces in self._pieces for piece in pieces]
-
-
-def _pieces(bucket: CompressedBucket) -> list[_Piece]:
-    pieces, shard_offset = [], 0
-    for index, segment in enumerate(bucket.layout.segments):
-        worker = bucket.buffers.worker.get(index)
-        pieces.append(
-            _Piece(
-                bucket=bucket,
-                index=index,
-                parameter=segment.parameter,
-                start=segment.start,
-                numel=segment.numel,
-                error=None if worker is None else worker.worker_error,
-                shard_offset=shard_offset,
-            )
-        )
-        shard_offset += 0 if worker is None else segment.numel
-    return pieces
-
-
-def _part(flat: Tensor, bucket: CompressedBucket, index: int) -> Tensor:
-    """The elements of a segment in a tensor that holds those of its bucket."""
-    segment = bucket.layout.segments[index]
-    return flat[segment.offset : segment.offset + segment.numel]

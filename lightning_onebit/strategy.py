@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -16,19 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
+from lightning_onebit.checkpoint import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
 from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
+from lightning_onebit.parts import Parts
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
-from lightning_onebit.stats import PhaseCounters
+from lightning_onebit.saved_phases import SavedPhases
 from lightning_onebit.twin import HINT, comes_from_twin
-from lightning_onebit.two_phases import TwoPhases
 
 
-class OneBitDDPStrategy(TwoPhases, DDPStrategy):
+class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
 
     Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
@@ -66,7 +68,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
-        self._final_state: dict[str, Any] | None = None
+        self._final_snapshot: Snapshot | None = None
 
     # Set-up
 
@@ -84,7 +86,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         self._forget_run()
-        self._final_state = None
+        self._final_snapshot = None
         super().configure_ddp()  # calls :meth:`_setup_model`
 
     @override
@@ -145,7 +147,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
+        added = self._added_parameters()
         if self._unaveraged():
             self._averaged.clear()
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
@@ -157,6 +159,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             self.resume_warmup()
+        self._begin_compressing()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -168,6 +171,11 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     # Steps
 
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        self._has_waiting_gradients = True
+
     @property
     @override
     def _scales_losses(self) -> bool:
@@ -175,7 +183,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
-        compressed = self._compressed.get(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
+        compressed = self._compressed_of(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
         if compressed is None:
             plugin = self.precision_plugin
             type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
@@ -196,7 +204,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
                 " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
                 " groups instead of replacing them."
             )
-        compressed = self._compressed.get(optimizer)
+        compressed = self._compressed_of(optimizer)
         if compressed is None:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[self._phase].steps += 1
@@ -205,31 +213,53 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
                 closure = with_agreement(closure, compressed)
             with self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._has_waiting_gradients = False
         return output
 
     # State
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self._phase is Phase.COMPRESSED and "optimizer_states" in checkpoint:
-            checkpoint[CHECKPOINT_KEY] = self._final_state or self._compressed_state()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        """As Lightning's, plus this rank's part, in a folder beside it. Collective, unless there was an exception."""
+        save = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        if "optimizer_states" not in checkpoint:  # weights only
+            save()
+        elif self._interrupted:
+            self._save_interrupted(checkpoint, save)
+        else:
+            snapshot = self._final_snapshot or self._snapshot()
+            if snapshot is not None:
+                checkpoint[CHECKPOINT_KEY] = snapshot.header
+            self._save_with_parts(filepath, snapshot, save)
 
-    def _compressed_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the optimizers' state. Collective, unless there was an exception."""
-        if self._interrupted:
+    def _save_interrupted(self, checkpoint: dict[str, Any], save: Callable[[], None]) -> None:
+        """Without the others, so without parts."""
+        if self._phase is Phase.COMPRESSED:
             rank_zero_warn("Saving after an exception: the checkpoint does not hold the errors of error feedback.")
-        return compressed_state(list(self._compressed.values()), with_errors=not self._interrupted)
+            checkpoint[CHECKPOINT_KEY] = self._header(save_id=None, has_gradients=False)
+        save()
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        Parts(filepath).remove(self.global_rank, self.world_size)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if isinstance(checkpoint.get(CHECKPOINT_KEY), dict):
+            checkpoint[CHECKPOINT_KEY][PATH] = os.fspath(checkpoint_path)
+        return checkpoint
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._leave_compressed_phase()
         super().load_optimizer_state_dict(checkpoint)
         self._count_loaded_steps()
-        state = checkpoint.get(CHECKPOINT_KEY)
-        if state is not None:
-            self._enter_compressed_phase()
-            load_compressed_state(list(self._compressed.values()), state)
+        if CHECKPOINT_KEY in checkpoint:
+            header = read_header(checkpoint[CHECKPOINT_KEY])
+            optimizers = header["optimizers"]
+            self._resume(header, optimizers, range(len(optimizers)), header.get(PATH))
 
     # The end
 
@@ -255,11 +285,9 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._compressed and not self._interrupted:
+        if self._hook_state is not None and not self._interrupted:
             # Lightning takes the model off the device now, so errors must leave it, too: a user may still save a checkpoint.
-            assert self._hook_state is not None
-            self._hook_state.communicator.counters = PhaseCounters()  # this is no part of training
-            self._final_state = self._compressed_state()
+            self._final_snapshot = self._snapshot()
             for compressed in self._compressed.values():
                 compressed.retire_()
             self._compressed.clear()

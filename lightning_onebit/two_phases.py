@@ -73,7 +73,10 @@ class TwoPhases:
         self._names: dict[Tensor, str] = {}
         self._averaged: set[Tensor] = set()
         self._phase = Phase.WARMUP
+        self._is_pending = False
+        self._frozen: set[Tensor] = set()
         self._stepping = False
+        self._has_waiting_gradients = False
         self._overlaps = False
         self._groups: ExchangeGroups | None = None
         self._lane: AnyLane = InlineLane()
@@ -122,6 +125,7 @@ class TwoPhases:
         """
         if self._phase is Phase.WARMUP:
             return
+        self._begin_compressing()  # gradients may be local already
         for compressed in self._compressed.values():
             compressed.thaw_()
         self._compressed.clear()
@@ -241,6 +245,11 @@ class TwoPhases:
         finally:
             self._stepping = False
 
+    def _compressed_of(self, optimizer: Optimizer) -> CompressedOptimizer | None:
+        """What steps ``optimizer`` in the compressed phase; ``None`` in warm-up, and if it cannot be compressed."""
+        self._begin_compressing()
+        return self._compressed.get(optimizer)
+
     def _step_compressed(self, optimizer: Optimizer) -> None:
         if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
             self._steps[optimizer] += 1
@@ -263,6 +272,26 @@ class TwoPhases:
             self._steps[optimizer] += has_gradient
 
     def _enter_compressed_phase(self) -> None:
+        """Gradients stay local from the next backward on.
+
+        The optimizers' state is left as it is until it is needed: saved in between, it is exactly that of the warm-up.
+        """
+        assert self._hook_state is not None
+        self._hook_state.local = self._division.local_parameters()
+        self._frozen = {
+            p
+            for optimizer in self._division.compressed
+            for p in parameters_of(optimizer)
+            if p.requires_grad or optimizer.state.get(p)
+        }
+        self._is_pending = True
+        self._set_phase(Phase.COMPRESSED)
+
+    def _begin_compressing(self) -> None:
+        """Freeze the optimizers' state, if it is still to be done. Before the first backward that overlaps."""
+        if not self._is_pending:
+            return
+        self._is_pending = False
         assert self._hook_state is not None
         self._lane.close()
         self._lane = make_lane(self.root_device) if self.world_size > 1 else InlineLane()
@@ -278,13 +307,22 @@ class TwoPhases:
             )
             for optimizer in self._division.compressed
         }
-        self._hook_state.local = self._division.local_parameters()
         if self._overlaps:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
-        self._set_phase(Phase.COMPRESSED)
         if self.world_size > 1:
             self._say_which_codec()
+
+    def _added_parameters(self) -> list[Tensor]:
+        """In the compressed phase, parameters that are trained since it began, but were not before."""
+        if self._phase is Phase.WARMUP:
+            return []
+        return [p for p in parameters_of(*self._division.compressed) if p.requires_grad and p not in self._frozen]
+
+    @property
+    def _space(self) -> str:
+        """What errors are kept in; a single rank decides for itself."""
+        return self.config.space if self.world_size > 1 else "update"
 
     def _say_which_codec(self) -> None:
         names = sorted({name for compressed in self._compressed.values() for name in compressed.codec_names})
@@ -304,6 +342,7 @@ class TwoPhases:
 
     def _set_phase(self, phase: Phase) -> None:
         self._phase = phase
+        self._is_pending = self._is_pending and phase is Phase.COMPRESSED
         if self._hook_state is not None:
             self._hook_state.communicator.counters = self.comm_stats[phase]
             if phase is Phase.WARMUP:

@@ -18,7 +18,7 @@ FLOORS = [
     {"config", "phase", "topology", "version"},
     {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
     {"comm"},
-    {"engine", "pipeline", "ddp_hook"},
+    {"engine", "pipeline", "frozen", "ddp_hook"},
     {
         "strategy",
         "fabric",
@@ -30,6 +30,9 @@ FLOORS = [
         "overlap",
         "preflight",
         "checkpoint",
+        "checkpoint_io",
+        "parts",
+        "saved_phases",
         "callbacks",
     },
     {"doctor", "__main__"},

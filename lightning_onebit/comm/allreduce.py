@@ -110,6 +110,11 @@ class CompressedBucket:
                 _copy_(new[index], old[index])
         self._current = self._next
 
+    def restore_(self, index: int, signs: Tensor, scales: Tensor, live: Tensor | None) -> None:
+        """Make an average of an earlier run the last accepted one of a segment, with the elements that were live then."""
+        self._live_then[index] = live
+        _copy_(self.result(index), Encoded(signs=signs, scales=scales))
+
     @property
     def _next(self) -> int:
         return (self._current + 1) % len(self.buffers.results)

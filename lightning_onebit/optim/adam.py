@@ -93,10 +93,8 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else None)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        correction = self._bias_correction2(param, group)
         exp_avg_sq = state["exp_avg_sq"]
-        if correction > 0:
-            exp_avg_sq.div_(correction)
+        exp_avg_sq.div_(self._freezing_correction(param, group))
         # An earlier compressed phase may have left late coordinates behind.
         late = (exp_avg_sq > 0) & (exp_avg_sq <= 2 * WOKEN_VARIANCE)
         if late.any():
@@ -104,7 +102,11 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
 
     @override
     def thawed(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return self._shared(self.optimizer.state[param]["exp_avg_sq"]) * self._bias_correction2(param, group)
+        return self.shared(self.optimizer.state[param]["exp_avg_sq"]) * self._bias_correction2(param, group)
+
+    @override
+    def refrozen(self, exp_avg_sq: Tensor, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return exp_avg_sq / self._freezing_correction(param, group)
 
     @override
     def count_step_(self, param: Tensor) -> None:
@@ -136,12 +138,12 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
     def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         out.copy_(exp_avg)
         if self.config.space == "update":
-            out.div_(self._denominator(self._shared(exp_avg_sq), float(group["eps"])))
+            out.div_(self._denominator(self.shared(exp_avg_sq), float(group["eps"])))
 
     @override
     def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
         if self.config.space == "update":
-            direction = self._denominator(self._shared(exp_avg_sq), float(group["eps"])).mul_(direction)
+            direction = self._denominator(self.shared(exp_avg_sq), float(group["eps"])).mul_(direction)
         out.copy_(direction)
 
     @override
@@ -193,6 +195,14 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         return exp_avg_sq == 0
 
     @override
+    def shared(self, exp_avg_sq: Tensor) -> Tensor:
+        return exp_avg_sq.masked_fill(exp_avg_sq < 0, WOKEN_VARIANCE) if self._has_late else exp_avg_sq
+
+    @override
+    def private(self, exp_avg_sq: Tensor) -> Tensor:
+        return exp_avg_sq < 0
+
+    @override
     def wake_(self, exp_avg_sq: Tensor, woken: Tensor) -> None:
         late = self.config.space == "update"
         self._has_late = self._has_late or late
@@ -210,10 +220,6 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         if keep:
             exp_avg_sq.copy_(adapted)
         return adapted.abs_()
-
-    def _shared(self, exp_avg_sq: Tensor) -> Tensor:
-        """The second moment as far as all ranks know the same."""
-        return exp_avg_sq.masked_fill(exp_avg_sq < 0, WOKEN_VARIANCE) if self._has_late else exp_avg_sq
 
     def _estimate_woken_variance_(self, exp_avg_sq: Tensor, direction: Tensor, c: AdamCoefficients) -> None:
         """Momentum space only, where D = eps would turn a block's quantization step into a leap.
@@ -236,3 +242,6 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
 
     def _bias_correction2(self, param: Tensor, group: Mapping[str, Any]) -> float:
         return 1.0 - float(group["betas"][1]) ** float(self.optimizer.state[param]["step"])
+
+    def _freezing_correction(self, param: Tensor, group: Mapping[str, Any]) -> float:
+        return self._bias_correction2(param, group) or 1.0  # nothing to correct before the first step

@@ -62,6 +62,18 @@ class CompressedMethod(ABC, Generic[Coefficients]):
         """The second moment as a stock optimizer would hold it at the parameter's present step, a new tensor."""
 
     @abstractmethod
+    def refrozen(self, exp_avg_sq: Tensor, param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """What :meth:`freeze_` would make of a stock second moment at the parameter's present step, a new tensor."""
+
+    @abstractmethod
+    def shared(self, exp_avg_sq: Tensor) -> Tensor:
+        """A frozen second moment as far as all ranks know the same; not to be changed."""
+
+    @abstractmethod
+    def private(self, exp_avg_sq: Tensor) -> Tensor:
+        """Mask of the coordinates whose frozen second moment is this rank's own, negative, ``bool``."""
+
+    @abstractmethod
     def count_step_(self, param: Tensor) -> None:
         """Advance the parameter's step."""
 
