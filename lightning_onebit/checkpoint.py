@@ -46,6 +46,7 @@ _HEADER: dict[str, type | tuple[type, ...]] = {
     "local_world_size": int,
     "block_size": int,
     "space": str,
+    "ddp_buckets": list,
     "optimizers": list,
 }
 """What is always there, and of which type."""

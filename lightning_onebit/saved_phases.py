@@ -24,6 +24,7 @@ from lightning_onebit.checkpoint import (
 )
 from lightning_onebit.checkpoint_io import DurableCheckpointIO
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.ddp_hook import Regrouping
 from lightning_onebit.parts import PROBLEMS, SPACE, Parts
 from lightning_onebit.phase import Phase
 from lightning_onebit.topology import Topology
@@ -57,7 +58,7 @@ class SavedPhases(TwoPhases):
         wants_parts = not (in_warmup or self._is_pending) or bool(waiting)
         # Rank 0 decides, and names the save.
         number = Communicator().broadcast_int(secrets.randbits(62) if wants_parts else 0, device=self.root_device)
-        if in_warmup and not number:
+        if in_warmup and not number and not self._ddp_buckets:
             return None
         save_id = f"{number:016x}" if number else None
         header = self._header(save_id=save_id, has_gradients=bool(waiting))
@@ -82,8 +83,16 @@ class SavedPhases(TwoPhases):
             "local_world_size": topology.local_world_size,
             "block_size": self.config.block_size,
             "space": self._space,
+            "ddp_buckets": self._ddp_buckets,
             "optimizers": shared_state(list(self._compressed.values())) if self.is_global_zero else [],
         }
+
+    @property
+    def _ddp_buckets(self) -> list[list[str]]:
+        """Names of the parameters in DDP's buckets, if the result depends on them: not for two ranks."""
+        if self._hook_state is None or self.world_size <= 2:
+            return []
+        return [[self._names.get(p, "") for p in params] for params in self._hook_state.buckets]
 
     @property
     def _topology_now(self) -> Topology:
@@ -136,6 +145,10 @@ class SavedPhases(TwoPhases):
         topology = self._topology_now
         parts = None if path is None else Parts(path, follow_link=True)
         problems: dict[int, str] = {}
+        named_parameters = {name: p for p, name in self._names.items()}
+        if header["world_size"] == self.world_size and header["ddp_buckets"] and self._hook_state is not None:
+            buckets = [[named_parameters.get(name) for name in names] for names in header["ddp_buckets"]]
+            self._hook_state.regrouping = Regrouping([[p for p in params if p is not None] for params in buckets])
         if header["phase"] == Phase.COMPRESSED.name:
             self._enter_compressed_phase()
             if not header["is_pending"]:
@@ -147,7 +160,6 @@ class SavedPhases(TwoPhases):
                 else:
                     problems = dict.fromkeys(range(header["world_size"]), SPACE)
         if header["has_gradients"]:
-            named_parameters = {name: p for p, name in self._names.items()}
             problems |= load_gradients(named_parameters, header, parts, topology)
             self._has_waiting_gradients = True
         self._tell_problems(problems, header, parts)

@@ -180,6 +180,7 @@ class TwoPhases:
                 self._hook_state.local_world_size = self._groups.topology.local_world_size
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
+        self._hook_state.regrouping = None
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self._averaged.update(p for p in model.parameters() if p.requires_grad)
 
