@@ -220,10 +220,10 @@ def node_weights(topology: Topology, old: Topology) -> dict[int, float]:
 
 def load_gradients(
     named_parameters: Mapping[str, Tensor], header: Mapping[str, Any], parts: Parts | None, topology: Topology
-) -> dict[int, str]:
-    """Put gradients that waited for a step back into ``p.grad``, for parameters by name. Returns as :func:`load_errors`."""
+) -> tuple[dict[Tensor, Tensor], dict[int, str]]:
+    """By parameter, this rank's gradients that waited for a step, and what is wrong, as :func:`load_errors`."""
     if header["world_size"] != topology.world_size:
-        return dict.fromkeys(range(header["world_size"]), WORLD_SIZE)
+        return {}, dict.fromkeys(range(header["world_size"]), WORLD_SIZE)
     gradients: dict[Tensor, Tensor] = {}
     try:
         with _open(parts, header, topology.rank) as part, part_errors():
@@ -234,10 +234,8 @@ def load_gradients(
                 data = part.array(f"gradient/{index}", dtype=np.uint8, numel=p.numel() * p.element_size())
                 gradients[p] = torch.from_numpy(data).view(p.dtype).view(p.shape)
     except PartError as error:
-        return {topology.rank: error.problem}
-    for p, gradient in gradients.items():
-        p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(gradient)
-    return {}
+        return {}, {topology.rank: error.problem}
+    return gradients, {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,6 +248,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
             self._loaded.clear()
             optimizers = [entry for header in headers for entry in header["optimizers"]]
             self._resume(headers[0], optimizers, [header[POSITION] for header in headers], self._loading_from)
+            self._put_back_gradients()
 
     @override
     def teardown(self) -> None:

@@ -72,7 +72,7 @@ class Parts:
         self._filesystem.makedirs(self.folder, exist_ok=True)
         text = json.dumps({"version": VERSION, "save_id": save_id, "rank": rank, **meta})
         every = {META: np.frombuffer(text.encode(), dtype=np.uint8), **arrays}
-        with durable_file(self.path(save_id, rank), self._filesystem) as file:
+        with durable_file(self.path(save_id, rank), self._filesystem, temporary_name=f".saving-rank-{rank}") as file:
             np.savez(file, **every)  # type: ignore[arg-type]  # its flag is keyword-only, and no name of ours
 
     @contextmanager
@@ -160,23 +160,25 @@ def part_errors() -> Iterator[None]:
 
 
 @contextmanager
-def durable_file(path: str, filesystem: AbstractFileSystem) -> Iterator[IO[bytes]]:
+def durable_file(path: str, filesystem: AbstractFileSystem, *, temporary_name: str | None = None) -> Iterator[IO[bytes]]:
     """A new file that takes the place of ``path`` on success, at once and for good; until then the old one is untouched.
 
     Written under another name in the same folder, flushed to disk, then renamed. A process that is killed meanwhile leaves
-    that other file behind; the next to write ``path`` reuses it. Other file systems than the machine's own are left to
-    their ways: an object in a store appears once it is complete.
+    that other file behind, which the next to write ``path`` overwrites. Other file systems than the machine's own are left
+    to their ways: an object in a store appears once it is complete.
 
     Args:
         path: as ``filesystem`` names it.
         filesystem: where it is.
+        temporary_name: the other name; ``None``: one that follows from ``path``.
     """
     if not isinstance(filesystem, LocalFileSystem):
         with filesystem.open(path, "wb") as file:
             yield file
         return
-    # The name holds nothing that looks like a checkpoint's: Lightning searches folders for those.
-    temporary = Path(path).with_name(f".saving-{hashlib.sha256(os.path.basename(path).encode()).hexdigest()[:16]}")
+    # It holds nothing that looks like a checkpoint's name: Lightning searches folders for those.
+    name_hash = hashlib.sha256(os.path.basename(path).encode()).hexdigest()[:16]
+    temporary = Path(path).with_name(temporary_name or f".saving-{name_hash}")
     try:
         with open(temporary, "wb") as file:
             yield file

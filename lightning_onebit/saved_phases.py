@@ -160,9 +160,16 @@ class SavedPhases(TwoPhases):
                 else:
                     problems = dict.fromkeys(range(header["world_size"]), SPACE)
         if header["has_gradients"]:
-            problems |= load_gradients(named_parameters, header, parts, topology)
-            self._has_waiting_gradients = True
+            self._loaded_gradients, more = load_gradients(named_parameters, header, parts, topology)
+            problems |= more
         self._tell_problems(problems, header, parts)
+
+    def _put_back_gradients(self) -> None:
+        """What waited for a step when the checkpoint was saved does so again."""
+        for p, gradient in self._loaded_gradients.items():
+            p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(gradient)
+            self._has_waiting_gradients = True
+        self._loaded_gradients = {}
 
     def _tell_problems(self, problems: Mapping[int, str], header: Mapping[str, Any], parts: Parts | None) -> None:
         codes = torch.zeros(header["world_size"], dtype=torch.int32, device=self.root_device)

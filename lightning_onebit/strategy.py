@@ -172,6 +172,11 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     # Steps
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._put_back_gradients()  # now, as the Trainer has set all to None after loading
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         self._has_waiting_gradients = True

@@ -77,6 +77,7 @@ class TwoPhases:
         self._frozen: set[Tensor] = set()
         self._stepping = False
         self._has_waiting_gradients = False
+        self._loaded_gradients: dict[Tensor, Tensor] = {}
         self._overlaps = False
         self._groups: ExchangeGroups | None = None
         self._lane: AnyLane = InlineLane()

@@ -478,6 +478,7 @@ def test_saving_after_the_run_is_saving_at_its_last_batch(tmp_path):
 
     run_trainers(2, fn)
     during, after = (torch.load(tmp_path / f"{when}.ckpt", weights_only=True) for when in ("during", "after"))
+    assert during["lightning_onebit"].pop("save_id") != after["lightning_onebit"].pop("save_id")
     for key in ("state_dict", "optimizer_states", "lightning_onebit"):
         first, second = (torch.utils._pytree.tree_flatten(checkpoint[key]) for checkpoint in (during, after))
         assert first[1] == second[1]

@@ -1,9 +1,15 @@
 """Checkpoints of both phases: what they hold, and what a run does that resumes from them."""
 
 import copy
+import io
+import itertools
+import os
 import warnings
+from datetime import timedelta
+from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -45,9 +51,10 @@ class SaveAt(pl.Callback):
                 self.outstanding = list(compressed[trainer.optimizers[0]].outstanding().values())
 
 
-def run(world_size, **kwargs):
+def run(world_size, *, strategy=None, **kwargs):
     callbacks = [PhaseSwitch(FixedStep(FREEZE)), *kwargs.pop("callbacks", [])]
-    return fit("onebit_ddp", world_size, batches=BATCHES, callbacks=callbacks, model=Stepwise(), **kwargs)
+    own = OneBitDDPStrategy(**(strategy or {}))
+    return fit(own, world_size, batches=BATCHES, callbacks=callbacks, model=Stepwise(), **kwargs)
 
 
 def test_the_criterion_goes_on_with_its_history(tmp_path):
@@ -101,7 +108,7 @@ def same_bits(first, second):
 
 def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, num_nodes=1, strategy=None, **kwargs):
     """One run that saves after some batches, and runs that resume there: parameters, phases and all state are the same."""
-    options = {"world_size": world_size, "batches": BATCHES, "num_nodes": num_nodes, **kwargs}
+    options = {"world_size": world_size, "num_nodes": num_nodes, "batches": BATCHES, **kwargs}
 
     def run(callbacks=(), ckpt_path=None):
         last = Everything()
@@ -141,7 +148,7 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
     def fn(rank):
         run(2, callbacks=[SaveAt(path, 20)])
         loaded = torch.load(path, weights_only=True)
-        assert loaded[CHECKPOINT_KEY]["version"] == 1
+        assert loaded[CHECKPOINT_KEY]["version"] == 2
         state = loaded["optimizer_states"][0]["state"]
         assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in state.values())
         dense = fit("ddp", 2, batches=BATCHES, ckpt_path=path)[1]
@@ -156,6 +163,378 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
     run_trainers(2, fn)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_resuming_within_an_accumulation_is_bitwise(tmp_path, world_size):
+    """Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later."""
+
+    class More(Late):
+        def batch(self, batch_idx):
+            return super().batch(batch_idx // 3 + 100 * (batch_idx % 3))
+
+    def fn(rank):
+        # With three ranks not right after the first step: only the second backward shows DDP's final buckets.
+        saves = (2, 4, 13, 29, 30, 31, 44) if world_size == 2 else (2, 8, 29, 30, 31, 44)
+        return check_bitwise_resumes(rank, tmp_path, world_size, saves, More, batches=60, accumulate_grad_batches=3)
+
+    results = run_trainers(world_size, fn)
+    assert all(same_params([result], [results[0]]) for result in results)
+
+
+def test_resuming_on_nodes_is_bitwise(tmp_path):
+    def fn(rank):
+        options = {"num_nodes": 2, "strategy": {"bucket_cap_mb": 0.002, "block_size": 64}}
+        return check_bitwise_resumes(rank, tmp_path, 4, (4, FREEZE, 20), **options)
+
+    results = run_trainers(4, fn, num_nodes=2)
+    assert all(same_params([result], [results[0]]) for result in results)
+
+
+def test_resuming_alone_is_bitwise(tmp_path):
+    """One process that goes on with a frozen second moment: nothing is quantized, and the momentum is dense."""
+    first, second, third = tmp_path / "2.ckpt", tmp_path / "1.ckpt", tmp_path / "again.ckpt"
+    run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(first, 15)]) and None)
+
+    def fn(rank):
+        last, last_resumed = Everything(), Everything()
+        full = run(1, ckpt_path=first, callbacks=[SaveAt(second, 20), last])[1]
+        resumed = run(1, ckpt_path=second, callbacks=[last_resumed, SaveAt(third, 25)])[1]
+        assert set(full.phases) == {COMPRESSED}
+        assert same_params(resumed.params, full.params[5:])
+        assert all(same_bits(a, b) for a, b in zip(last_resumed.state, last.state, strict=True))
+
+    run_trainers(1, fn)
+    # And back to two: they begin without errors, with the momentum that the one had.
+    history = run_trainers(2, lambda rank: run(2, ckpt_path=third)[1].params)
+    assert same_params(*history)
+
+
+ERRORS = "worker", "server"
+
+
+class Errors(pl.Callback):
+    """Errors of this rank at the start of a run, dense, in a common order; zero where it has none."""
+
+    def on_train_start(self, trainer, pl_module):
+        (compressed,) = trainer.strategy._compressed.values()
+        self.errors = dense_errors(compressed)
+
+
+def dense_errors(compressed):
+    numel = sum(p.numel() for p in parameters_of(compressed.optimizer))
+    dense = {}
+    for name in ERRORS:
+        dense[name] = torch.zeros(numel, dtype=torch.float64)
+        for run in getattr(compressed, f"{name}_errors")():
+            dense[name][run.start :][: run.values.numel()] = run.values
+    return dense
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 1), (1, 3), (2, 3), (3, 2)])
+def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new):
+    path, start = tmp_path / "old.ckpt", tmp_path / "start.ckpt"
+    options = {"strategy": {"bucket_cap_mb": 0.002, "block_size": 64}}
+
+    class KeepErrors(SaveAt):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if batch_idx + 1 == self.batch:
+                self.errors = dense_errors(trainer.strategy._compressed[trainer.optimizers[0]])
+
+    def first(rank, world_size, path, ckpt_path):
+        save = KeepErrors(path, 20)
+        recorder = run(world_size, callbacks=[save], ckpt_path=ckpt_path, **options)[1]
+        return save.errors, recorder.params
+
+    def second(rank):
+        look = Errors()
+        recorder = run(new, callbacks=[look], ckpt_path=path, **options)[1]
+        assert set(recorder.phases) == {COMPRESSED}
+        return look.errors, recorder.params
+
+    if old == 1:
+        run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(start, 15)], **options) and None)
+    before = run_trainers(old, first, old, path, start if old == 1 else None)
+    after = run_trainers(new, second)
+    assert all(same_params(params, after[0][1]) for _, params in after)
+    if old > 1 and new > 1:
+        mean = {name: [sum(e[name] for e, _ in ranks) for ranks in (before, after)] for name in ERRORS}
+        assert mean["worker"][0].abs().max() > 0.1
+        assert mean["server"][0].abs().max() > 0.1
+        assert torch.allclose(mean["worker"][1] / new, mean["worker"][0] / old, rtol=1e-6, atol=1e-7)
+        assert torch.equal(mean["server"][1], mean["server"][0])
+    elif new == 1:  # applied at once
+        moved = torch.cat([(a - b).ravel() for a, b in zip(after[0][1][0], before[0][1][19], strict=True)])
+        assert 0.001 < moved.norm() < 1
+    else:
+        assert not any(errors["server"].any() for errors, _ in after)
+    assert all(torch.isfinite(p).all() for p in after[0][1][-1])
+
+
+def test_the_learning_curve_has_no_jump_at_another_world_size(tmp_path):
+    """Evaluated on the same data after each batch: what a change of the number of ranks costs is less than two batches."""
+    path = tmp_path / "four.ckpt"
+    x = torch.randn(512, 12, generator=torch.Generator().manual_seed(5))
+
+    class Evaluate(pl.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                logits = pl_module.head(pl_module.body(x))
+            self.losses.append(torch.nn.functional.cross_entropy(logits, x.argmax(1) % 5).item())
+
+    def first(rank):
+        evaluate = Evaluate()
+        run(4, callbacks=[SaveAt(path, 20), evaluate])
+        return evaluate.losses
+
+    def second(rank):
+        evaluate = Evaluate()
+        run(2, callbacks=[evaluate], ckpt_path=path)
+        return evaluate.losses
+
+    before, after = run_trainers(4, first)[0], run_trainers(2, second)[0]
+    steps = [abs(b - a) for a, b in itertools.pairwise(before[9:])]
+    assert abs(after[0] - before[19]) < 2 * max(steps)
+    assert after[-1] < before[19]
+
+
+def spoil_missing(part, others):
+    part.unlink()
+
+
+def spoil_truncated(part, others):
+    part.write_bytes(part.read_bytes()[:-100])
+
+
+def spoil_one_bit(part, others):
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 4
+    part.write_bytes(content)
+
+
+def spoil_swapped(part, others):
+    part.write_bytes(others[0].read_bytes())
+
+
+SPOILED = [
+    (spoil_missing, "missing"),
+    (spoil_truncated, "damaged"),
+    (spoil_one_bit, "damaged"),
+    (spoil_swapped, "of another checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "problem"), SPOILED)
+def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(tmp_path, spoil, problem):
+    path = tmp_path / "compressed.ckpt"
+    run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(path, 20)]) and None)
+    parts = sorted(Path(f"{path}.onebit").iterdir(), key=lambda part: part.stem[-1])
+    assert len(parts) == 2
+    spoil(parts[1], parts[:1])
+
+    def fn(rank):
+        look = Errors()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            recorder = run(2, callbacks=[look], ckpt_path=path)[1]
+        said = [str(w.message) for w in caught if "parts of" in str(w.message)]
+        assert set(recorder.phases) == {COMPRESSED}
+        return look.errors, recorder.params, said
+
+    (errors, params, said), (others, other_params, nothing) = run_trainers(2, fn)
+    assert same_params(params, other_params)
+    assert all(errors[name].any() for name in ERRORS)
+    assert not any(others[name].any() for name in ERRORS)
+    assert len(said) == 1
+    assert f"parts of rank 1 ({problem}) cannot be used" in said[0]
+    assert not nothing
+
+
+def test_a_checkpoint_that_was_moved_alone_says_so(tmp_path):
+    path, moved = tmp_path / "compressed.ckpt", tmp_path / "moved.ckpt"
+
+    def fn(rank):
+        run(2, callbacks=[SaveAt(path, 20)])
+        if rank == 0:
+            path.rename(moved)
+        torch.distributed.barrier()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert set(run(2, ckpt_path=moved)[1].phases) == {COMPRESSED}
+        return [str(w.message) for w in caught if "parts of rank 0 (missing), rank 1 (missing)" in str(w.message)]
+
+    said, nothing = run_trainers(2, fn)
+    assert (len(said), len(nothing)) == (1, 0)
+
+
+def test_other_settings_than_the_saved_ones(tmp_path):
+    """Buckets matter not even to the last bit, blocks only there; errors of another space mean nothing."""
+    path = tmp_path / "compressed.ckpt"
+
+    def fn(rank):
+        full = run(2, callbacks=[SaveAt(path, 20)])[1]
+        others = [{"bucket_cap_mb": 0.002}, {"block_size": 64}, {"space": "momentum"}]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            buckets, blocks, space = (run(2, strategy=options, ckpt_path=path)[1] for options in others)
+        said = [str(w.message) for w in caught if "quantized in another space" in str(w.message)]
+        assert len(said) == (1 if rank == 0 else 0)
+        assert same_params(buckets.params, full.params[20:])
+        for other in (blocks, space):
+            assert set(other.phases) == {COMPRESSED}
+            assert max((a - b).abs().max() for a, b in zip(other.params[0], full.params[20], strict=True)) < 0.1
+        return buckets.params, blocks.params, space.params
+
+    first, second = run_trainers(2, fn)
+    assert all(map(same_params, first, second))
+
+
+def test_the_parts_follow_links_and_go_with_their_checkpoint(tmp_path):
+    """`save_last="link"`; with save_top_k=1 the folder has one checkpoint at a time, and one link."""
+
+    def fn(rank):
+        saving = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_last="link")
+        full = run(2, callbacks=[saving], enable_checkpointing=True)[1]
+        torch.distributed.barrier()
+        resumed = run(2, ckpt_path=tmp_path / "last.ckpt")[1]
+        assert same_params(resumed.params, full.params[28:])
+
+    run_trainers(2, fn)
+    assert {path.name for path in tmp_path.iterdir()} == {"step=28.ckpt", "step=28.ckpt.onebit", "last.ckpt"}
+    assert len(list((tmp_path / "step=28.ckpt.onebit").iterdir())) == 2
+
+
+def test_saving_again_to_the_same_path_leaves_one_set_of_parts(tmp_path):
+    path = tmp_path / "x.ckpt"
+    others = tmp_path / "x.ckpt.onebit"
+
+    def fn(rank):
+        full = run(2, callbacks=[SaveAt(path, 15), SaveAt(path, 18)])[1]
+        assert same_params(run(2, ckpt_path=path)[1].params, full.params[18:])
+
+    run_trainers(2, fn)
+    assert sorted(part.name[-11:] for part in others.iterdir()) == ["-rank-0.npz", "-rank-1.npz"]
+    (others / "0123-rank-5.npz").touch()  # of a larger run
+    run_trainers(2, fn)
+    assert sorted(part.name[-11:] for part in others.iterdir()) == ["-rank-0.npz", "-rank-1.npz"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["in the part", "before the checkpoint", "in the checkpoint", "before the end"])
+def test_a_save_that_is_cut_off_leaves_the_previous_one_usable(tmp_path, monkeypatch, when):
+    """At the same path, by a process that dies; at whichever byte, the previous one goes on bit for bit."""
+    path = tmp_path / "x.ckpt"
+
+    def die():
+        os._exit(9)
+
+    def cut_off(rank):
+        os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"]
+        real = {"savez": np.savez, "save": torch.save, "replace": os.replace}
+        if when == "in the part":
+
+            def savez(file, **arrays):
+                buffer = io.BytesIO()
+                real["savez"](buffer, **arrays)
+                file.write(buffer.getvalue()[: len(buffer.getvalue()) // (rank + 2)])
+                file.flush()
+                die()
+
+            patch = (np, "savez", savez)
+        elif when == "in the checkpoint":
+
+            def save(checkpoint, file, **kwargs):
+                buffer = io.BytesIO()
+                real["save"](checkpoint, buffer)
+                file.write(buffer.getvalue()[:-7])
+                file.flush()
+                die()
+
+            patch = (torch, "save", save)
+        else:
+
+            def replace(source, target):
+                if when == "before the checkpoint" and str(target).endswith(".ckpt"):
+                    die()
+                real["replace"](source, target)
+                if when == "before the end" and str(target).endswith(".ckpt"):
+                    die()
+
+            patch = (os, "replace", replace)
+
+        class CutOff(SaveAt):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if batch_idx + 1 == self.batch:
+                    setattr(*patch)
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+        run(2, callbacks=[SaveAt(path, 15), CutOff(path, 18)], strategy={"timeout": timedelta(seconds=5)})
+
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_trainers(2, cut_off)
+    saved = 18 if when == "before the end" else 15
+    assert torch.load(path, weights_only=True)["global_step"] == saved
+
+    def fn(rank):
+        full = run(2)[1]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*parts of.*")
+            resumed = run(2, ckpt_path=path, callbacks=[SaveAt(path, 25)])[1]
+        assert same_params(resumed.params, full.params[saved:])
+
+    run_trainers(2, fn)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.onebit"}
+    assert len(list((tmp_path / "x.ckpt.onebit").iterdir())) == 2
+
+
+@pytest.mark.parametrize("failing", ["savez", "save"])
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, failing):
+    path = tmp_path / "x.ckpt"
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def fn(rank):
+        if rank == (1 if failing == "savez" else 0):
+            setattr(np if failing == "savez" else torch, failing, fail)
+            expected = pytest.raises(OSError, match="No space left")
+        else:
+            what = "write its part of the checkpoint" if failing == "savez" else "write the checkpoint"
+            expected = pytest.raises(RuntimeError, match=f"Rank {1 if failing == 'savez' else 0} could not {what}")
+        with expected:
+            run(2, callbacks=[SaveAt(path, 15)])
+
+    run_trainers(2, fn)
+    assert not path.exists()
+
+
+def test_a_plain_checkpoint_with_a_stable_variance_goes_straight_into_compression(tmp_path):
+    """`FixedStep(n)` says that after n steps it is: one loaded after more of them has had its warm-up."""
+    path = tmp_path / "dense.ckpt"
+
+    def fn(rank):
+        fit("ddp", 2, batches=BATCHES, callbacks=[SaveAt(path, 12)], model=Stepwise())
+        trainer, recorder = run(2, ckpt_path=path)
+        assert recorder.phases == [COMPRESSED] * 18
+        assert trainer.strategy.optimizer_steps == BATCHES
+        compressed = trainer.strategy.comm_stats[COMPRESSED]
+        assert compressed.steps == 18
+        assert trainer.strategy.comm_stats[WARMUP].steps == 0
+        later = fit(
+            "onebit_ddp", 2, batches=BATCHES, callbacks=[PhaseSwitch(FixedStep(15))], model=Stepwise(), ckpt_path=path
+        )
+        assert later[1].phases == [WARMUP] * 2 + [COMPRESSED] * 16
+        return recorder.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
+
+
 def test_model_checkpoint_saves_and_a_weights_only_file_has_no_extra_state(tmp_path):
     def fn(rank):
         full = pl.callbacks.ModelCheckpoint(tmp_path / "full", every_n_train_steps=7, save_top_k=-1)
@@ -163,7 +542,7 @@ def test_model_checkpoint_saves_and_a_weights_only_file_has_no_extra_state(tmp_p
         run(2, callbacks=[full, small], enable_checkpointing=True)
 
     run_trainers(2, fn)
-    saved = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "full").iterdir()}
+    saved = {path.name: torch.load(path, weights_only=True) for path in (tmp_path / "full").glob("*.ckpt")}
     assert len(saved) == 4
     assert [CHECKPOINT_KEY in saved[name] for name in sorted(saved, key=lambda n: saved[n]["global_step"])] == [
         False,
@@ -203,7 +582,7 @@ def test_foreign_version_is_refused(tmp_path):
             checkpoint[CHECKPOINT_KEY]["version"] = 99
             torch.save(checkpoint, path)
         torch.distributed.barrier()
-        with pytest.raises(ValueError, match="version 99, but this is version 1"):
+        with pytest.raises(ValueError, match="version 99, but this is version 2"):
             run(2, ckpt_path=path)
 
     run_trainers(2, fn)

@@ -35,7 +35,7 @@ from test_engine import (
 from torch import nn
 from trainers import CLASSES, FEATURES, fit, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, pipeline
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, frozen
 from lightning_onebit.comm.allreduce import CompressedBucket
 from lightning_onebit.comm.groups import flat_groups, new_groups
 from lightning_onebit.comm.hierarchical import NodeAverage
@@ -292,12 +292,12 @@ def test_bfloat16_ranks_agree_bitwise_after_every_step(nodes):
 
 
 def test_result_depends_neither_on_buckets_nor_on_segments(monkeypatch):
-    plan = pipeline.plan_buckets
+    plan = frozen.plan_buckets
 
     def fn(groups):
         outcomes = []
         for bucket_cap_mb, segment_numel in [(None, 2**18), (1e-6, 2**18), (0.0003, 16), (0.0005, 2**18), (None, 24)]:
-            monkeypatch.setattr(pipeline, "plan_buckets", functools.partial(plan, segment_numel=segment_numel))
+            monkeypatch.setattr(frozen, "plan_buckets", functools.partial(plan, segment_numel=segment_numel))
             make = with_shapes((37, 5), (5,), (30,), ())
             outcomes.append(train(groups, make, steps=6, bucket_cap_mb=bucket_cap_mb))
         history, _, outstanding = outcomes[0]
@@ -317,7 +317,7 @@ def test_a_node_averages_in_rank_order_without_overflow():
     values = [torch.tensor([1.0, 3e38, 0.1]), torch.tensor([1e8, 3e38, 0.2]), torch.tensor([-1e8, 2e38, 0.7])]
 
     def fn(groups):
-        (layout,) = pipeline.plan_buckets([96, 3], block_size=8, world_size=6, bucket_numel=1000)
+        (layout,) = frozen.plan_buckets([96, 3], block_size=8, world_size=6, bucket_numel=1000)
         average = NodeAverage([layout], groups, dtype=torch.float32, device=torch.device("cpu"))
         local_rank = groups.topology.local_rank
         grads = {0: values[local_rank].repeat(32), 1: None if local_rank == 1 else values[local_rank]}
@@ -479,7 +479,7 @@ def test_telescoping_identity(nodes, space):
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
-def test_outstanding_errors_can_be_taken_over_and_are_applied_when_thawing():
+def test_errors_can_be_taken_over_and_are_applied_when_thawing():
     def fn(groups):
         def start():
             optimizer = make_optimizer(torch.optim.Adam, torch.float64)
@@ -493,7 +493,7 @@ def test_outstanding_errors_can_be_taken_over_and_are_applied_when_thawing():
         other_optimizer, other = start()
         before = other.outstanding()
         errors = dict(zip(params_of(other_optimizer), (saved[p] for p in params), strict=True))
-        other.add_outstanding_(errors)
+        other.add_errors_(compressed.worker_errors(), compressed.server_errors())
         for p, error in other.outstanding().items():
             assert torch.allclose(error, before[p] + errors[p], rtol=1e-12)
 
@@ -725,15 +725,11 @@ def test_a_checkpoint_fits_any_topology(tmp_path):
     runs = {"2x2": [o[1] for o in four], "4": [o[2] for o in four], "2": two}
     assert [outcomes[0][0] for outcomes in runs.values()] == [False, True, True]
 
-    state = torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
     assert max(error.abs().max() for error in saved) > 0.1  # else nothing would be preserved
     for outcomes in runs.values():
         assert all(same_params(outcome[1], outcomes[0][1]) for outcome in outcomes)
-        for error, before, entry in zip(outcomes[0][2], saved, list(state.values())[::-1], strict=True):
-            # beta1 u is in the worker error as well, until the first step: see `_take_momentum`.
-            v_hat = entry["exp_avg_sq"] / (1 - 0.999 ** float(entry["step"]))
-            momentum = entry["exp_avg"] / (v_hat.sqrt() + 1e-8)
-            assert torch.allclose(error, before + 0.9 * momentum, atol=1e-4)
+        for error, before in zip(outcomes[0][2], saved, strict=True):
+            assert torch.allclose(error, before, rtol=1e-6, atol=1e-7)
 
 
 def test_an_exception_in_the_thread_of_one_rank_ends_all():

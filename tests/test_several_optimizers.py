@@ -354,6 +354,9 @@ def test_a_bucket_is_averaged_but_for_what_stays_local():
         def buffer(self):
             return self.whole
 
+        def index(self):
+            return 0
+
         def parameters(self):
             return self.params
 
@@ -572,15 +575,12 @@ def test_checkpoint_of_a_mixture(tmp_path):
         model, resumed_model = Stepwise(), Stepwise()
         full = compress(model, callbacks=[Save()])[1]
         state = torch.load(path, weights_only=True)
-        assert len(state[CHECKPOINT_KEY]["outstanding"]) == 1
+        assert len(state[CHECKPOINT_KEY]["optimizers"]) == 1
         assert set(state["optimizer_states"][1]["state"][0]) == {"momentum_buffer"}
         trainer, resumed = compress(resumed_model, ckpt_path=path)
         assert set(resumed.phases) == {COMPRESSED}
         assert trainer.strategy.optimizer_steps == BATCHES
-        # The dense one goes on bit by bit; the compressed one with the same sum of errors.
-        assert same_params(others(resumed, resumed_model), others(full, model)[8:])
-        for a, b in zip(resumed.params[-1], full.params[-1], strict=True):
-            assert (a - b).abs().max() < 0.1
+        assert same_params(resumed.params, full.params[8:])
         fit("ddp_find_unused_parameters_true", 2, batches=BATCHES, model=Stepwise(), ckpt_path=path)
         return resumed.params
 
@@ -596,7 +596,7 @@ def test_a_checkpoint_with_another_number_of_compressed_optimizers_is_refused(tm
         trainer.save_checkpoint(path)
         if rank == 0:  # alone: nobody may read while it writes
             state = torch.load(path, weights_only=True)
-            state[CHECKPOINT_KEY]["outstanding"].pop()
+            state[CHECKPOINT_KEY]["optimizers"].pop()
             torch.save(state, path)
         torch.distributed.barrier()
         with pytest.raises(ValueError, match=r"written with 1 compressed optimizers, but there are 2 now\. HINT"):

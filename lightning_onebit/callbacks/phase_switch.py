@@ -57,7 +57,10 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start(strategy_of(trainer), total_steps=_total_steps(trainer))
+        strategy = strategy_of(trainer)
+        self.start(strategy, total_steps=_total_steps(trainer))
+        if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
+            self.after_step(strategy, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
