@@ -17,6 +17,7 @@ the server errors of its chunks. A part that cannot be used is one warning, and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ _HEADER: dict[str, type | tuple[type, ...]] = {
     "optimizers": list,
 }
 """What is always there, and of which type."""
+MOST_RANKS = 2**20
+"""A number that is larger is no number of ranks."""
 _ERROR_DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
@@ -112,7 +115,7 @@ def read_header(state: Any) -> Mapping[str, Any]:
         ValueError: if it is of another version, or is not such an entry.
     """
     version = state.get("version") if isinstance(state, Mapping) else None
-    if version != VERSION:
+    if not isinstance(version, int) or version != VERSION:
         raise ValueError(
             f"The checkpoint's state of lightning_onebit has version {version}, but this is version {VERSION}."
             " HINT: use the release of lightning_onebit that wrote it, or load it with ckpt_path in strategy='ddp'."
@@ -120,8 +123,15 @@ def read_header(state: Any) -> Mapping[str, Any]:
     for name, kinds in _HEADER.items():
         if not isinstance(state.get(name), kinds):
             raise _damaged(f"{name} is {state.get(name)!r:.80}")
-    if state["world_size"] < 1 or state["local_world_size"] < 1 or state["world_size"] % state["local_world_size"]:
-        raise _damaged(f"world sizes are {state['world_size']} and {state['local_world_size']}")
+    world_size, local_world_size = state["world_size"], state["local_world_size"]
+    if not 1 <= local_world_size <= world_size <= MOST_RANKS or world_size % local_world_size:
+        raise _damaged(f"world sizes are {world_size} and {local_world_size}")
+    if state["block_size"] < 8 or state["block_size"] % 8:
+        raise _damaged(f"block_size is {state['block_size']}")
+    if state["save_id"] is not None and not re.fullmatch("[0-9a-f]{16}", state["save_id"]):
+        raise _damaged(f"save_id is {state['save_id']!r:.80}")
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in state["ddp_buckets"]):
+        raise _damaged("ddp_buckets are no lists of names")
     return state
 
 
@@ -144,10 +154,12 @@ def restore(
         )
     for c, entries in zip(compressed, optimizers, strict=True):
         try:
+            if not isinstance(entries, Mapping):
+                raise TypeError(f"the entry of an optimizer is {entries!r:.80}")
             c.restore_(
                 {p: entries[str(i)] for i, p in enumerate(parameters_of(c.optimizer)) if c.holds(p)}, block_size=block_size
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise _damaged(str(error)) from error
 
 
@@ -268,6 +280,10 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         chunks = compressed.server_errors()
         places = part.array(f"{position}/late/places", dtype=np.int64, numel=entry["late"])
         values = part.array(f"{position}/late/values", dtype=np.float64, numel=entry["late"])
+        if len(places) and not (places[0] >= 0 and places[-1] < sum(entry["numels"]) and (np.diff(places) > 0).all()):
+            raise ValueError("places of late coordinates do not rise")
+        if not np.isfinite(values).all():
+            raise ValueError("second moments of late coordinates are not finite")
         return _Content(
             worker=runs("worker"),
             server=runs("server", chunks),

@@ -419,6 +419,8 @@ def _add_(targets: Sequence[Run], runs: Sequence[Run]) -> None:
 
 def check_shared_state(entry: Mapping[str, Tensor], p: Tensor, *, block_size: int) -> None:
     """Raise ``ValueError`` if an entry of :meth:`FrozenParameters.shared_state` does not fit its parameter."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the entry of a parameter is {entry!r:.80}")
     integers = {torch.int8, {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]}
     expected: dict[str, tuple[set[torch.dtype], int]] = {"variance_ulps": (integers, p.numel())}
     if "signs" in entry:

@@ -132,20 +132,19 @@ class Part:
 
     def __init__(self, file: IO[bytes]) -> None:
         with part_errors():
-            with zipfile.ZipFile(file) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("compressed, as no part is")  # little input must not become much
-            file.seek(0)
-            self._arrays = np.load(file, allow_pickle=False)
-            self.meta: dict[str, Any] = dict(json.loads(bytes(self._arrays[META])))
+            self._archive = zipfile.ZipFile(file)
+            self.meta: dict[str, Any] = dict(json.loads(self.array(META, dtype=np.uint8).tobytes()))
 
-    def array(self, name: str, *, dtype: np.dtype[Any] | type, numel: int) -> np.ndarray[Any, Any]:
-        """The array ``name``, if it is of this dtype and ``[numel]``."""
-        with part_errors():
-            array = self._arrays[name]
-            if array.dtype != dtype or array.shape != (numel,):
-                raise ValueError(f"{name} is {array.dtype} {array.shape} instead of {dtype} [{numel}]")
-            return array
+    def array(self, name: str, *, dtype: np.dtype[Any] | type, numel: int | None = None) -> np.ndarray[Any, Any]:
+        """The array ``name``, if it is ``[numel]`` of this dtype; ``None``: as long as it is."""
+        with part_errors(), self._archive.open(f"{name}.npy") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError(f"{name} is of another version")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            array = np.frombuffer(file.read(), found)  # to the end, where the checksum is compared
+            if found != np.dtype(dtype) or shape != array.shape or numel not in (None, len(array)):
+                raise ValueError(f"{name} is {found} {shape}, {array.nbytes} bytes, instead of {np.dtype(dtype)} [{numel}]")
+            return array.copy()  # into memory that may be written to
 
 
 @contextmanager
