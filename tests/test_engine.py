@@ -11,7 +11,7 @@ from model import AdamModel
 from ranks import run_ranks
 from torch import nn
 
-from lightning_onebit import pipeline
+from lightning_onebit import frozen
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import CompressedOptimizer
@@ -459,12 +459,12 @@ def test_the_momentum_is_freed_bucket_by_bucket(monkeypatch):
     warm_up(optimizer, 1, 1)
     left = []
 
-    class Counting(pipeline.CompressedBucket):
+    class Counting(frozen.CompressedBucket):
         def __init__(self, *args, **kwargs):
             left.append(sum("exp_avg" in state for state in optimizer.state.values()))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "CompressedBucket", Counting)
+    monkeypatch.setattr(frozen, "CompressedBucket", Counting)
     freeze(optimizer, block_size=8, bucket_cap_mb=64 * 4 / 2**20)
     assert left == [4, 3, 2, 1]
 
@@ -567,7 +567,7 @@ def test_outstanding_errors_can_be_taken_over():
         other_optimizer, other = start()
         before = other.outstanding()
         errors = dict(zip(params_of(other_optimizer), (saved[p] for p in params_of(optimizer)), strict=True))
-        other.add_outstanding_(errors)
+        other.add_errors_(compressed.worker_errors(), compressed.server_errors())
         for p, error in other.outstanding().items():
             assert torch.allclose(error, before[p] + errors[p], rtol=1e-12)
 

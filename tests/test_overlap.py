@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from trainers import Classifier, adam, fit, make_trainer, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, pipeline
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, frozen
 from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.comm.allreduce import CompressedBucket
 from lightning_onebit.comm.groups import new_groups
@@ -385,7 +385,7 @@ def test_an_exception_in_an_exchange_ends_every_rank_with_the_cause(overlap, ran
 def test_the_codec_in_use_is_said(caplog, monkeypatch):
     def fn(rank, codec):
         if codec == "reference":
-            monkeypatch.setattr(pipeline, "make_codec", lambda config, **_: ReferenceCodec(block_size=config.block_size))
+            monkeypatch.setattr(frozen, "make_codec", lambda config, **_: ReferenceCodec(block_size=config.block_size))
         caplog.clear()
         with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
