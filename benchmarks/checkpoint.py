@@ -103,10 +103,8 @@ def main() -> int:
                     folder = Path(tempfile.mkdtemp(dir=settings.folder))
                     with Loopback(nodes=nodes) as network:
                         args = (save_and_resume, name, settings.layers, nodes, folder)
-                        slowest = [
-                            max(each) for each in zip(*network.call(*args, timeout_seconds=settings.timeout), strict=True)
-                        ]
-                    seconds[name].append((slowest[0], slowest[1]))
+                        saves, loads = zip(*network.call(*args, timeout_seconds=settings.timeout), strict=True)
+                    seconds[name].append((max(saves), max(loads)))
                     parts = [part.stat().st_size for part in folder.glob("*.onebit/*")]
                     sizes[name] = ((folder / f"{name}.ckpt").stat().st_size, parts)
                     shutil.rmtree(folder)
@@ -123,7 +121,8 @@ def main() -> int:
         print(f"checkpoint: {error}", file=sys.stderr)
         return 1
     header = ("ranks", "strategy", ".ckpt, bytes/parameter", "part of a rank, bytes/parameter", "save, ms", "load, ms")
-    about = f"{parameters:,} float32 parameters, Adam; {settings.repetitions} repetitions, median [quartiles] of the slowest rank"
+    repeated = f"{settings.repetitions} repetitions, median [quartiles] of the slowest rank"
+    about = f"{parameters:,} float32 parameters, Adam; {repeated}"
     text = "\n\n".join([describe(facts), about, table(header, rows)])
     print(text)
     if settings.out is not None:
