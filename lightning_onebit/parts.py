@@ -26,8 +26,9 @@ from fsspec.implementations.local import LocalFileSystem
 FOLDER_SUFFIX = ".onebit"
 VERSION = 2
 META = "meta"
-MISSING, DAMAGED, FOREIGN, WORLD_SIZE, SPACE = PROBLEMS = (
+MISSING, UNREADABLE, DAMAGED, FOREIGN, WORLD_SIZE, SPACE = PROBLEMS = (
     "missing",
+    "unreadable",
     "damaged",
     "of another checkpoint",
     "of another number of ranks",
@@ -93,13 +94,14 @@ class Parts:
                 ):
                     raise PartError(FOREIGN, path)
                 yield part
-        except FileNotFoundError as error:
-            raise PartError(MISSING, path) from error
+        except OSError as error:
+            raise PartError(MISSING if isinstance(error, FileNotFoundError) else UNREADABLE, str(error)) from error
 
     def remove(self, rank: int, world_size: int, *, keep: str | None = None, keep_others: int = 0) -> None:
         """Remove this rank's parts, and those of ranks that there were in an earlier, larger run; the folder, too, if empty.
 
-        Every rank removes its own, so that nothing is removed which another rank has just written.
+        Every rank removes its own, so that nothing is removed which another rank has just written. What cannot be removed
+        stays.
 
         Args:
             rank: this rank.
@@ -107,19 +109,16 @@ class Parts:
             keep: the save whose part stays.
             keep_others: how many others stay, the newest.
         """
-        if not self._filesystem.isdir(self.folder):
-            return
         own = []
-        for entry in self._filesystem.ls(self.folder, detail=False):
-            save_id, _, owner = os.path.basename(entry).removesuffix(".npz").rpartition("-rank-")
-            if owner.isdigit() and int(owner) % world_size == rank and save_id != keep:
-                own.append(entry)
-        own.sort(key=self._filesystem.modified)
-        for entry in own[: max(0, len(own) - keep_others)]:
-            with suppress(FileNotFoundError):
+        with suppress(OSError):  # there is no folder, or another rank was faster; and whoever is last removes it
+            for entry in self._filesystem.ls(self.folder, detail=False):
+                save_id, _, owner = os.path.basename(entry).removesuffix(".npz").rpartition("-rank-")
+                if owner.isdigit() and int(owner) % world_size == rank and save_id != keep:
+                    own.append(entry)
+            own.sort(key=self._filesystem.modified)
+            for entry in own[: max(0, len(own) - keep_others)]:
                 self._filesystem.rm_file(entry)
-        if keep is None:
-            with suppress(OSError):  # others are not done yet, or were faster
+            if keep is None:
                 self._filesystem.rmdir(self.folder)
 
 
@@ -152,7 +151,7 @@ def part_errors() -> Iterator[None]:
     """Within, whatever is raised by what a part holds is a :class:`PartError`."""
     try:
         yield
-    except (FileNotFoundError, PartError):
+    except (OSError, PartError):
         raise
     except (Exception, MemoryError) as error:  # zipfile, json and numpy each have their own
         raise PartError(DAMAGED, f"{type(error).__name__}: {error}") from error

@@ -56,8 +56,10 @@ class SavedPhases(TwoPhases):
         in_warmup = self._phase is Phase.WARMUP
         waiting = {name: p.grad for p, name in self._names.items() if self._has_waiting_gradients and p.grad is not None}
         wants_parts = not (in_warmup or self._is_pending) or bool(waiting)
-        # Rank 0 decides, and names the save.
-        number = Communicator().broadcast_int(secrets.randbits(62) if wants_parts else 0, device=self.root_device)
+        # Rank 0 decides, and names the save. Nobody begins before all others have ended what they did with files.
+        named = torch.tensor(secrets.randbits(62) if wants_parts and self.is_global_zero else 0, device=self.root_device)
+        Communicator().all_reduce_max_(named)
+        number = int(named)
         if in_warmup and not number and not self._ddp_buckets:
             return None
         save_id = f"{number:016x}" if number else None
