@@ -535,6 +535,22 @@ def test_a_plain_checkpoint_with_a_stable_variance_goes_straight_into_compressio
     assert same_params(first, second)
 
 
+def test_a_checkpoint_right_after_the_freeze_is_that_of_the_warmup(tmp_path):
+    """Plain DDP goes on from it as from its own, momentum included."""
+    ours, ddps = tmp_path / "ours.ckpt", tmp_path / "ddp.ckpt"
+
+    def fn(rank):
+        run(2, callbacks=[SaveAt(ours, FREEZE)])
+        fit("ddp", 2, batches=BATCHES, callbacks=[SaveAt(ddps, FREEZE)], model=Stepwise())
+
+    run_trainers(2, fn)
+    first, second = (torch.load(path, weights_only=True) for path in (ours, ddps))
+    assert (first[CHECKPOINT_KEY]["phase"], first[CHECKPOINT_KEY]["is_pending"]) == ("COMPRESSED", True)
+    for index, entry in second["optimizer_states"][0]["state"].items():
+        assert entry["exp_avg"].any()
+        assert all(torch.equal(first["optimizer_states"][0]["state"][index][key], value) for key, value in entry.items())
+
+
 def test_model_checkpoint_saves_and_a_weights_only_file_has_no_extra_state(tmp_path):
     def fn(rank):
         full = pl.callbacks.ModelCheckpoint(tmp_path / "full", every_n_train_steps=7, save_top_k=-1)
