@@ -79,7 +79,10 @@ def optimizer_facts(optimizers: Sequence[Optimizer], names: Mapping[Tensor, str]
 
 
 def precision_facts(precision: Precision) -> dict[str, str]:
-    return {"precision": str(precision.precision), "loss scaling": repr(uses_loss_scaling(precision))}
+    """What is computed in which dtype, and how losses are scaled: scalers must skip the same steps."""
+    scaler = getattr(precision, "scaler", None)
+    scaling = repr(scaler.state_dict()) if scaler is not None and uses_loss_scaling(precision) else "none"
+    return {"precision": str(precision.precision), "loss scaling": scaling}
 
 
 def trainer_facts(trainer: pl.Trainer) -> dict[str, str]:

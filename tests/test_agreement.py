@@ -11,6 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import run_ranks, run_trainers
+from test_precision import mixed16
 from test_several_optimizers import Messages
 from torch import nn
 from trainers import Classifier, fit, same_params
@@ -215,6 +216,7 @@ MISMATCHES = {
     "clipping": ({"gradient_clip_val": 0.5}, says("gradient_clip_val", None, 0.5)),
     "accumulation": ({"accumulate_grad_batches": 2}, says("accumulate_grad_batches", 1, 2)),
     "steps": ({"max_steps": 3}, says("max_steps", -1, 3)),
+    "scale": ({"plugins": [mixed16(init_scale=4.0)]}, "loss scaling: none on rank 0, but {'scale': 4.0"),
     "precision": ({"precision": "bf16-mixed"}, says("precision", "32-true", "bf16-mixed")),
 }
 
