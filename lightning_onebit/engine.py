@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
@@ -16,6 +16,7 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.consensus import Consensus
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.frozen import Run
 from lightning_onebit.optim import method_for, parameters_of
@@ -58,7 +59,7 @@ class CompressedOptimizer:
         self.communicator = communicator
         self._names = names
         method_type = method_for(optimizer)
-        self._check_second_moments()
+        check_second_moments(optimizer, names)
         self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
 
         self._overlap = overlap and communicator.world_size > 1
@@ -91,6 +92,7 @@ class CompressedOptimizer:
         self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
         self._anticipated = 0
         self._arrived: set[Tensor] = set()
+        self.consensus = Consensus(optimizer, self._parameters, communicator, names, self._device)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
@@ -140,8 +142,11 @@ class CompressedOptimizer:
         Returns:
             False if the step was skipped on all ranks, with all state untouched, because a gradient was infinite or NaN
             on one of them, or one of them wanted it.
+
+        Raises:
+            RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, are not the same.
+            RuntimeError: if the optimizer has other parameters than when it was frozen.
         """
-        self._check_same_parameters()
         if self._overlap:
             # Whatever this rank has heard of its gradients: all ranks exchange all buckets, or none would know what to do.
             for pipeline, _ in self._order[self._anticipated :]:
@@ -150,6 +155,7 @@ class CompressedOptimizer:
             self._arrived.clear()
         with record_function("onebit::agree"):
             finite, active = self._agree(skip=skip)
+        self._check_same_parameters()
         self.communicator.counters.steps += 1
         for pipeline in self._pipelines:
             if finite:
@@ -157,6 +163,10 @@ class CompressedOptimizer:
             elif self._overlap:
                 pipeline.take_back()
         self._steps += finite
+        if finite:
+            self.consensus.forget_nonfinite()
+        else:
+            self.consensus.note_nonfinite()
         return finite
 
     @torch.no_grad()
@@ -167,6 +177,8 @@ class CompressedOptimizer:
         same reason a rank without any gradient gets one of zeros if another rank has one.
         """
         finite, active = self._agree()
+        if not finite:
+            self.consensus.note_nonfinite()
         p = next((p for p, is_active in active.items() if is_active and p.numel()), None)
         if p is None:
             return
@@ -189,12 +201,15 @@ class CompressedOptimizer:
         params = parameters_of(self.optimizer)
         with_gradient = [p for p in params if p.grad is not None]
         if self.communicator.world_size == 1:
-            return clip_grad_norm_(with_gradient, max_norm)
-        sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
-        sketch.add_([p.grad for p in params], [p.numel() for p in params])
-        self.communicator.all_reduce_mean_(sketch.buckets)
-        norm = sketch.norm()
-        clip_grads_with_norm_(with_gradient, max_norm, norm)
+            norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        else:
+            sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
+            sketch.add_([p.grad for p in params], [p.numel() for p in params])
+            self.communicator.all_reduce_mean_(sketch.buckets)
+            norm = sketch.norm()
+        # A norm that is NaN would make NaN of all gradients, and hide where it came from. Divided by infinity, only what is
+        # not finite becomes NaN.
+        clip_grads_with_norm_(with_gradient, max_norm, norm.nan_to_num(nan=torch.inf, posinf=torch.inf))
         return norm
 
     @torch.no_grad()
@@ -301,16 +316,19 @@ class CompressedOptimizer:
 
     def _agree(self, *, skip: bool = False) -> tuple[bool, dict[Tensor, bool]]:
         """Whether all gradients of all ranks are finite and none wants to skip; which parameters have one on any rank."""
-        params = [p for pipeline in self._pipelines for p in pipeline.parameters]
-        flags = torch.tensor([0, *(p.grad is not None for p in params)], dtype=torch.int32, device=self._device)
         if self._overlap:
             finite = all(pipeline.all_finite for pipeline in self._pipelines)
         else:
-            finite = all_finite([p.grad for p in params if p.grad is not None])
-        flags[0] = skip or not finite
-        self.communicator.all_reduce_max_(flags)
-        any_skips, *active = flags.tolist()
-        return not any_skips, {p: bool(flag) for p, flag in zip(params, active, strict=True)}
+            finite = all_finite([p.grad for p in self._parameters if p.grad is not None])
+        return self.consensus.reach(skip=skip or not finite, changed=self._changed_parameters())
+
+    def _changed_parameters(self) -> list[Tensor]:
+        now = _group_indices(self.optimizer)
+        return [*self.added_parameters(), *(p for p, index in self._group_of.items() if now.get(p) != index)]
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for pipeline in self._pipelines for p in pipeline.parameters]
 
     def _average_gradients_(self) -> None:
         _, active = self._agree()
@@ -321,21 +339,30 @@ class CompressedOptimizer:
             p.grad = unflatten_like(mean, p)
 
     def _check_same_parameters(self) -> None:
-        now = _group_indices(self.optimizer)
-        if self.added_parameters() or any(now.get(p) != index for p, index in self._group_of.items()):
+        if self._changed_parameters():
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
             )
 
-    def _check_second_moments(self) -> None:
-        for p, state in self.optimizer.state.items():
-            if "exp_avg_sq" in state and not torch.isfinite(state["exp_avg_sq"]).all():
-                raise ValueError(
-                    f"Cannot freeze: the second moment of {self._names.get(p, 'a parameter')!r} holds infinite or NaN"
-                    " values, so the warm-up has already diverged. HINT: resume from an earlier checkpoint with a"
-                    " smaller learning rate or with gradient clipping."
-                )
+
+def check_second_moments(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Raise ``ValueError`` if a second moment is infinite or NaN: such a warm-up cannot go on compressed."""
+    diverged = [repr(names.get(p, "a parameter")) for p in diverged_parameters(optimizer)]
+    if diverged:
+        more = f" and {len(diverged) - 3} more" if len(diverged) > 3 else ""
+        raise ValueError(
+            f"Cannot freeze: the second moment of {', '.join(diverged[:3])}{more} holds infinite or NaN values, so the"
+            " warm-up has already diverged, as it would under plain DDP. HINT: resume from an earlier checkpoint with a"
+            " smaller learning rate or with gradient clipping."
+        )
+
+
+def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Those whose second moment is infinite or NaN somewhere, and will stay so."""
+    return [
+        p for p, state in optimizer.state.items() if "exp_avg_sq" in state and not torch.isfinite(state["exp_avg_sq"]).all()
+    ]
 
 
 def _group_indices(optimizer: Optimizer) -> dict[Tensor, int]:

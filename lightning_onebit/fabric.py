@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from lightning_onebit.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import Division
-from lightning_onebit.grad_scaler import uses_loss_scaling
+from lightning_onebit.facts import criterion_facts, module_facts, optimizer_facts, precision_facts, strategy_facts
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.saved_phases import SavedPhases
@@ -43,11 +44,12 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
     Args:
         criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
         total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
-        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next four.
+        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next five.
         scale: likewise.
         space: likewise.
         hierarchical: likewise.
         bucket_cap_mb: likewise.
+        max_skipped_steps: likewise.
         **kwargs: every argument of :class:`lightning.fabric.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
@@ -69,6 +71,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         space: Space = "update",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
         if total_steps is not None and total_steps < 1:
@@ -77,7 +80,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         # Never overlapped: a training loop may do anything to gradients between backward and step.
-        self._set_up_phases(config, overlap=False, hierarchical=hierarchical)
+        self._set_up_phases(config, overlap=False, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps)
         self.switch = PhaseSwitch(criterion)
         self.total_steps = total_steps
         self._first_step = True
@@ -94,8 +97,11 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     @override
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
-        self._check_still_warming_up("a model")
-        check_module(module)
+        with self._agreement("model or strategy") as facts:
+            self._check_still_warming_up("a model")
+            check_module(module)
+            facts.update({**strategy_facts(self), **module_facts(module), **precision_facts(self.precision)})
+            facts.update({**criterion_facts([self.switch.criterion]), "total_steps": repr(self.total_steps)})
         model = super().setup_module(module)
         self._modules.append(module)
         self._names.update({p: name for name, p in module.named_parameters()})
@@ -104,8 +110,10 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        self._check_still_warming_up("an optimizer")
-        check_optimizer(optimizer, self._names)
+        with self._agreement("optimizers") as facts:
+            self._check_still_warming_up("an optimizer")
+            check_optimizer(optimizer, self._names)
+            facts.update(optimizer_facts([optimizer], self._names))
         if not self._steps:
             self._warn_if_alone()
         self._steps[optimizer] = 0
@@ -139,11 +147,12 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
             " parameters before, or set the module up once more"
         )
         if self._compressed_of(optimizer) is None:
-            output = super().optimizer_step(optimizer, **kwargs)
+            with self._counting_skips(optimizer):
+                output = super().optimizer_step(optimizer, **kwargs)
             self.comm_stats[Phase.WARMUP].steps += 1
         else:
             self._agree_on_infinities(optimizer)
-            with self._compressed_step(optimizer):
+            with self._counting_skips(optimizer), self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
         self._has_waiting_gradients = False
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
@@ -151,8 +160,8 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     @property
     @override
-    def _scales_losses(self) -> bool:
-        return uses_loss_scaling(self.precision)
+    def _precision_in_use(self) -> Precision:
+        return self.precision
 
     def _agree_on_infinities(self, optimizer: Optimizer) -> None:
         """Before gradients are unscaled: see :mod:`lightning_onebit.grad_scaler`. Collective; doing it twice is no harm."""

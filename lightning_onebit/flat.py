@@ -45,3 +45,9 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is infinite or NaN."""
     # One pass at the speed of memory nearly always answers: a finite norm has finite elements. The reverse does not hold.
     return bool(torch.isfinite(get_total_norm(tensors))) or all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def all_within(tensors: Sequence[Tensor], limit: float) -> bool:
+    """Whether no magnitude is above ``limit``; NaN is."""
+    # Python's numbers are compared: in float16 a limit of 1e30 would be infinite.
+    return float(get_total_norm(tensors)) <= limit or all(float(t.abs().amax()) <= limit for t in tensors if t.numel())

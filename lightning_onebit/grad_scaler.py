@@ -26,6 +26,12 @@ def uses_loss_scaling(precision: Precision) -> bool:
     return scaler is not None and scaler.is_enabled()
 
 
+def loss_scale(precision: Precision) -> float | None:
+    """The scale of the next loss; ``None`` if losses are not scaled."""
+    scaler = getattr(precision, "scaler", None)
+    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else None
+
+
 def with_agreement(closure: Callable[[], Any], compressed: CompressedOptimizer) -> Callable[[], Any]:
     """``closure``, which runs backward, and then an infinity for everyone if anyone has one. Collective."""
 

@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_VALUE = 1e30
+"""Nothing larger is quantized: scales travel as float32, and what error feedback adds up must stay far below 3e38, or an
+infinity would stay in it for ever."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalMomentum:
@@ -15,7 +19,7 @@ class LocalMomentum:
 
         decay * u + weight * clamp(gradient / (sqrt(second_moment) + eps), -kappa, kappa)
 
-    and ``decay * u + weight * gradient`` for a method without preconditioner.
+    and ``decay * u + weight * clamp(gradient, -kappa, kappa)`` for a method without preconditioner.
     """
 
     gradient: Tensor
@@ -32,13 +36,13 @@ class LocalMomentum:
         # No fused multiply-add (`alpha=`) anywhere: it rounds differently in vectorized loops and in their
         # remainders, and the result would depend on how a parameter was cut into segments.
         if self.second_moment is None:
-            torch.mul(self.gradient, self.weight, out=workspace)
+            torch.clamp(self.gradient, -self.kappa, self.kappa, out=workspace)
         else:
             moment = self.second_moment
             square_root_(moment if moment.dtype == workspace.dtype else workspace.copy_(moment), out=workspace)
             torch.div(self.gradient, workspace.add_(self.eps), out=workspace)
-            workspace.clamp_(-self.kappa, self.kappa).mul_(self.weight)
-        target.add_(workspace)
+            workspace.clamp_(-self.kappa, self.kappa)
+        target.add_(workspace.mul_(self.weight))
 
 
 def square_root_(values: Tensor, out: Tensor) -> None:

@@ -58,7 +58,8 @@ class NormSketch:
 
     def norm(self) -> Tensor:
         """Estimate of the vector's L2 norm, 0-d."""
-        return torch.linalg.vector_norm(self.buckets)
+        # In float32 the squares of a large gradient's buckets would be beyond it.
+        return torch.linalg.vector_norm(self.buckets, dtype=torch.float64).float()
 
     def _fold_(self, flat: Tensor, element: int) -> None:
         """Add a flat tensor whose first element is number ``element`` of the vector."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,13 +22,16 @@ from typing_extensions import override
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
-from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
+from lightning_onebit.facts import module_facts, optimizer_facts, strategy_facts, trainer_facts
+from lightning_onebit.grad_scaler import with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.parts import Parts
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.saved_phases import SavedPhases
 from lightning_onebit.twin import HINT, comes_from_twin
+
+ABOUT_MODEL = "model or strategy"
 
 
 class OneBitDDPStrategy(SavedPhases, DDPStrategy):
@@ -46,6 +50,9 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
             the former, a quarter of the model, between 4 and 25, for the latter.
+        max_skipped_steps: a run that skips this many steps in a row, because gradients are infinite or NaN, ends with an
+            error that names the parameters; ``None``: never. Steps that a loss scaler skips count where its scale is
+            down to 1.
         **kwargs: every argument of :class:`~lightning.pytorch.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
@@ -62,13 +69,16 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
-        self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
+        self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps)
         self._final_snapshot: Snapshot | None = None
+        self._has_stated_model = False
+        self._some_are_frozen = False
 
     # Set-up
 
@@ -90,7 +100,22 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         super().configure_ddp()  # calls :meth:`_setup_model`
 
     @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        self._has_stated_model = False
+        try:
+            super().setup(trainer)
+        except Exception:
+            if trainer.state.fn == TrainerFn.FITTING and not self._has_stated_model:
+                with self._agreement(ABOUT_MODEL):  # where the others are waiting
+                    raise
+            raise
+
+    @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        self._has_stated_model = True
+        with self._agreement(ABOUT_MODEL) as facts:
+            facts.update({**strategy_facts(self), **module_facts(model)})
+        self._some_are_frozen = not all(p.requires_grad for p in model.parameters())
         wrapped = super()._setup_model(model)
         self._communicate_for(wrapped)
         self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
@@ -99,6 +124,12 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        with self._agreement("optimizers or Trainer") as facts:
+            self._set_up_optimizers(trainer)
+            facts.update({**optimizer_facts(self.optimizers, self._names), **trainer_facts(trainer)})
+            facts["exchanges start during backward"] = repr(self._overlaps)
+
+    def _set_up_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
         self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
@@ -148,7 +179,13 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         added = self._added_parameters()
-        if self._unaveraged():
+        unaveraged = self._unaveraged()
+        if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
+            with self._agreement("which parameters are trained from this batch on") as facts:
+                facts["begin to train"] = ", ".join(
+                    self._names.get(p, "a parameter") for p in dict.fromkeys([*unaveraged, *added])
+                )
+        if unaveraged:
             self._averaged.clear()
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
             self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
@@ -183,8 +220,8 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
 
     @property
     @override
-    def _scales_losses(self) -> bool:
-        return uses_loss_scaling(self.precision_plugin)
+    def _precision_in_use(self) -> Precision:
+        return self.precision_plugin
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
@@ -211,12 +248,13 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             )
         compressed = self._compressed_of(optimizer)
         if compressed is None:
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            with self._counting_skips(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
             self.comm_stats[self._phase].steps += 1
         else:
             if self._scales_losses:
                 closure = with_agreement(closure, compressed)
-            with self._compressed_step(optimizer):
+            with self._counting_skips(optimizer), self._compressed_step(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._has_waiting_gradients = False
         return output

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -16,17 +17,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_onebit.codec.reference import ReferenceCodec
+from lightning_onebit.comm.agreement import agreement
 from lightning_onebit.comm.groups import ExchangeGroups, new_groups
 from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.division import Division, listed
-from lightning_onebit.engine import CompressedOptimizer
-from lightning_onebit.grad_scaler import found_inf_after_unscaling_
+from lightning_onebit.engine import CompressedOptimizer, check_second_moments
+from lightning_onebit.flat import all_finite
+from lightning_onebit.grad_scaler import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.replaced_step import replaced_step
+from lightning_onebit.skipped_steps import Found, SkippedSteps, check_max_skipped_steps
 from lightning_onebit.stats import CommStats
 from lightning_onebit.topology import Topology
 
@@ -38,6 +42,7 @@ class TwoPhases:
         optimizers: list[Optimizer]
         num_nodes: int
         _timeout: timedelta | None
+        _ddp_kwargs: dict[str, Any]
 
         @property
         def num_processes(self) -> int: ...
@@ -53,9 +58,16 @@ class TwoPhases:
         def is_global_zero(self) -> bool: ...
         @property
         def root_device(self) -> torch.device: ...
+        @property
+        def _precision_in_use(self) -> Precision: ...
 
     def _set_up_phases(
-        self, config: CompressionConfig, *, overlap: bool | Literal["auto"], hierarchical: bool | Literal["auto"]
+        self,
+        config: CompressionConfig,
+        *,
+        overlap: bool | Literal["auto"],
+        hierarchical: bool | Literal["auto"],
+        max_skipped_steps: int | None,
     ) -> None:
         """To be called by ``__init__``. Nothing here may be a lock, a thread or a process group: spawning pickles it."""
         for name, value in (("overlap", overlap), ("hierarchical", hierarchical)):
@@ -64,11 +76,13 @@ class TwoPhases:
         self.config = config
         self.overlap = overlap
         self.hierarchical = hierarchical
+        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
         self.comm_stats = CommStats()
         self._hook_state: HookState | None = None
         self._compressed: dict[Optimizer, CompressedOptimizer] = {}
         self._division = Division(compressed=[], dense={})
         self._steps: dict[Optimizer, int] = {}
+        self._skipped: dict[Optimizer, SkippedSteps] = {}
         self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
         self._averaged: set[Tensor] = set()
@@ -94,6 +108,14 @@ class TwoPhases:
         """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
         return min((self._steps[optimizer] for optimizer in self._division.compressed), default=0)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that all ranks skipped because a gradient was infinite or NaN, those of all optimizers added up.
+
+        In warm-up, which is plain DDP, only a loss scaler skips steps.
+        """
+        return sum(skipped.total for skipped in self._skipped.values())
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
 
@@ -101,6 +123,7 @@ class TwoPhases:
         quantized: training goes on as exact Adam with a frozen second moment.
 
         Raises:
+            ValueError: if a second moment is infinite or NaN.
             RuntimeError: outside a running training, or before every optimizer that can be compressed has made a step.
         """
         if self._phase is Phase.COMPRESSED:
@@ -116,6 +139,9 @@ class TwoPhases:
                 f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
                 " yet. HINT: call it after a step."
             )
+        with self._agreement("the second moments to be frozen"):
+            for optimizer in self._division.compressed:
+                check_second_moments(optimizer, self._names)
         self._enter_compressed_phase()
 
     def resume_warmup(self) -> None:
@@ -168,6 +194,10 @@ class TwoPhases:
                 f"{type(self).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
                 " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
             )
+
+    def _agreement(self, about: str) -> AbstractContextManager[dict[str, str]]:
+        """Within, this rank states what must be the same on all. Not counted: it is no part of training."""
+        return agreement(Communicator(), self.root_device, about=about)
 
     def _communicate_for(self, model: DistributedDataParallel) -> None:
         """Take over DDP's communication of gradients. Collective for the first model of a run."""
@@ -230,12 +260,34 @@ class TwoPhases:
     @property
     def _scales_losses(self) -> bool:
         """Whether a loss scaler decides which steps are made."""
-        return False
+        return uses_loss_scaling(self._precision_in_use)
 
     def _watch(self, optimizer: Optimizer) -> None:
         """Guard the optimizer's steps, and count those of the warm-up."""
         self._hooks.append(optimizer.register_step_pre_hook(self._guard))
         self._hooks.append(optimizer.register_step_post_hook(self._count_warmup_step))
+
+    @contextmanager
+    def _counting_skips(self, optimizer: Optimizer) -> Iterator[None]:
+        """Within, the optimizer is asked for a step. In warm-up only a loss scaler refuses it, for averaged gradients."""
+        steps = self._steps.get(optimizer)
+        yield
+        if steps is None or optimizer not in self._division.compressed:
+            return
+        compressed = self._compressed.get(optimizer)
+        skipped = self._skipped.setdefault(
+            optimizer, SkippedSteps(self.max_skipped_steps, optimizer=type(optimizer).__name__)
+        )
+        if self._steps[optimizer] > steps:
+            skipped.made()
+        elif compressed is not None and compressed.consensus.found_nonfinite:
+            found_by = compressed.consensus.nonfinite_gradients
+            skipped.skipped(found_by, self._names, scale=loss_scale(self._precision_in_use))
+            compressed.consensus.forget_nonfinite()
+        elif compressed is None and self._scales_losses:
+            found: Found = {p: () for p in parameters_of(optimizer) if p.grad is not None and not all_finite([p.grad])}
+            if found:
+                skipped.skipped(lambda: found, self._names, scale=loss_scale(self._precision_in_use))
 
     @contextmanager
     def _compressed_step(self, optimizer: Optimizer) -> Iterator[None]:
@@ -255,8 +307,6 @@ class TwoPhases:
     def _step_compressed(self, optimizer: Optimizer) -> None:
         if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
             self._steps[optimizer] += 1
-        elif not self._scales_losses:  # which skips steps all the time, to find its scale
-            rank_zero_warn("A gradient was infinite or NaN on at least one rank: all ranks skip this step.")
 
     def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
@@ -297,18 +347,19 @@ class TwoPhases:
         assert self._hook_state is not None
         self._lane.close()
         self._lane = make_lane(self.root_device) if self.world_size > 1 else InlineLane()
-        self._compressed = {
-            optimizer: CompressedOptimizer(
-                optimizer,
-                self.config,
-                self._hook_state.communicator,
-                self._names,
-                groups=self._groups,
-                lane=self._lane,
-                overlap=self._overlaps,
-            )
-            for optimizer in self._division.compressed
-        }
+        with self._agreement("the switch to compression"):
+            self._compressed = {
+                optimizer: CompressedOptimizer(
+                    optimizer,
+                    self.config,
+                    self._hook_state.communicator,
+                    self._names,
+                    groups=self._groups,
+                    lane=self._lane,
+                    overlap=self._overlaps,
+                )
+                for optimizer in self._division.compressed
+            }
         if self._overlaps:
             (compressed,) = self._compressed.values()
             self._hook_state.gradients_ready = compressed.gradients_ready
@@ -368,6 +419,7 @@ class TwoPhases:
         self._division = Division(compressed=[], dense={})
         self._averaged.clear()
         self._steps.clear()
+        self._skipped.clear()
         self.comm_stats = CommStats()
 
     def _release(self, *, after_failure: bool) -> None:

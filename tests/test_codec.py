@@ -441,9 +441,9 @@ def test_blocks_do_not_see_a_dead_one_beside_them(kind, scale):
 def random_momentum(numel, dtype=torch.float32, second_moment="same"):
     """Adam's, with a second moment of ``dtype`` or of another, or none."""
     gradient = random_values(numel, dtype, seed=100)
-    if second_moment is None:
-        return LocalMomentum(gradient=gradient, second_moment=None, decay=0.9, weight=0.1)
     gradient[::97] *= 1e4  # reaches the clamp
+    if second_moment is None:
+        return LocalMomentum(gradient=gradient, second_moment=None, decay=0.9, weight=0.1, kappa=31.6)
     moment = random_values(numel, dtype, seed=101).square()
     moment[5::50] = 0.0
     moment = moment if second_moment == "same" else moment.to(second_moment)
@@ -494,7 +494,8 @@ def momentum_values(error, previous, momentum, block_size):
     gradient = momentum.gradient.double().numpy()
     if momentum.second_moment is not None:
         denominator = np.sqrt(momentum.second_moment.double().numpy()) + momentum.eps
-        gradient = np.clip(gradient / denominator, -momentum.kappa, momentum.kappa)
+        gradient = gradient / denominator
+    gradient = np.clip(gradient, -momentum.kappa, momentum.kappa)
     return error.double().numpy() + momentum.decay * u + momentum.weight * gradient
 
 

@@ -366,7 +366,7 @@ def test_bytes_between_nodes_are_an_lth_of_the_flat_exchange(nodes):
         assert sent == flat_between_nodes / local_world_size
         to_others = (local_world_size - 1) / local_world_size
         assert within == to_others * 4 * numel + to_others * encoded_nbytes
-        assert agreement == flat_agreement < 20  # two integers
+        assert agreement == flat_agreement < 32  # four integers
 
 
 def test_groups_are_where_they_are_counted():

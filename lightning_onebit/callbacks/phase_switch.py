@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.engine import diverged_parameters
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.strategy import strategy_of
@@ -89,12 +90,16 @@ class PhaseSwitch(Callback):
         previous, self._last_step = self._last_step, step
         if step == previous or not self._plan.observes(step, previous):
             return
-        verdict = None
+        verdict, diverged = None, False
         if strategy.is_global_zero:
             now = observe(step, strategy.compressed_optimizers, module)
-            verdict = self._judge(now, steps_between=step - previous)
+            if not all(math.isfinite(variance) for variance in now.variances.values()):  # or only their sum is infinite
+                diverged = any(diverged_parameters(optimizer) for optimizer in strategy.compressed_optimizers)
+            if not diverged:
+                verdict = self._judge(now, steps_between=step - previous)
         # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
-        if strategy.broadcast_decision(verdict is not None and verdict.freeze):
+        # A second moment that has diverged stays so: to freeze it is refused on all ranks, so why train on till then?
+        if strategy.broadcast_decision(diverged or (verdict is not None and verdict.freeze)):
             if verdict is not None:
                 announce = rank_zero_warn if verdict.forced else rank_zero_info
                 anew = f" (step {step} of this warm-up)" if self._start else ""

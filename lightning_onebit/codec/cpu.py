@@ -98,13 +98,13 @@ class CpuCodec(ReferenceCodec):
         # As `momentum.add_gradient_`, whose calls cost more.
         term, array = work.reals, work.reals_array
         if momentum.second_moment is None:
-            torch.mul(momentum.gradient, momentum.weight, out=term)
+            torch.clamp(momentum.gradient, -momentum.kappa, momentum.kappa, out=term)
         else:
             moment = momentum.second_moment
             np.sqrt(moment.numpy() if moment.dtype == term.dtype else term.copy_(moment).numpy(), out=array)
             np.add(array, momentum.eps, out=array)
             torch.div(momentum.gradient, term, out=term).clamp_(-momentum.kappa, momentum.kappa)
-            np.multiply(array, momentum.weight, out=array)
+        np.multiply(array, momentum.weight, out=array)
         out.add_(term)
 
     @override

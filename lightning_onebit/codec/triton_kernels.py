@@ -187,9 +187,9 @@ def _momentum_kernel(
         # 1 where there is none: without eps, 0 / 0 would be NaN.
         moment = tl.load(second_moment + element, mask=exists, other=1.0).to(dtype)
         term = _divide(term, _sqrt(moment) + tl.full((), eps, dtype))
-        bound = tl.full((), kappa, dtype)
-        term = tl.maximum(term, -bound, propagate_nan=tl.PropagateNan.ALL)
-        term = tl.minimum(term, bound, propagate_nan=tl.PropagateNan.ALL)
+    bound = tl.full((), kappa, dtype)
+    term = tl.maximum(term, -bound, propagate_nan=tl.PropagateNan.ALL)
+    term = tl.minimum(term, bound, propagate_nan=tl.PropagateNan.ALL)
     values += term * tl.full((), weight, dtype)
 
     alive = _alive(live, exists, byte, byte_exists)

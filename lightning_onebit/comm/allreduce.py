@@ -17,7 +17,8 @@ from lightning_onebit.comm.error_feedback import ErrorFeedbackBuffers, ServedSeg
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
-from lightning_onebit.flat import all_finite
+from lightning_onebit.flat import all_within
+from lightning_onebit.momentum import LARGEST_VALUE
 
 
 class CompressedBucket:
@@ -224,7 +225,8 @@ def compressed_all_reduce(
         ``tensor``.
 
     Raises:
-        FloatingPointError: on all ranks, if a value is infinite or NaN on any; nothing has been changed then.
+        FloatingPointError: on all ranks, if a value is infinite or NaN on any, or beyond 1e30, which could overflow
+            together with what was left out before; nothing has been changed then.
         ValueError: on all ranks, if the number of elements differs between ranks; and if ``error_feedback`` does
             not fit the tensor.
     """
@@ -280,15 +282,18 @@ def bucket_starts(layouts: Sequence[BucketLayout]) -> list[int]:
 def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:
     """Fail on all ranks alike, before anything is exchanged or changed."""
     numel = tensor.numel()
-    finite = all_finite([tensor])
-    facts = torch.tensor([not finite, numel, -numel], dtype=torch.int64, device=tensor.device)
+    fits = all_within([tensor], LARGEST_VALUE)
+    facts = torch.tensor([not fits, numel, -numel], dtype=torch.int64, device=tensor.device)
     communicator.all_reduce_max_(facts)
-    any_nonfinite, largest, minus_smallest = facts.tolist()
+    some_do_not_fit, largest, minus_smallest = facts.tolist()
     if largest != -minus_smallest:
         raise ValueError(
             f"The ranks passed different numbers of elements: from {-minus_smallest} to {largest},"
             f" {numel} on rank {communicator.rank}. All must be equal."
         )
-    if any_nonfinite:
-        where = "this rank" if not finite else "another rank"
-        raise FloatingPointError(f"The tensor holds infinite or NaN values on {where}. Nothing was exchanged.")
+    if some_do_not_fit:
+        raise FloatingPointError(
+            f"The tensor holds infinite or NaN values, or values beyond {LARGEST_VALUE:g}, on"
+            f" {'another rank' if fits else 'this rank'}. Nothing was exchanged. HINT: leave this call out on all ranks, or"
+            " scale the tensor down."
+        )

@@ -33,6 +33,22 @@ def method_for(optimizer: Optimizer) -> type[CompressedMethod[Any]]:
     )
 
 
+def hyperparameters(optimizer: Optimizer) -> dict[str, str]:
+    """What the ranks must agree on, by name: the values in the parameter groups, as a schedule has set them last."""
+    return {
+        f"{type(optimizer).__name__}, group {index}, {name}": _text(value)
+        for index, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, (bool, int, float, str, tuple)) or (isinstance(value, Tensor) and value.numel() == 1)
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))})"
+    return repr(value.item()) if isinstance(value, Tensor) else repr(value)
+
+
 def parameters_of(*optimizers: Optimizer) -> list[Tensor]:
     """All parameters, in order."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from lightning_onebit.momentum import LocalMomentum, square_root_
+from lightning_onebit.momentum import LARGEST_VALUE, LocalMomentum, square_root_
 from lightning_onebit.optim.method import CompressedMethod
 
 WOKEN_VARIANCE = 1e-34
@@ -155,11 +155,15 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
             gradient = self._workspace(1, numel)
             gradient.zero_() if grad is None else gradient.copy_(grad).mul_(c.sign)
             if c.coupled_decay:
-                gradient.add_(self._workspace(0, numel).copy_(param).mul_(c.coupled_decay))
+                decay = self._workspace(0, numel).copy_(param).mul_(c.coupled_decay)
+                # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+                gradient.add_(decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
         else:
             gradient = grad
         if self.config.space == "momentum":
-            return LocalMomentum(gradient=gradient, second_moment=None, decay=c.beta1, weight=1.0 - c.beta1)
+            return LocalMomentum(
+                gradient=gradient, second_moment=None, decay=c.beta1, weight=1.0 - c.beta1, kappa=LARGEST_VALUE
+            )
         return LocalMomentum(
             gradient=gradient,
             second_moment=self._with_late_variance(exp_avg_sq, gradient, c.beta2, keep=keep),
@@ -216,6 +220,8 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         if not late.any():
             return exp_avg_sq
         adapted = exp_avg_sq.mul(beta2).sub_(gradient.square().mul_(1.0 - beta2))  # minus the new variance
+        # A square may be beyond the dtype. Under Adam the coordinate would never train again.
+        adapted.clamp_(min=torch.finfo(adapted.dtype).min)
         adapted = torch.where(late, adapted, exp_avg_sq)
         if keep:
             exp_avg_sq.copy_(adapted)
@@ -231,6 +237,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         if c.step_size and woken.any():
             squared_scale = direction.div(c.step_size).square_()
             estimate = (squared_scale / (1.0 - c.beta1)).to(exp_avg_sq.dtype)
+            estimate.clamp_(max=torch.finfo(estimate.dtype).max)
             exp_avg_sq.copy_(torch.where(woken & (estimate > 0), estimate, exp_avg_sq))
 
     def _denominator(self, exp_avg_sq: Tensor, eps: float) -> Tensor:
