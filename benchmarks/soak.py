@@ -7,7 +7,7 @@ guard, validation at the end of each epoch, and a checkpoint every so many steps
 many steps each rank counts, after collecting garbage and returning free memory to the kernel: its resident memory, Python's
 allocated blocks, file descriptors, threads (as the kernel has them), and the entries of the checkpoint folder.
 
-The first quarter is for caches to fill. Over the other three, memory and blocks are judged by the slope of Theil and Sen, the
+The first quarter is for caches to fill. Over the rest, memory and blocks are judged by the slope of Theil and Sen, the
 median of the slopes between any two samples: a few jumps of the allocator do not move it, a leak at every step, or at
 every checkpoint, does. Descriptors, threads and checkpoints may not be more, by the median, in the last quarter than in the
 second. The exit status is 1 if something grows, a run fails, a loss is infinite or NaN, or the ranks end with different
