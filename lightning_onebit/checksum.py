@@ -37,10 +37,10 @@ class Checksum:
 
     def __init__(self, device: torch.device) -> None:
         numel = CHUNK_NUMEL.get(device.type, DEFAULT_CHUNK_NUMEL)
-        powers = torch.full((numel,), MULTIPLIER, dtype=torch.int64)
+        powers = torch.full((numel,), MULTIPLIER, dtype=torch.int64, device=device)
         powers[0] = 1
         self.device = device
-        self._powers = powers.cumprod(0).to(device)
+        self._powers = powers.cumprod(0)
         self._buffer = torch.empty_like(self._powers)
 
     @torch.no_grad()

@@ -78,8 +78,9 @@ def difference_between_ranks(
         communicator: the ranks.
         device: where to compute.
     """
-    table = _checksums(parameters, state, device)
-    digest = torch.stack([Checksum(device).of_checksums(table.view(-1)), torch.tensor(len(table), device=device)])
+    checksum = Checksum(device)
+    table = _checksums(parameters, state, checksum)
+    digest = torch.stack([checksum.of_checksums(table.view(-1)), torch.tensor(len(table), device=device)])
     digests = _gathered(digest, communicator)
     if (digests == digests[0]).all():
         return None
@@ -92,7 +93,7 @@ def difference_between_ranks(
 def _checksums(
     parameters: Mapping[Tensor, str],
     state: Iterable[tuple[Tensor, Replicated, Iterable[Tensor]]],
-    device: torch.device,
+    checksum: Checksum,
 ) -> Tensor:
     """``[parameters, kinds]``, int64."""
     parts: dict[tuple[Tensor, str], list[Iterable[Tensor]]] = defaultdict(list)
@@ -100,9 +101,8 @@ def _checksums(
         parts[p, kind].append(tensors)
     for p in parameters:
         parts[p, "value"].append([p])
-    checksum = Checksum(device)
     values = [checksum.of(chain.from_iterable(parts[p, kind])) for p in parameters for kind in KINDS]
-    return torch.stack(values).view(-1, len(KINDS)) if values else torch.empty(0, len(KINDS), dtype=torch.int64)
+    return torch.stack(values).view(-1, len(KINDS))
 
 
 def _gathered(tensor: Tensor, communicator: Communicator) -> Tensor:

@@ -476,7 +476,22 @@ class InfiniteOnRank1(Words):
             self.narrow.grad.fill_(torch.inf)
 
 
+class PerRank(Classifier):
+    """A buffer, and a parameter that DDP is told to ignore, with a value of its own on each rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(3))
+        self.own = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self._ddp_params_and_buffers_to_ignore = ["own"]
+
+    def on_train_batch_end(self, *_):
+        self.moments += self.global_rank
+        self.own += self.global_rank
+
+
 RUNS = {
+    "what DDP does not keep equal": (PerRank, {}, []),
     "late rows": (Words, {}, []),
     "late rows, momentum space": (Words, {"space": "momentum"}, []),
     "overlapped": (Words, {"overlap": True, "bucket_cap_mb": 0.0005}, []),
@@ -501,6 +516,18 @@ def test_no_false_alarm(kind):
         return len(comparisons.batches)
 
     assert run_trainers(3, fn) == [40] * 3
+
+
+def test_another_fit_is_counted_anew():
+    def fn(rank):
+        comparisons = Comparisons()
+        trainer, _ = fit("onebit_ddp", 2, batches=6, callbacks=[*early_switch(), DivergenceGuard(every_n_steps=4)])
+        trainer.callbacks.insert(0, comparisons)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(trainer.lightning_module, data(6, 2))
+        return comparisons.batches
+
+    assert run_trainers(2, fn) == [[3, 5]] * 2
 
 
 def test_no_false_alarm_on_nodes_of_several_processes():
