@@ -29,8 +29,9 @@ import sys
 import tempfile
 import time
 import warnings
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
@@ -52,17 +53,17 @@ FEATURES, WIDTH, CLASSES, BATCH_SIZE = 32, 128, 10, 16
 KEPT_CHECKPOINTS = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample:
     """What one rank holds between two batches."""
 
-    step: int
+    step: float
     rss_kib: float
-    blocks: int
+    blocks: float
     """Python's allocated memory blocks: nearly one per object."""
-    descriptors: int
-    threads: int
-    checkpoints: int
+    descriptors: float
+    threads: float
+    checkpoints: float
     """Entries of the folder, before this step's one is written."""
 
 
@@ -112,6 +113,7 @@ class Gauge(pl.Callback):
         self.every = every
         self.checkpoints = checkpoints
         self.outcome = Outcome()
+        self._numbers = array("d")  # no objects of its own among those that it counts
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: dict[str, torch.Tensor], *_: object
@@ -122,7 +124,12 @@ class Gauge(pl.Callback):
         outcome.first_loss = loss if outcome.losses == 1 else outcome.first_loss
         outcome.last_loss = loss
         if trainer.global_step % self.every == 0:
-            outcome.samples.append(take_sample(trainer.global_step, self.checkpoints))
+            self._numbers.extend(astuple(take_sample(trainer.global_step, self.checkpoints)))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.outcome.samples = [
+            Sample(*numbers) for numbers in zip(*[iter(self._numbers)] * len(fields(Sample)), strict=True)
+        ]
 
 
 def take_sample(step: int, checkpoints: Path) -> Sample:
@@ -192,7 +199,7 @@ def make_data(examples: int, seed: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 # Judgement
 
 
-def slope_per_1000_steps(steps: Sequence[int], values: Sequence[float]) -> float:
+def slope_per_1000_steps(steps: Sequence[float], values: Sequence[float]) -> float:
     """Theil and Sen's: the median of the slopes between any two points."""
     points = list(zip(steps, values, strict=True))
     return 1000 * statistics.median((b - a) / (t - s) for (s, a), (t, b) in combinations(points, 2))
@@ -247,7 +254,7 @@ def rows_of(strategy: str, outcomes: Sequence[Outcome]) -> list[list[str]]:
                 f"{slope_per_1000_steps(steps, rss):+.2f}",
                 f"{slope_per_1000_steps(steps, blocks):+.2f}",
                 *(
-                    f"{min(values)}-{max(values)}"
+                    f"{min(values):.0f}-{max(values):.0f}"
                     for values in ([getattr(s, n) for s in settled] for n in ("descriptors", "threads", "checkpoints"))
                 ),
                 f"{outcome.first_loss:.3f}, {outcome.last_loss:.3f}",
@@ -319,7 +326,7 @@ def parse_arguments() -> argparse.Namespace:
         "--memory-bound", type=float, default=32.0, metavar="KIB", help="per 1000 steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--blocks-bound", type=float, default=100.0, metavar="N", help="Python's, per 1000 steps (default: %(default)s)"
+        "--blocks-bound", type=float, default=20.0, metavar="N", help="Python's, per 1000 steps (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of each run (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, and the samples beside it as .json")

@@ -518,6 +518,23 @@ def test_no_false_alarm(kind):
     assert run_trainers(3, fn) == [40] * 3
 
 
+def test_a_parameter_that_comes_during_the_run_is_compared_as_well():
+    class Grow(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 7:
+                pl_module.late = nn.Parameter(torch.zeros(3))
+                trainer.optimizers[0].add_param_group({"params": [pl_module.late]})
+            if batch_idx == 9 and trainer.global_rank == 1:
+                flip(pl_module.late, 40)
+
+    def fn(rank):
+        guard = DivergenceGuard(every_n_steps=1)
+        with pytest.raises(DivergenceError, match=r"after optimizer step 10 rank 1 .* 'late': its value\."):
+            fit("onebit_ddp", 2, batches=12, callbacks=[Grow(), *early_switch(20), guard], model=Classifier())
+
+    run_trainers(2, fn)
+
+
 def test_another_fit_is_counted_anew():
     def fn(rank):
         comparisons = Comparisons()

@@ -62,7 +62,7 @@ def test_growth_is_seen(soak, growth, text):
 
 
 def run(soak, monkeypatch, capsys):
-    command = "soak.py --steps 160 --every 20 --checkpoint-every 40 --memory-bound 20000 --blocks-bound 20000 --timeout 60"
+    command = "soak.py --steps 160 --every 20 --checkpoint-every 20 --memory-bound 20000 --blocks-bound 20000 --timeout 60"
     monkeypatch.setattr(sys, "argv", command.split())
     return soak.main(), capsys.readouterr().out
 
@@ -83,9 +83,6 @@ def test_a_leak_a_nan_and_ranks_that_differ_are_failures(soak, monkeypatch, caps
                     next(pl_module.parameters()).data.add_(1)
                 outputs = {"loss": outputs["loss"] * math.nan}
             super().on_train_batch_end(trainer, pl_module, outputs, *args)
-
-        def on_train_end(self, *args):
-            pass
 
     monkeypatch.setattr(soak, "Gauge", Leaking)
     monkeypatch.setattr(OneBitDDPStrategy, "check_ranks_agree", lambda self: None)
