@@ -519,10 +519,20 @@ def test_no_false_alarm(kind):
 
 
 def test_a_parameter_that_comes_during_the_run_is_compared_as_well():
+    class Growing(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.late = None
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if self.late is None else loss + self.late.square().sum()
+
     class Grow(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 7:
-                pl_module.late = nn.Parameter(torch.zeros(3))
+                del pl_module.late
+                pl_module.late = nn.Parameter(torch.ones(3))
                 trainer.optimizers[0].add_param_group({"params": [pl_module.late]})
             if batch_idx == 9 and trainer.global_rank == 1:
                 flip(pl_module.late, 40)
@@ -530,7 +540,7 @@ def test_a_parameter_that_comes_during_the_run_is_compared_as_well():
     def fn(rank):
         guard = DivergenceGuard(every_n_steps=1)
         with pytest.raises(DivergenceError, match=r"after optimizer step 10 rank 1 .* 'late': its value\."):
-            fit("onebit_ddp", 2, batches=12, callbacks=[Grow(), *early_switch(20), guard], model=Classifier())
+            fit("onebit_ddp", 2, batches=12, callbacks=[Grow(), *early_switch(20), guard], model=Growing())
 
     run_trainers(2, fn)
 
