@@ -62,7 +62,7 @@ def test_growth_is_seen(soak, growth, text):
 
 
 def run(soak, monkeypatch, capsys):
-    command = "soak.py --steps 160 --every 20 --checkpoint-every 20 --memory-bound 20000 --blocks-bound 20000 --timeout 60"
+    command = "soak.py --steps 160 --every 20 --checkpoint-every 10 --memory-bound 20000 --blocks-bound 20000 --timeout 60"
     monkeypatch.setattr(sys, "argv", command.split())
     return soak.main(), capsys.readouterr().out
 
