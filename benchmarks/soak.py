@@ -31,7 +31,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import combinations
 from pathlib import Path
@@ -289,7 +289,7 @@ def main() -> int:
                 outcomes = network.call(train, strategy, settings, Path(folder), timeout_seconds=settings.timeout)
             rows += rows_of(strategy, outcomes)
             found += [f"{strategy}, {text}" for text in judge(strategy, outcomes, settings)]
-            results[strategy] = outcomes
+            results[strategy] = [replace(outcome, samples=outcome.samples[::10]) for outcome in outcomes]
     except LabError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 1
@@ -329,7 +329,9 @@ def parse_arguments() -> argparse.Namespace:
         "--blocks-bound", type=float, default=20.0, metavar="N", help="Python's, per 1000 steps (default: %(default)s)"
     )
     parser.add_argument("--timeout", type=float, default=3600.0, metavar="S", help="of each run (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, and the samples beside it as .json")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the table there, and every tenth sample beside it as .json"
+    )
     settings = parser.parse_args()
     if settings.steps < 8 * settings.every:
         parser.error(f"--steps {settings.steps} are too few for eight samples, one every {settings.every} steps")
