@@ -7,8 +7,9 @@ Importing the package registers the strategies, so that ``Trainer(strategy="oneb
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_onebit.callbacks import CommMonitor, PhaseSwitch
+from lightning_onebit.callbacks import CommMonitor, DivergenceGuard, PhaseSwitch
 from lightning_onebit.comm.allreduce import ErrorFeedback, compressed_all_reduce
+from lightning_onebit.divergence import DivergenceError
 from lightning_onebit.fabric import OneBitDDPFabricStrategy
 from lightning_onebit.phase import Phase
 from lightning_onebit.stability import FixedStep, VarianceStability
@@ -20,6 +21,8 @@ from lightning_onebit.version import __version__
 __all__ = [
     "CommMonitor",
     "CommStats",
+    "DivergenceError",
+    "DivergenceGuard",
     "ErrorFeedback",
     "FixedStep",
     "OneBitDDPFabricStrategy",

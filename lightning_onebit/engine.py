@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consensus import Consensus
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
-from lightning_onebit.frozen import Run
+from lightning_onebit.frozen import Replicated, Run
 from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.sketch import NormSketch
@@ -273,6 +273,11 @@ class CompressedOptimizer:
         """Take over :meth:`worker_errors` of a single rank, on a single rank."""
         for pipeline in self._pipelines:
             pipeline.add_momentum_(momentum)
+
+    def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
+        """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
+        for pipeline in self._pipelines:
+            yield from pipeline.replicated_state()
 
     @torch.no_grad()
     def thaw_(self) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.callbacks.divergence_guard import DivergenceGuard
 from lightning_onebit.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
@@ -43,6 +44,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     Args:
         criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
+        guard: compares the ranks every so many steps; ``None``: :class:`~lightning_onebit.DivergenceGuard` with its default.
         total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
         block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next five.
         scale: likewise.
@@ -65,6 +67,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         self,
         *args: Any,
         criterion: Criterion | None = None,
+        guard: DivergenceGuard | None = None,
         total_steps: int | None = None,
         block_size: int = 2048,
         scale: Scale = "l2",
@@ -82,6 +85,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         # Never overlapped: a training loop may do anything to gradients between backward and step.
         self._set_up_phases(config, overlap=False, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps)
         self.switch = PhaseSwitch(criterion)
+        self.guard = guard if guard is not None else DivergenceGuard()
         self.total_steps = total_steps
         self._first_step = True
         self._modules: list[nn.Module] = []
@@ -156,6 +160,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
                 output = super().optimizer_step(optimizer, **kwargs)
         self._has_waiting_gradients = False
         self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
+        self.guard.after_step(self)
         return output
 
     @property

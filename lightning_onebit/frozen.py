@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import flat_view, unflatten_like
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.optim.method import CompressedMethod
+
+Replicated = Literal["momentum", "second moment"]
+"""What an optimizer keeps of a parameter, alike on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +292,19 @@ class FrozenParameters:
             if live is not None and unpack_bits(live, piece.numel).all():
                 live = None
             piece.bucket.restore_(piece.index, saved["signs"][signs], saved["scales"][scales], live)
+
+    def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
+        """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
+        live: dict[Tensor, list[Tensor]] = {}
+        for piece in self._all_pieces():
+            mask = piece.bucket.live[piece.index]
+            live.setdefault(self.parameters[piece.parameter], []).extend([] if mask is None else [mask])
+        for p, averages in self._averages().items():
+            signs, scales = ([getattr(u, part) for u in averages] for part in ("signs", "scales"))
+            yield p, "momentum", [*signs, *scales, *(u.live for u in averages if u.live is not None)]
+            # Segment by segment, as they may be copies.
+            yield p, "second moment", map(self._method.shared, self._variance(p).split(self._scratch.numel()))
+            yield p, "second moment", live[p]
 
     def add_errors_(self, worker: Sequence[Run], server: Sequence[Run]) -> None:
         """Add errors to those of this rank in the same places; a single rank, which has none, applies them."""

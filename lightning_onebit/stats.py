@@ -51,6 +51,10 @@ class CommStats:
         return self.phases[phase]
 
     @property
+    def steps(self) -> int:
+        return sum(counters.steps for counters in self.phases.values())
+
+    @property
     def bytes_sent(self) -> int:
         return sum(counters.bytes_sent for counters in self.phases.values())
 

@@ -89,9 +89,11 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         trainer = self.lightning_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
             # Here, as it is built on this module.
+            from lightning_onebit.callbacks.divergence_guard import ensure_divergence_guard
             from lightning_onebit.callbacks.phase_switch import ensure_phase_switch
 
             ensure_phase_switch(trainer)
+            ensure_divergence_guard(trainer)
 
     @override
     def configure_ddp(self) -> None:

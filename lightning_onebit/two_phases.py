@@ -23,6 +23,7 @@ from lightning_onebit.comm.lane import AnyLane, InlineLane, make_lane
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
+from lightning_onebit.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer, check_second_moments
 from lightning_onebit.flat import all_finite
@@ -86,6 +87,8 @@ class TwoPhases:
         self._hooks: list[RemovableHandle] = []
         self._names: dict[Tensor, str] = {}
         self._averaged: set[Tensor] = set()
+        self._replicas: dict[Tensor, str] = {}
+        self._agreed_after: int | None = None
         self._phase = Phase.WARMUP
         self._is_pending = False
         self._frozen: set[Tensor] = set()
@@ -158,6 +161,28 @@ class TwoPhases:
         self._compressed.clear()
         self._set_phase(Phase.WARMUP)
 
+    def check_ranks_agree(self) -> None:
+        """Compare parameters, momentum and second moments of all ranks, bit for bit, by checksums. Collective.
+
+        :class:`~lightning_onebit.DivergenceGuard` calls it every so many steps. Call on all ranks, between two batches.
+
+        Raises:
+            DivergenceError: on all ranks, if they differ.
+            RuntimeError: outside a running training.
+        """
+        if self._hook_state is None:
+            raise RuntimeError(
+                "check_ranks_agree() needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a"
+                " callback, or from the training loop."
+            )
+        if self.world_size == 1:
+            return
+        state = replicated_state(self._division.compressed, self._compressed)
+        difference = difference_between_ranks(self._replicas, state, self._hook_state.communicator, self.root_device)
+        if difference is not None:
+            raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
+        self._agreed_after = self.optimizer_steps
+
     def __repr__(self) -> str:
         overlap, hierarchical = repr(self.overlap), repr(self.hierarchical)
         if self._hook_state is not None:  # what was chosen is known
@@ -214,6 +239,7 @@ class TwoPhases:
         self._hook_state.regrouping = None
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self._averaged.update(p for p in model.parameters() if p.requires_grad)
+        self._replicas.update(replicas(model))
 
     def _topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
@@ -418,6 +444,8 @@ class TwoPhases:
         self._hooks.clear()
         self._division = Division(compressed=[], dense={})
         self._averaged.clear()
+        self._replicas.clear()
+        self._agreed_after = None
         self._steps.clear()
         self._skipped.clear()
         self.comm_stats = CommStats()

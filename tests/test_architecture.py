@@ -16,9 +16,9 @@ ROOT = Path(lightning_onebit.__file__).parent
 
 FLOORS = [
     {"config", "phase", "topology", "version"},
-    {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs"},
+    {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs", "checksum"},
     {"comm"},
-    {"engine", "pipeline", "frozen", "ddp_hook", "consensus"},
+    {"engine", "pipeline", "frozen", "ddp_hook", "consensus", "divergence"},
     {
         "strategy",
         "fabric",
