@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -117,8 +119,26 @@ class OneBitDDPFabricStrategy(TwoPhases, DDPStrategy):
 
     # Steps
 
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """A Trainer tells its strategy of exceptions, Fabric does not."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._explain_failure_(error, step=self.optimizer_steps)
+            raise
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        with self._failures_explained():
+            super().backward(*args, **kwargs)
+
     @override
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
+        with self._failures_explained():
+            return self._optimizer_step(optimizer, **kwargs)
+
+    def _optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         if self._first_step:
             self._first_step = False
             self.switch.start(self, total_steps=self.total_steps or math.inf)

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from typing_extensions import override
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, compressed_state, load_compressed_state
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
+from lightning_onebit.failures import end_at_exit_, last_checkpoint
 from lightning_onebit.grad_scaler import uses_loss_scaling, with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
+from lightning_onebit.signals import AgreedSignals
 from lightning_onebit.stats import PhaseCounters
 from lightning_onebit.twin import HINT, comes_from_twin
 from lightning_onebit.two_phases import TwoPhases
@@ -67,6 +70,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical)
         self._final_state: dict[str, Any] | None = None
+        self._signals: AgreedSignals | None = None
 
     # Set-up
 
@@ -75,6 +79,7 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
+        self._signals = AgreedSignals(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             # Here, as it is built on this module.
             from lightning_onebit.callbacks.phase_switch import ensure_phase_switch
@@ -140,11 +145,19 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         super().setup_precision_plugin()
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
-    # Parameters that begin to train during the run
+    # Between batches: signals, and parameters that begin to train during the run
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._signals is not None:
+            self._signals.settle_alone()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        assert self._signals is not None
+        self._signals.settle()
         added = [p for compressed in self._compressed.values() for p in compressed.added_parameters()]
         if self._unaveraged():
             self._averaged.clear()
@@ -246,6 +259,11 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
         advice = {"'ddp_find_unused": "'onebit_ddp_find_unused", "=DDPStrategy(": f"={type(self).__name__}("}
         for old, new in advice.items():
             exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        self._explain_failure_(exception, step=trainer.global_step, checkpoint=last_checkpoint(trainer))
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            end_at_exit_(self.launcher.procs)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -263,6 +281,8 @@ class OneBitDDPStrategy(TwoPhases, DDPStrategy):
             for compressed in self._compressed.values():
                 compressed.retire_()
             self._compressed.clear()
+        if self._signals is not None:
+            self._signals.close()
         self._release(after_failure=self._interrupted)
         super().teardown()
 

@@ -23,6 +23,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer
+from lightning_onebit.failures import explain_
 from lightning_onebit.grad_scaler import found_inf_after_unscaling_
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.phase import Phase
@@ -328,6 +329,10 @@ class TwoPhases:
         self._averaged.clear()
         self._steps.clear()
         self.comm_stats = CommStats()
+
+    def _explain_failure_(self, error: BaseException, *, step: int, checkpoint: str | None = None) -> None:
+        """If ranks could not reach each other, have the error say what happened and how to resume."""
+        explain_(error, rank=self.global_rank, phase=self._phase, step=step, timeout=self._timeout, checkpoint=checkpoint)
 
     def _release(self, *, after_failure: bool) -> None:
         """End the thread and the process groups. What was trained can still be saved.

@@ -30,6 +30,8 @@ FLOORS = [
         "overlap",
         "preflight",
         "checkpoint",
+        "failures",
+        "signals",
         "callbacks",
     },
     {"doctor", "__main__"},
