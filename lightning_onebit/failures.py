@@ -23,8 +23,8 @@ _CLOSED = re.compile(r"closed by peer|reset by peer|broken pipe|pair closure", r
 _FAILED = re.compile(rf"{_CLOSED.pattern}|timed out waiting|gloo/|nccl", re.IGNORECASE)
 _BEGIN = "Communication with the other ranks failed"
 
-GRACE_SECONDS = 30.0
-"""For processes that should end by themselves, before they are killed; as torchrun has it."""
+GRACE_SECONDS = 10.0
+"""For processes that should end by themselves, before they are killed."""
 
 
 def is_communication_failure(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ class AgreedSignals:
         self._communicator = Communicator()  # counters of its own: this is no communication of gradients
         self._terminate = False
         self._requeue = 0
+        self._requeued = False
         for name, handler in zip(_REPLACED, (self._on_terminate, self._on_requeue), strict=True):
             assert hasattr(_SignalConnector, name)
             setattr(self._connector, name, handler)
@@ -53,8 +54,8 @@ class AgreedSignals:
         asked = torch.tensor([self._terminate, self._requeue], dtype=torch.int32, device=self._trainer.strategy.root_device)
         self._communicator.all_reduce_max_(asked)
         terminate, requeue = asked.tolist()
-        if requeue:
-            self._requeue = 0
+        if requeue and not self._requeued:  # once, although the signal may reach other ranks later
+            self._requeued = True
             _SignalConnector._slurm_sigusr_handler_fn(self._connector, requeue, None)  # type: ignore[arg-type]
         if terminate and not self._connector.received_sigterm:
             rank_zero_info("SIGTERM reached this rank or another: all ranks end after this batch.")

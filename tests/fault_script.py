@@ -1,6 +1,6 @@
-"""A training script as a user would write it, in which one rank, or each, does itself harm. Run by test_faults.py and benchmarks/faults.py.
+"""A training script as a user would write it, in which ranks do harm to themselves: for tests and benchmarks of faults.
 
-It resumes from its last checkpoint if there is one.
+With ``--resume`` it goes on from its last checkpoint, if there is one.
 """
 
 import argparse
@@ -14,113 +14,145 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from trainers import Classifier, data
+from trainers import BATCH_SIZE, CLASSES, FEATURES, Classifier, data
 
-import lightning_onebit
+from lightning_onebit import FixedStep, OneBitDDPStrategy, PhaseSwitch
 from lightning_onebit.comm.allreduce import CompressedBucket
 
+WARMUP_STEPS = 6
 PLACES = ("batch", "backward", "exchange", "save")
 
 
 class Fault(pl.Callback):
-    """Sends a signal to the own process, once per folder: at a step, and there in the middle of a batch, of backward,
-    of a compressed exchange (in its thread), or of writing a checkpoint."""
+    """Sends a signal to the own process, once, after ``step`` steps.
 
-    def __init__(self, folder, *, signal, step, place, seconds=0.0):
-        self.marker, self.signal, self.step, self.place, self.seconds = Path(folder) / "done", signal, step, place, seconds
-        self.armed = False
+    Args:
+        marker: a file that is made when it happens, and keeps it from happening again.
+        number: of the signal.
+        step: optimizer steps that are complete.
+        place: between two batches, before gradients are averaged, within a compressed exchange, or at a save.
+        delay_seconds: afterwards, wherever training is then.
+    """
 
-    def strike(self):
-        if self.armed and not self.marker.exists():
+    def __init__(self, marker, number, *, step, place, delay_seconds=0.0):
+        assert place in PLACES
+        self.marker, self.number, self.step, self.place = Path(marker), number, step, place
+        self.delay_seconds = delay_seconds
+
+    def strike(self, place, step):
+        if place == self.place and step >= self.step and not self.marker.exists():
             self.marker.touch()
-            if self.seconds:  # comes later, wherever training is then
-                threading.Timer(self.seconds, os.kill, (os.getpid(), self.signal)).start()
+            if self.delay_seconds:
+                threading.Timer(self.delay_seconds, os.kill, (os.getpid(), self.number)).start()
             else:
-                os.kill(os.getpid(), self.signal)
+                os.kill(os.getpid(), self.number)
 
     def setup(self, trainer, pl_module, stage):
-        if self.place == "exchange":
-            serve = CompressedBucket._served
+        served, save = CompressedBucket._served, trainer.strategy.save_checkpoint
 
-            def serve_or_strike(bucket, *args):
-                self.strike()
-                return serve(bucket, *args)
+        def strike_and_serve(bucket, *args):
+            self.strike("exchange", trainer.global_step)
+            return served(bucket, *args)
 
-            CompressedBucket._served = serve_or_strike
-        if self.place == "save":
-            save = trainer.strategy.save_checkpoint
+        def strike_and_save(*args, **kwargs):
+            self.strike("save", trainer.global_step)
+            return save(*args, **kwargs)
 
-            def save_or_strike(checkpoint, filepath, storage_options=None):
-                self.strike()
-                return save(checkpoint, filepath, storage_options)
-
-            trainer.strategy.save_checkpoint = save_or_strike
+        CompressedBucket._served = strike_and_serve  # between all-to-all and all-gather, in the thread that exchanges
+        trainer.strategy.save_checkpoint = strike_and_save
 
     def on_train_batch_start(self, trainer, *_):
-        self.armed = trainer.global_step == self.step
-        if self.place == "batch":
-            self.strike()
+        self.strike("batch", trainer.global_step)
 
-    def on_after_backward(self, *_):
-        if self.place == "backward":
-            self.strike()
+    def on_before_backward(self, trainer, *_):
+        self.strike("backward", trainer.global_step)
+
+
+class ByStep(Classifier):
+    """Its data depends on rank and step only, so that a run that resumes within an epoch sees what it would have seen."""
+
+    def training_step(self, batch, batch_idx):
+        generator = torch.Generator().manual_seed(1000 * self.global_step + self.global_rank)
+        x = torch.randn(BATCH_SIZE, FEATURES, generator=generator)
+        return super().training_step((x, x[:, :CLASSES].argmax(1)), batch_idx)
 
 
 class Slow(pl.Callback):
+    """Batches of a real model take some time."""
+
     def on_train_batch_end(self, *_):
         time.sleep(0.02)
 
 
-def main(arguments):
+def make_strategy(name, timeout_seconds):
+    timeout = timedelta(seconds=timeout_seconds)
+    if name == "ddp":
+        return pl.strategies.DDPStrategy(timeout=timeout)
+    return OneBitDDPStrategy(timeout=timeout, bucket_cap_mb=0.005)  # several buckets
+
+
+def train(folder, strategy, world_size, *, steps, faults=(), resume=False, **kwargs):
+    """Train on data that differs by rank, and return the trainer. Saves a checkpoint every third step."""
     pl.seed_everything(0)
-    folder = Path(arguments.folder)
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0))))
-    callbacks = [
-        ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_last=True, save_top_k=1),
-        Slow(),
-    ]
-    if arguments.strategy == "ddp":
-        strategy = pl.strategies.DDPStrategy(timeout=timedelta(seconds=arguments.timeout))
-    else:
-        strategy = lightning_onebit.OneBitDDPStrategy(timeout=timedelta(seconds=arguments.timeout), bucket_cap_mb=0.005)
-        callbacks.append(lightning_onebit.PhaseSwitch(criterion=lightning_onebit.FixedStep(6)))
-    if arguments.signal and rank in arguments.ranks:
-        number = getattr(signal, f"SIG{arguments.signal}")
-        folder_of_rank = folder / f"fault{rank}"
-        folder_of_rank.mkdir(exist_ok=True)
-        callbacks.append(Fault(folder_of_rank, signal=number, step=arguments.step, place=arguments.place, seconds=arguments.delay * rank))
+    callbacks = [ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_last=True), *faults]
+    if isinstance(strategy, OneBitDDPStrategy):
+        callbacks.append(PhaseSwitch(FixedStep(WARMUP_STEPS)))
     trainer = pl.Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=arguments.devices,
-        num_nodes=arguments.nodes,
-        max_steps=arguments.steps,
+        callbacks=callbacks,
+        max_steps=steps,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=callbacks,
         default_root_dir=folder,
+        **{"devices": world_size, **kwargs},
     )
-    model = Classifier(hidden=64)
-    trainer.fit(model, data(arguments.steps, trainer.world_size), ckpt_path="last" if arguments.resume else None)
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-    report = {"step": trainer.global_step, "digest": digest}
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))
+    trainer.fit(ByStep(hidden=64), data(steps, world_size), ckpt_path="last" if resume else None)
+    return trainer
+
+
+def digest(module):
+    """Of the parameters' bits."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+
+
+def main(arguments):
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    faults = [Slow()]
+    if arguments.fault and rank in arguments.ranks:
+        marker = Path(arguments.folder) / f"fault{rank}"
+        number = signal.Signals[f"SIG{arguments.fault}"]
+        delay = arguments.apart * arguments.ranks.index(rank)
+        faults.append(Fault(marker, number, step=arguments.step, place=arguments.place, delay_seconds=delay))
+    trainer = train(
+        arguments.folder,
+        make_strategy(arguments.strategy, arguments.timeout),
+        arguments.devices * arguments.nodes,
+        steps=arguments.steps,
+        faults=faults,
+        resume=arguments.resume,
+        devices=arguments.devices,
+        num_nodes=arguments.nodes,
+    )
+    report = {"step": trainer.global_step, "digest": digest(trainer.lightning_module)}
+    (Path(arguments.folder) / f"rank{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("--strategy", default="onebit_ddp")
-    parser.add_argument("--devices", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="for checkpoints, and a report by each rank that comes to the end")
+    parser.add_argument("--strategy", default="onebit_ddp", help="or ddp")
+    parser.add_argument("--devices", type=int, default=2, help="processes per node")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--timeout", type=float, default=10)
-    parser.add_argument("--signal")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1])
-    parser.add_argument("--step", type=int, default=3)
-    parser.add_argument("--place", choices=PLACES, default="batch")
-    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--timeout", type=float, default=10, help="of collectives, seconds")
+    parser.add_argument("--fault", help="the signal: KILL, TERM, STOP")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1], help="who gets the signal")
+    parser.add_argument("--step", type=int, default=3, help=f"when; the first {WARMUP_STEPS} are warm-up")
+    parser.add_argument("--place", choices=PLACES, default="batch", help="where in the step")
+    parser.add_argument("--apart", type=float, default=0.0, help="seconds between the signals of different ranks")
     parser.add_argument("--resume", action="store_true")
     main(parser.parse_args())
