@@ -80,20 +80,25 @@ class ByStep(Classifier):
 
 
 class Slow(pl.Callback):
-    """Batches of a real model take some time."""
+    """Batches of a real model take some time. Whoever watches from outside finds the number of steps in ``progress``."""
 
-    def on_train_batch_end(self, *_):
+    def __init__(self, progress=None):
+        self.progress = progress
+
+    def on_train_batch_end(self, trainer, *_):
         time.sleep(0.02)
+        if self.progress is not None:
+            self.progress.write_text(str(trainer.global_step))
 
 
-def make_strategy(name, timeout_seconds):
+def make_strategy(name, timeout_seconds, bucket_cap_mb=0.005):
     timeout = timedelta(seconds=timeout_seconds)
     if name == "ddp":
         return pl.strategies.DDPStrategy(timeout=timeout)
-    return OneBitDDPStrategy(timeout=timeout, bucket_cap_mb=0.005)  # several buckets
+    return OneBitDDPStrategy(timeout=timeout, bucket_cap_mb=bucket_cap_mb)  # several buckets
 
 
-def train(folder, strategy, world_size, *, steps, faults=(), resume=False, **kwargs):
+def train(folder, strategy, world_size, *, steps, faults=(), resume=False, hidden=64, **kwargs):
     """Train on data that differs by rank, and return the trainer. Saves a checkpoint every third step."""
     pl.seed_everything(0)
     callbacks = [ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_last=True), *faults]
@@ -110,7 +115,7 @@ def train(folder, strategy, world_size, *, steps, faults=(), resume=False, **kwa
         default_root_dir=folder,
         **{"devices": world_size, **kwargs},
     )
-    trainer.fit(ByStep(hidden=64), data(steps, world_size), ckpt_path="last" if resume else None)
+    trainer.fit(ByStep(hidden=hidden), data(steps, world_size), ckpt_path="last" if resume else None)
     return trainer
 
 
@@ -121,7 +126,7 @@ def digest(module):
 
 def main(arguments):
     rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
-    faults = [Slow()]
+    faults = [Slow(Path(arguments.folder) / f"progress{rank}")]
     if arguments.fault and rank in arguments.ranks:
         marker = Path(arguments.folder) / f"fault{rank}"
         number = signal.Signals[f"SIG{arguments.fault}"]
@@ -129,11 +134,12 @@ def main(arguments):
         faults.append(Fault(marker, number, step=arguments.step, place=arguments.place, delay_seconds=delay))
     trainer = train(
         arguments.folder,
-        make_strategy(arguments.strategy, arguments.timeout),
+        make_strategy(arguments.strategy, arguments.timeout, arguments.bucket_cap_mb),
         arguments.devices * arguments.nodes,
         steps=arguments.steps,
         faults=faults,
         resume=arguments.resume,
+        hidden=arguments.hidden,
         devices=arguments.devices,
         num_nodes=arguments.nodes,
     )
@@ -154,5 +160,7 @@ if __name__ == "__main__":
     parser.add_argument("--step", type=int, default=3, help=f"when; the first {WARMUP_STEPS} are warm-up")
     parser.add_argument("--place", choices=PLACES, default="batch", help="where in the step")
     parser.add_argument("--apart", type=float, default=0.0, help="seconds between the signals of different ranks")
+    parser.add_argument("--hidden", type=int, default=64, help="width of the model")
+    parser.add_argument("--bucket-cap-mb", type=float, default=0.005)
     parser.add_argument("--resume", action="store_true")
     main(parser.parse_args())

@@ -246,22 +246,26 @@ def test_slurm_requeues_and_the_job_goes_on_where_it_was(asked_step, tmp_path):
     assert resumed[0] == resumed[1]
 
 
-def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(tmp_path):
-    digests = []
-    for fault in ([], ["--fault", "KILL", "--step", WARMUP_STEPS - 2, "--place", "backward"]):
-        folder = tmp_path / str(len(fault))
-        folder.mkdir()
-        # Standalone, so that each attempt gets a store of its own; otherwise ranks may meet addresses of the dead.
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
-        arguments = [folder, "--timeout", 30, "--resume", *fault]
-        process = start(sys.executable, *torchrun, SCRIPT, *arguments)
-        output = process.communicate(timeout=110)[0]
-        assert process.returncode == 0, output
-        assert ("Communication with the other ranks failed" in output) == bool(fault)
-        reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-        assert reports[0] == reports[1]
-        digests.append(reports[0])
-    assert digests[0] == digests[1]
+def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    """By itself, from its last checkpoint."""
+    # Else torchrun (2.13) keeps one store for all attempts, and ranks may find the addresses of those that are dead.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    fault = ["--fault", "KILL", "--step", WARMUP_STEPS - 2, "--place", "backward"]
+    restarted = start(sys.executable, *torchrun, SCRIPT, tmp_path, "--timeout", 60, "--steps", 14, "--resume", *fault)
+
+    def undisturbed(rank):
+        trainer = train(tmp_path / "undisturbed", make_strategy("onebit_ddp", 60), 2, steps=14)
+        return digest(trainer.lightning_module)
+
+    expected = run_trainers(2, undisturbed)
+    output = restarted.communicate(timeout=110)[0]
+    assert restarted.returncode == 0, output
+    assert "Communication with the other ranks failed" in output
+    assert (tmp_path / "fault1").exists()
+    for rank in range(2):
+        report = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert report == {"step": 14, "digest": expected[rank]}
 
 
 def test_children_that_do_not_end_are_killed_at_exit(monkeypatch):
