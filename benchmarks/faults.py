@@ -3,11 +3,11 @@
     python benchmarks/faults.py processes --out benchmarks/results/faults_processes.txt
     sudo python benchmarks/faults.py network --out benchmarks/results/faults_network.txt
 
-Trains ``tests/fault_script.py``: an MLP whose gradients travel in several buckets, some steps of warm-up and some compressed.
-A row is a kind of trial. "Seconds" are from the fault until the last rank that it did not hit had ended, start-up of Python
-and its end included; "explained" says whether every rank that failed said what happened and how to resume; "left" counts
-processes, files and shared memory that are there afterwards and were not before. "Digest" compares the bits of the final
-parameters with those of an undisturbed run.
+Trains ``tests/fault_script.py``: an MLP whose gradients travel in several buckets, first in warm-up, then compressed. A row
+is a kind of trial. "Seconds" are from the fault, or where there is none from the start of the processes, until the last rank
+that was not killed or stopped had ended; "explained" counts the ranks that failed and said what happened and how to resume;
+"left" counts processes, files and shared memory that are there afterwards and were not before. "Digest" compares the bits of
+the final parameters with those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Training:
             trial.digests.add(json.loads(file.read_text())["digest"])
         trial.left = [f"process {pid}" for pid in self.living()]
         trial.left += [f.name for f in self.folder.iterdir() if f.is_file() and not EXPECTED_FILES.fullmatch(f.name)]
-        trial.left += [f.name for f in self.temporary.iterdir() if not f.name.startswith("output")]
+        temporary = (file.name for file in self.temporary.iterdir())
+        trial.left += [name for name in temporary if not name.startswith(("output", "torchinductor"))]  # its cache
         trial.left += sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
         return trial
 
@@ -174,62 +175,32 @@ def processes(arguments: argparse.Namespace) -> str:
     places = {"warm-up, before averaging": warmup, "compressed, within an exchange": compressed, "while saving": save}
     rows = []
 
-    def row(
-        launch: Any, name: str, strategy: str, fault: str, ranks: list[int], place: str, where: list[str], trials: int
-    ) -> None:
-        command = [
-            "--timeout",
-            str(arguments.timeout),
-            "--strategy",
-            strategy,
-            "--fault",
-            fault,
-            *where,
-            "--ranks",
-            *map(str, ranks),
-        ]
+    def row(launch: Any, strategy: str, fault: str, ranks: list[int], place: str, where: list[str], trials: int) -> None:
+        command = ["--timeout", str(arguments.timeout), "--strategy", strategy, "--fault", fault, *where, "--ranks"]
         harmed = set(ranks) if fault != "TERM" else set()
-        results = [launch(command, harmed) for _ in range(trials)]
+        results = [launch([*command, *map(str, ranks)], harmed) for _ in range(trials)]
         to = "all" if len(ranks) == RANKS else f"rank {ranks[0]}"
-        rows.append([name, strategy, f"SIG{fault} to {to}", place, *summary(results, harmed)])
+        by = "torchrun" if launch is as_torchrun else "Lightning"
+        rows.append([strategy, by, f"SIG{fault} to {to}", place, *summary(results, harmed)])
         print(" | ".join(rows[-1]), flush=True)
 
     for fault in ("KILL", "STOP", "TERM"):
         for place, where in places.items():
-            row(
-                as_torchrun,
-                "torchrun",
-                "onebit_ddp",
-                fault,
-                [0 if place == "while saving" else 1],
-                place,
-                where,
-                arguments.trials,
-            )
-    for fault in ("KILL", "STOP", "TERM"):
-        row(as_script, "script", "onebit_ddp", fault, [1], "compressed, within an exchange", compressed, 1)
-    row(as_script, "script", "onebit_ddp", "KILL", [0], "compressed, within an exchange", compressed, 1)
-    everyone = list(range(RANKS))
+            ranks = [0] if place == "while saving" else [1]  # the rank that writes
+            row(as_torchrun, "onebit_ddp", fault, ranks, place, where, arguments.trials)
+    for fault, rank in (("KILL", 1), ("STOP", 1), ("TERM", 1), ("KILL", 0), ("TERM", 0)):
+        row(as_script, "onebit_ddp", fault, [rank], "compressed, within an exchange", compressed, arguments.trials)
     for strategy in ("onebit_ddp", "ddp"):
-        place = "warm-up, 13 ms apart"
-        row(
-            as_torchrun,
-            "torchrun",
-            strategy,
-            "TERM",
-            everyone,
-            place,
-            [*warmup, "--apart", "0.013"],
-            arguments.sigterm_trials,
-        )
+        where = [*warmup, "--apart", "0.013"]
+        row(as_torchrun, strategy, "TERM", list(range(RANKS)), "warm-up, 13 ms apart", where, arguments.sigterm_trials)
     header = [
-        "started as",
         "strategy",
+        "started as by",
         "fault",
         "when",
         "trials",
         "seconds, median (most)",
-        "exit codes of the others",
+        "exit codes",
         "explained",
         "left",
     ]
@@ -241,9 +212,8 @@ def summary(trials: list[Trial], harmed: set[int]) -> list[str]:
     seconds = sorted(trial.seconds for trial in trials if trial.seconds is not None)
     hangs = len(trials) - len(seconds)
     cell = f"{seconds[len(seconds) // 2]:.1f} ({seconds[-1]:.1f})" if seconds else "-"
-    codes = sorted(
-        {code for trial in trials for rank, code in trial.codes.items() if rank not in harmed and code is not None}
-    )
+    others = [(rank, code) for trial in trials for rank, code in trial.codes.items() if rank not in harmed]
+    codes = sorted({code for _, code in others if code is not None})
     failed = [
         EXPLAINED in output
         for trial in trials
