@@ -18,13 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_script import WARMUP_STEPS, Fault, Slow, digest, make_strategy, train
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ranks import _rank_main, free_port, run_trainers
 from test_launchers import start
-from trainers import Classifier, Recorder, data, make_trainer
+from trainers import Classifier, Recorder, adam, data, make_trainer
 
-from lightning_onebit import Phase, failures
+from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase, failures
 from lightning_onebit.failures import explain_, is_communication_failure
 from lightning_onebit.pipeline import Pipeline
 
@@ -93,7 +94,6 @@ def receive(pipe):
         (signal.SIGKILL, 2, "backward"),
         (signal.SIGKILL, COMPRESSED_STEP, "exchange"),
         (signal.SIGKILL, COMPRESSED_STEP, "save"),
-        (signal.SIGSTOP, 2, "batch"),
         (signal.SIGSTOP, COMPRESSED_STEP, "exchange"),
     ],
 )
@@ -123,6 +123,30 @@ def test_others_end_within_the_timeout_and_say_what_happened_and_how_to_resume(n
     assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".ckpt") == ["fault"]
 
 
+@pytest.mark.parametrize("step", [2, COMPRESSED_STEP])
+def test_fabric_says_it_too(step, tmp_path):
+    marker = tmp_path / "fault"
+
+    def fn(rank):
+        strategy = OneBitDDPFabricStrategy(criterion=FixedStep(WARMUP_STEPS), timeout=timedelta(seconds=30))
+        fabric = Fabric(accelerator="cpu", devices=RANKS, strategy=strategy)
+        fabric.launch()
+        module = Classifier()
+        model, optimizer = fabric.setup(module, adam(module))
+        for index, batch in enumerate(data(20)):
+            if rank == 1 and index == step:
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            fabric.backward(model.training_step(batch, index))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for rank, (message, seconds, _) in survivors(fn, harmed=[1], marker=marker).items():
+        phase = "WARMUP" if step < WARMUP_STEPS else "COMPRESSED"
+        assert f"failed, on rank {rank}, phase {phase}, after {step} optimizer steps: a connection was closed" in message
+        assert seconds < MARGIN_SECONDS
+
+
 def test_an_error_beside_an_exchange_that_hangs_is_seen_soon(tmp_path):
     """Long before the timeout: neither the thread nor the process groups of the exchange keep the rank from ending."""
     marker = tmp_path / "fault"
@@ -147,8 +171,15 @@ def test_an_error_beside_an_exchange_that_hangs_is_seen_soon(tmp_path):
     assert seconds < MARGIN_SECONDS
 
 
-@pytest.mark.parametrize("asked", [[0], [1], [0, 1, 2]])
-@pytest.mark.parametrize(("step", "place"), [(2, "backward"), (COMPRESSED_STEP, "exchange")])
+@pytest.mark.parametrize(
+    ("asked", "step", "place"),
+    [
+        ([1], 2, "backward"),
+        ([0, 1, 2], 2, "backward"),
+        ([0], COMPRESSED_STEP, "exchange"),
+        ([0, 1, 2], COMPRESSED_STEP, "save"),
+    ],
+)
 def test_sigterm_to_some_ranks_ends_all_after_the_same_batch(asked, step, place, tmp_path):
     def fn(rank):
         delay = 0.004 * rank  # not all in the same place of the program
