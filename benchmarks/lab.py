@@ -126,16 +126,7 @@ class Loopback:
             processes: list[subprocess.Popen[bytes]] = []
             stack.callback(_kill, processes)
             for node, output in enumerate(outputs):
-                processes.append(
-                    subprocess.Popen(
-                        self._command(node, command),
-                        env={**os.environ, **self.environment(node, port)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                    )
-                )
+                processes.append(self.start(node, command, port=port, output=output))
             while True:
                 codes = [process.poll() for process in processes]
                 failed = next((node for node, code in enumerate(codes) if code), None)
@@ -153,6 +144,24 @@ class Loopback:
             output_text = f":\n{results[failed].output}" if capture else "."
             raise LabError(f"The command failed on node {failed} with exit code {results[failed].returncode}{output_text}")
         return results
+
+    def start(self, node: int, command: Sequence[str], *, port: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+        """Start a command on one node, in a session of its own, and leave it to the caller.
+
+        Args:
+            node: where.
+            command: program and arguments.
+            port: for ``MASTER_PORT``, the same on all nodes.
+            output: a file for stdout and stderr; ``None`` for those of this process.
+        """
+        return subprocess.Popen(
+            self._command(node, command),
+            env={**os.environ, **self.environment(node, port)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_seconds: float | None = None) -> list[Any]:
         """Call ``function(*args)`` once per node in forked children of this process.
@@ -233,6 +242,9 @@ class NetworkLab(Loopback):
         nodes: how many.
         rate: of every node's link, for each direction by itself, as ``tc`` writes it ("200mbit", "1gbit"); or "unshaped".
         delay: added on the way from a node to the bridge, as ``tc`` writes it ("1ms"): a round trip takes twice this.
+        loss: fraction of the packets between nodes that get lost, at random.
+        jitter_seconds: packets between nodes come later, by a random time between 0 and this; they keep their order. With
+            loss or jitter a process takes the place of the bridge (:mod:`switch`), and received bytes are not counted.
 
     Raises:
         LabError: on entering, if something that it needs is missing.
@@ -242,8 +254,23 @@ class NetworkLab(Loopback):
     master_address = "10.77.0.1"
     _serial = itertools.count()
 
-    def __init__(self, *, nodes: int, rate: str = UNSHAPED, delay: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: int,
+        rate: str = UNSHAPED,
+        delay: str | None = None,
+        loss: float = 0.0,
+        jitter_seconds: float = 0.0,
+    ) -> None:
         super().__init__(nodes=nodes)
+        if not 0 <= loss < 1:
+            raise ValueError(f"Invalid loss: {loss}. Must be a fraction, at least 0 and below 1.")
+        if jitter_seconds < 0:
+            raise ValueError(f"Invalid jitter: {jitter_seconds} seconds. Must be at least 0.")
+        self.loss = loss
+        self.jitter_seconds = jitter_seconds
+        self._switch_process: subprocess.Popen[bytes] | None = None
         self.rate = rate
         self.rate_bits_per_second = None if rate == UNSHAPED else bits_per_second(rate)
         self.delay = delay
@@ -268,7 +295,7 @@ class NetworkLab(Loopback):
         return [
             InterfaceBytes(
                 sent_bytes=_qdisc_bytes(INTERFACE, namespace),
-                received_bytes=_qdisc_bytes(f"port{node}", self._switch),
+                received_bytes=0 if self._switch_process is not None else _qdisc_bytes(f"port{node}", self._switch),
             )
             for node, namespace in enumerate(self.namespaces)
         ]
@@ -283,7 +310,47 @@ class NetworkLab(Loopback):
         results = self.call(_transfer, seconds, timeout_seconds=30 + 2 * seconds)
         return float(results[0])
 
+    def set_link(self, node: int, *, up: bool) -> None:
+        """Plug or unplug a node's cable, at the side of the bridge."""
+        if self._switch_process is not None:
+            raise LabError("Links can only be unplugged from a bridge. HINT: build the lab without loss and jitter.")
+        _system("ip", "-n", self._switch, "link", "set", f"port{node}", "up" if up else "down")
+
+    def set_rate(self, node: int, rate: str) -> None:
+        """Shape the link of one node to another rate than the others', in both directions."""
+        if self._switch_process is not None or self.delay is not None:
+            raise LabError("One link cannot be shaped beside loss, jitter or a delay. HINT: build the lab without.")
+        burst, limit = token_bucket_bytes(bits_per_second(rate))
+        for namespace, device in ((self.namespaces[node], INTERFACE), (self._switch, f"port{node}")):
+            replace = ("tc", "-n", namespace, "qdisc", "replace", "dev", device, "root")
+            _system(*replace, "tbf", "rate", rate, "burst", f"{burst}b", "limit", f"{limit}b")
+
     def _build(self) -> None:
+        if self.loss or self.jitter_seconds:
+            self._build_with_switch()
+        else:
+            self._build_with_bridge()
+
+    def _build_with_switch(self) -> None:
+        for node, namespace in enumerate(self.namespaces):
+            _system("ip", "netns", "add", namespace)
+            _system("ip", "netns", "exec", namespace, "sh", "-c", _CONFIGURE)
+            # A TAP: what is sent through it arrives in a file, in packets as a cable would carry them.
+            _system("ip", "-n", namespace, "tuntap", "add", "dev", INTERFACE, "mode", "tap")
+            _system("ip", "-n", namespace, "address", "add", f"10.77.0.{node + 1}/24", "dev", INTERFACE)
+            self._shape(namespace, INTERFACE, self.delay)
+            _system("ip", "-n", namespace, "link", "set", "lo", "up")
+            _system("ip", "-n", namespace, "link", "set", INTERFACE, "up")
+        program = Path(__file__).with_name("switch.py")
+        arguments = [f"--loss={self.loss}", f"--jitter={self.jitter_seconds}", f"--interface={INTERFACE}", *self.namespaces]
+        self._switch_process = subprocess.Popen(
+            [sys.executable, str(program), *arguments], stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert self._switch_process.stdout is not None
+        if not self._switch_process.stdout.readline():  # it says when it is ready
+            raise LabError("The switch did not start; its error is above.")
+
+    def _build_with_bridge(self) -> None:
         _system("ip", "netns", "add", self._switch)
         _system("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
         _system("ip", "-n", self._switch, "link", "set", "bridge", "up")
@@ -318,6 +385,9 @@ class NetworkLab(Loopback):
             _system(*add, "root", "pfifo", "limit", "10000")
 
     def _remove(self) -> None:
+        if self._switch_process is not None:
+            _kill([self._switch_process])
+            self._switch_process = None
         for namespace in [*self.namespaces, self._switch]:
             _remove_namespace(namespace)
 
@@ -535,7 +605,8 @@ def exit_on_sigterm() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog=f"python benchmarks/{Path(__file__).name}",
-        usage="%(prog)s [--nodes N] [--rate RATE] [--delay DELAY] [--timeout S] -- COMMAND ...\n       %(prog)s --clean",
+        usage="%(prog)s [--nodes N] [--rate RATE] [--delay DELAY] [--loss P] [--jitter MS] [--timeout S] -- COMMAND ...\n"
+        "       %(prog)s --clean",
         description="Run a command once per node, each node in a network namespace of its own, over shaped links."
         " Needs root and iproute2. Every process finds RANK, WORLD_SIZE, LOCAL_RANK (0), NODE_RANK, MASTER_ADDR,"
         " MASTER_PORT, GLOO_SOCKET_IFNAME and OMP_NUM_THREADS (1) in its environment: for Lightning, devices=1 and"
@@ -546,6 +617,8 @@ def main() -> int:
         "--rate", default=UNSHAPED, help="of each node's link, each direction: 200mbit, 1gbit, ...; default: unshaped"
     )
     parser.add_argument("--delay", help="from each node to the bridge, such as 1ms: half a round trip (default: none)")
+    parser.add_argument("--loss", type=float, default=0.0, help="fraction of packets that get lost, such as 0.01")
+    parser.add_argument("--jitter", type=float, default=0.0, metavar="MS", help="packets come up to this much later")
     parser.add_argument("--timeout", type=float, metavar="S", help="kill everything after S seconds (default: never)")
     parser.add_argument("--check", action="store_true", help="first print the throughput of one TCP connection")
     parser.add_argument("--clean", action="store_true", help="remove what crashed labs have left behind, and exit")
@@ -564,7 +637,14 @@ def main() -> int:
             if in_use:
                 print(f"Left alone, as the process that made them runs: {', '.join(in_use)}.")
             return 0
-        with NetworkLab(nodes=arguments.nodes, rate=arguments.rate, delay=arguments.delay) as lab:
+        lab = NetworkLab(
+            nodes=arguments.nodes,
+            rate=arguments.rate,
+            delay=arguments.delay,
+            loss=arguments.loss,
+            jitter_seconds=arguments.jitter / 1000,
+        )
+        with lab:
             if arguments.check:
                 print(f"{arguments.rate}: TCP payload at {lab.throughput_bits_per_second() / 1e6:.1f} Mbit/s", flush=True)
             if not command:

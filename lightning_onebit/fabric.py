@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -136,13 +137,27 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     # Steps
 
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """A Trainer tells its strategy of exceptions, Fabric does not."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._explain_failure_(error, step=self.optimizer_steps)
+            raise
+
     @override
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        super().backward(*args, **kwargs)
+        with self._failures_explained():
+            super().backward(*args, **kwargs)
         self._has_waiting_gradients = True
 
     @override
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
+        with self._failures_explained():
+            return self._optimizer_step(optimizer, **kwargs)
+
+    def _optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         if self._first_step:
             self._first_step = False
             self.switch.start(self, total_steps=self.total_steps or math.inf)

@@ -12,6 +12,7 @@ from lightning.fabric.plugins import Precision
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ from lightning_onebit.checkpoint import CHECKPOINT_KEY, PATH, Snapshot, read_hea
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
 from lightning_onebit.facts import module_facts, optimizer_facts, strategy_facts, trainer_facts
+from lightning_onebit.failures import end_at_exit_, last_checkpoint
 from lightning_onebit.grad_scaler import with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
 from lightning_onebit.parts import Parts
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.saved_phases import SavedPhases
+from lightning_onebit.signals import AgreedSignals
 from lightning_onebit.twin import HINT, comes_from_twin
 
 ABOUT_MODEL = "model or strategy"
@@ -79,6 +82,7 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         self._final_snapshot: Snapshot | None = None
         self._has_stated_model = False
         self._some_are_frozen = False
+        self._signals: AgreedSignals | None = None
 
     # Set-up
 
@@ -87,6 +91,7 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
+        self._signals = AgreedSignals(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             # Here, as it is built on this module.
             from lightning_onebit.callbacks.divergence_guard import ensure_divergence_guard
@@ -175,11 +180,19 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         super().setup_precision_plugin()
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
-    # Parameters that begin to train during the run
+    # Between batches: signals, and parameters that begin to train during the run
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._signals is not None:
+            self._signals.settle_alone()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        assert self._signals is not None
+        self._signals.settle()
         added = self._added_parameters()
         unaveraged = self._unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
@@ -321,6 +334,11 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         advice = {"'ddp_find_unused": "'onebit_ddp_find_unused", "=DDPStrategy(": f"={type(self).__name__}("}
         for old, new in advice.items():
             exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        self._explain_failure_(exception, step=trainer.global_step, checkpoint=last_checkpoint(trainer))
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            end_at_exit_(self.launcher.procs)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -336,6 +354,8 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             for compressed in self._compressed.values():
                 compressed.retire_()
             self._compressed.clear()
+        if self._signals is not None:
+            self._signals.close()
         self._release(after_failure=self._interrupted)
         super().teardown()
 

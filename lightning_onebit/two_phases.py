@@ -26,6 +26,7 @@ from lightning_onebit.ddp_hook import HookState, phase_hook
 from lightning_onebit.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.division import Division, listed
 from lightning_onebit.engine import CompressedOptimizer, check_second_moments
+from lightning_onebit.failures import explain_
 from lightning_onebit.flat import all_finite
 from lightning_onebit.grad_scaler import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
 from lightning_onebit.optim import parameters_of
@@ -449,6 +450,10 @@ class TwoPhases:
         self._steps.clear()
         self._skipped.clear()
         self.comm_stats = CommStats()
+
+    def _explain_failure_(self, error: BaseException, *, step: int, checkpoint: str | None = None) -> None:
+        """If ranks could not reach each other, have the error say what happened and how to resume."""
+        explain_(error, rank=self.global_rank, phase=self._phase, step=step, timeout=self._timeout, checkpoint=checkpoint)
 
     def _release(self, *, after_failure: bool) -> None:
         """End the thread and the process groups. What was trained can still be saved.

@@ -35,6 +35,8 @@ FLOORS = [
         "checkpoint_io",
         "parts",
         "saved_phases",
+        "failures",
+        "signals",
         "callbacks",
     },
     {"doctor", "__main__"},

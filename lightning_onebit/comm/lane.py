@@ -36,10 +36,7 @@ class Ticket:
         """
         self._finished.wait()
         if self._error is not None:
-            raise RuntimeError(
-                f"A compressed exchange failed on this rank: {self._error}. The other ranks cannot go on without it; resume"
-                " from the last checkpoint."
-            ) from self._error
+            raise RuntimeError(f"A compressed exchange failed on this rank: {self._error}") from self._error
 
     def run(self, failed: BaseException | None = None) -> BaseException | None:
         """Do the work, unless an earlier one ``failed``. Returns the error, if there was one; never raises."""

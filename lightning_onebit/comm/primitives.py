@@ -62,7 +62,7 @@ class Communicator:
             received.copy_(sent)
             return
         kept = sent_numels[self.rank] if sent_numels is not None else sent.numel() // self.world_size
-        with self._counting((sent.numel() - kept) * sent.element_size()):
+        with self._counting("all_to_all", (sent.numel() - kept) * sent.element_size()):
             dist.all_to_all_single(received, sent, received_numels, sent_numels, group=self.group)
 
     def all_gather_(self, gathered: Tensor, part: Tensor) -> None:
@@ -70,7 +70,7 @@ class Communicator:
         if self.world_size == 1:
             gathered.copy_(part)
             return
-        with self._counting(part.nbytes * (self.world_size - 1)):
+        with self._counting("all_gather", part.nbytes * (self.world_size - 1)):
             _all_gather_single(gathered, part, group=self.group)
 
     def all_reduce_max_(self, tensor: Tensor) -> None:
@@ -92,27 +92,33 @@ class Communicator:
         tensor.mul_(1.0 / self.world_size)
         work = dist.all_reduce(tensor, group=self.group, async_op=True)
         assert work is not None
-        return work.get_future().then(lambda future: future.value()[0])
+
+        def result(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            with _named("all_reduce", sent):
+                return future.value()[0]
+
+        return work.get_future().then(result)
 
     def broadcast_int(self, value: int, *, source: int = 0, device: torch.device) -> int:
         """The ``value`` of rank ``source`` of the group, on all ranks."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.int64, device=device)
-        with self._counting(tensor.nbytes if self.rank == source else 0):
+        with self._counting("broadcast", tensor.nbytes if self.rank == source else 0):
             dist.broadcast(tensor, group=self.group, group_src=source)
         return int(tensor)
 
     def _all_reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.world_size == 1:
             return
-        with self._counting(ring_all_reduce_nbytes(tensor.nbytes, self.world_size)):
+        with self._counting("all_reduce", ring_all_reduce_nbytes(tensor.nbytes, self.world_size)):
             dist.all_reduce(tensor, operation, group=self.group)
 
     @contextmanager
-    def _counting(self, nbytes: int) -> Iterator[None]:
+    def _counting(self, collective: str, nbytes: int) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with _named(collective, nbytes):
+            yield
         self._count(nbytes, time.perf_counter() - start)
 
     def _count(self, nbytes: int, seconds: float) -> None:
@@ -125,6 +131,15 @@ class Communicator:
             self.counters.bytes_received += nbytes
         if self.waits:
             self.counters.seconds_waited += seconds
+
+
+@contextmanager
+def _named(collective: str, nbytes: int) -> Iterator[None]:
+    """Have a failure say of which collective it is; libraries name a line of their sources."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{collective}, of which this rank sends {nbytes} bytes: {error}") from error
 
 
 def new_group(timeout: timedelta | None, ranks: list[int]) -> dist.ProcessGroup:

@@ -1,0 +1,78 @@
+"""Signals that ask a run to end (SIGTERM) or to be requeued (SIGUSR1 under SLURM), answered by all ranks at the same batch.
+
+Lightning's own handlers communicate at once, wherever training is at that moment, while other ranks are in the middle of
+another collective. Each then waits for the other until the timeout: so it went in 2 of 4 trials under plain DDP. Ours only
+take note. At the start of every batch the ranks tell each other, and from there on it is Lightning again.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info
+
+from lightning_onebit.comm.primitives import Communicator
+
+_log = logging.getLogger(__name__)
+_REPLACED = ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn")
+
+
+class AgreedSignals:
+    """Takes the place of the handlers of one Trainer, until :meth:`close`. Lightning registers them when a run starts.
+
+    Args:
+        trainer: whose process group has been initialized.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._connector: Any = trainer._signal_connector
+        self._communicator = Communicator()  # counters of its own: this is no communication of gradients
+        self._terminate = False
+        self._requeue = 0
+        self._requeued = False
+        for name, handler in zip(_REPLACED, (self._on_terminate, self._on_requeue), strict=True):
+            assert hasattr(_SignalConnector, name)
+            setattr(self._connector, name, handler)
+
+    def close(self) -> None:
+        """Give Lightning's handlers back."""
+        for name in _REPLACED:
+            vars(self._connector).pop(name, None)
+
+    def settle(self) -> None:
+        """Before a batch: do on all ranks what any of them was asked for. Collective.
+
+        A requeue is Lightning's: a checkpoint, and ``scontrol``. To end, this batch is trained, and Lightning raises
+        ``SIGTERMException`` after it.
+        """
+        asked = torch.tensor([self._terminate, self._requeue], dtype=torch.int32, device=self._trainer.strategy.root_device)
+        self._communicator.all_reduce_max_(asked)
+        terminate, requeue = asked.tolist()
+        if requeue and not self._requeued:  # once, although the signal may reach other ranks later
+            self._requeued = True
+            _SignalConnector._slurm_sigusr_handler_fn(self._connector, requeue, None)  # type: ignore[arg-type]
+        if terminate and not self._connector.received_sigterm:
+            rank_zero_info("SIGTERM reached this rank or another: all ranks end after this batch.")
+            self._connector.received_sigterm = True
+
+    def settle_alone(self) -> None:
+        """Before an evaluation, which has no point where ranks meet: end at the next batch, without the others."""
+        self._connector.received_sigterm |= self._terminate
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        _log.info(rank_prefixed_message(f"Received SIGTERM: {number}", self._trainer.local_rank))
+        launcher = self._trainer.strategy.launcher
+        if not self._terminate and launcher is not None:
+            launcher.kill(number)
+        self._terminate = True
+        if not self._trainer.training:
+            self.settle_alone()
+
+    def _on_requeue(self, number: int, frame: FrameType | None) -> None:
+        self._requeue = number
