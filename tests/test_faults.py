@@ -120,7 +120,7 @@ def test_others_end_within_the_timeout_and_say_what_happened_and_how_to_resume(n
         else:
             assert "hangs or is stopped, or the network is down" in message or "a connection was closed" in message
             assert seconds < TIMEOUT_SECONDS + MARGIN_SECONDS
-    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".ckpt") == ["fault"]
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix not in (".ckpt", ".onebit")) == ["fault"]
 
 
 @pytest.mark.parametrize("step", [2, COMPRESSED_STEP])
@@ -268,21 +268,19 @@ def test_slurm_requeues_and_the_job_goes_on_where_it_was(asked_step, tmp_path):
 
     whole = run_trainers(2, fn, True)
     assert (tmp_path / "requeued").read_text() == "requeue 42\n"
-    assert [file.name for file in tmp_path.glob("hpc_ckpt_*")] == ["hpc_ckpt_1.ckpt"]
+    assert [file.name for file in tmp_path.glob("hpc_ckpt_*.ckpt")] == ["hpc_ckpt_1.ckpt"]
     resumed = run_trainers(2, fn, False)
     assert {steps for steps, _ in whole} == {16}
     assert {steps for steps, _ in resumed} == {16 - asked_step - 1}
-    if asked_step < WARMUP_STEPS:
-        assert resumed == [(steps, digest) for (steps, _), (_, digest) in zip(resumed, whole, strict=True)]
-    assert resumed[0] == resumed[1]
+    assert {digest for _, digest in resumed} == {whole[0][1]}
 
 
 def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    """By itself, from its last checkpoint."""
+    """By itself, from its last checkpoint, two steps before; bit for bit."""
     # Else torchrun (2.13) keeps one store for all attempts, and ranks may find the addresses of those that are dead.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
-    fault = ["--fault", "KILL", "--step", WARMUP_STEPS - 2, "--place", "backward"]
+    fault = ["--fault", "KILL", "--step", 11, "--place", "exchange"]  # the last checkpoint is of step 9
     restarted = start(sys.executable, *torchrun, SCRIPT, tmp_path, "--timeout", 60, "--steps", 14, "--resume", *fault)
 
     def undisturbed(rank):
