@@ -94,6 +94,8 @@ class TwoPhases:
         self._is_pending = False
         self._frozen: set[Tensor] = set()
         self._stepping = False
+        self._is_torn = False
+        """Whether an exception came within a compressed step, when some parameters may be those of the next one."""
         self._has_waiting_gradients = False
         self._loaded_gradients: dict[Tensor, Tensor] = {}
         self._overlaps = False
@@ -332,8 +334,10 @@ class TwoPhases:
         return self._compressed.get(optimizer)
 
     def _step_compressed(self, optimizer: Optimizer) -> None:
-        if self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer)):
-            self._steps[optimizer] += 1
+        self._is_torn = True
+        made = self._compressed[optimizer].step(skip=found_inf_after_unscaling_(optimizer))
+        self._is_torn = False
+        self._steps[optimizer] += made
 
     def _guard(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""

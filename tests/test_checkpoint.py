@@ -19,6 +19,7 @@ from trainers import Classifier, fit, same_params
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.checkpoint import CHECKPOINT_KEY
 from lightning_onebit.optim import parameters_of
+from lightning_onebit.pipeline import Pipeline
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 BATCHES = 30
@@ -586,6 +587,29 @@ def test_saving_after_an_exception_does_not_wait_for_the_other_ranks(tmp_path):
         assert set(run(2, ckpt_path=path)[1].phases) == {COMPRESSED}
 
     run_trainers(2, fn)
+
+
+def test_saving_after_an_exception_within_a_step_says_that_it_is_torn(tmp_path):
+    finish = Pipeline._finish_
+
+    def fn(rank):
+        steps = itertools.count()
+
+        def finish_or_fail(pipeline, index, operands):
+            if index == 1 and next(steps) == 5:
+                raise OSError("injected")
+            finish(pipeline, index, operands)
+
+        Pipeline._finish_ = finish_or_fail
+        saving = pl.callbacks.OnExceptionCheckpoint(tmp_path, "failed")
+        options = {"strategy": {"bucket_cap_mb": 0.001, "block_size": 64}, "enable_checkpointing": True}
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(OSError, match="injected"):
+            warnings.simplefilter("always")
+            run(2, callbacks=[saving], **options)
+        return [str(w.message) for w in caught if "parameters are those of the next one already" in str(w.message)]
+
+    first, second = run_trainers(2, fn)
+    assert (len(first), len(second)) == (1, 0)
 
 
 def test_foreign_version_is_refused(tmp_path):
