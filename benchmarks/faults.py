@@ -108,7 +108,9 @@ class Training:
         trial.left += [f.name for f in self.folder.iterdir() if f.is_file() and not EXPECTED_FILES.fullmatch(f.name)]
         temporary = (file.name for file in self.temporary.iterdir())
         trial.left += [name for name in temporary if not name.startswith(("output", "torchinductor"))]  # its cache
-        trial.left += [name for name in set(os.listdir("/dev/shm")) - self._shared_memory if not is_mapped(name)]
+        shared_memory = set(os.listdir("/dev/shm")) - self._shared_memory
+        time.sleep(0.5)  # names that are gone then were in use by something else
+        trial.left += sorted(shared_memory & set(os.listdir("/dev/shm")))
         return trial
 
     def living(self) -> list[int]:
@@ -127,15 +129,6 @@ class Training:
         for process in self.processes.values():
             process.wait()
         shutil.rmtree(self.folder)
-
-
-def is_mapped(name: str) -> bool:
-    """Whether a process uses this shared memory: then it belongs to something else, as those of the training are gone."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            if f"/dev/shm/{name}" in maps.read_text():
-                return True
-    return False
 
 
 @contextmanager
