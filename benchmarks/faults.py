@@ -84,12 +84,12 @@ class Training:
         while self.step() < step and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def finish(self, harmed: set[int]) -> Trial:
-        """Wait for all but the ``harmed`` ranks, kill those, and look at what there is."""
+    def finish(self, harmed: set[int], *, children: bool = False) -> Trial:
+        """Wait for all but the ``harmed`` ranks, and for their ``children``; kill those; and look at what there is."""
         trial = Trial()
         started = time.time()
         waiting = {rank: process for rank, process in self.processes.items() if rank not in harmed}
-        while waiting and time.time() - started < LIMIT_SECONDS:
+        while (waiting or (children and self.living())) and time.time() - started < LIMIT_SECONDS:
             waiting = {rank: process for rank, process in waiting.items() if process.poll() is None}
             time.sleep(0.01)
         ended = time.time()
@@ -108,7 +108,9 @@ class Training:
         trial.left += [f.name for f in self.folder.iterdir() if f.is_file() and not EXPECTED_FILES.fullmatch(f.name)]
         temporary = (file.name for file in self.temporary.iterdir())
         trial.left += [name for name in temporary if not name.startswith(("output", "torchinductor"))]  # its cache
-        trial.left += [name for name in set(os.listdir("/dev/shm")) - self._shared_memory if not is_mapped(name)]
+        shared_memory = set(os.listdir("/dev/shm")) - self._shared_memory
+        time.sleep(0.5)  # names that are gone then were in use by something else
+        trial.left += sorted(shared_memory & set(os.listdir("/dev/shm")))
         return trial
 
     def living(self) -> list[int]:
@@ -127,15 +129,6 @@ class Training:
         for process in self.processes.values():
             process.wait()
         shutil.rmtree(self.folder)
-
-
-def is_mapped(name: str) -> bool:
-    """Whether a process uses this shared memory: then it belongs to something else, as those of the training are gone."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            if f"/dev/shm/{name}" in maps.read_text():
-                return True
-    return False
 
 
 @contextmanager
@@ -167,16 +160,12 @@ def as_torchrun(arguments: list[str], harmed: set[int]) -> Trial:
 
 
 def as_script(arguments: list[str], harmed: set[int]) -> Trial:
-    """Rank 0 started by hand; Lightning starts the others."""
+    """Rank 0 started by hand; Lightning starts the others, which share its output."""
     with training() as one:
         with one.output(0).open("wb") as output:
             command = one.command("--devices", str(RANKS), *arguments)
             one.processes[0] = subprocess.Popen(command, stdout=output, stderr=output)
-        trial = one.finish(harmed & {0})
-        if one.living():  # the children notice that their parent is gone a little later
-            time.sleep(5)
-            trial.left = [f"process {pid}" for pid in one.living()]
-        return trial
+        return one.finish(set(), children=True)
 
 
 def processes(arguments: argparse.Namespace) -> str:
@@ -197,7 +186,8 @@ def processes(arguments: argparse.Namespace) -> str:
                 print("The fault did not come; once more.", *trial.outputs.values(), file=sys.stderr)
         to = "all" if len(ranks) == RANKS else f"rank {ranks[0]}"
         by = "torchrun" if launch is as_torchrun else "Lightning"
-        rows.append([strategy, by, f"SIG{fault} to {to}", place, *summary(results, harmed)])
+        cells = summary(results, harmed if launch is as_torchrun else set())
+        rows.append([strategy, by, f"SIG{fault} to {to}", place, *cells])
         print(" | ".join(rows[-1]), flush=True)
 
     for fault in ("KILL", "STOP", "TERM"):

@@ -48,6 +48,8 @@ class Fault(pl.Callback):
                 threading.Timer(self.delay_seconds, os.kill, (os.getpid(), self.number)).start()
             else:
                 os.kill(os.getpid(), self.number)
+                if self.number == signal.SIGSTOP:
+                    time.sleep(0.5)  # threads are stopped one by one, this one perhaps a little later
 
     def setup(self, trainer, pl_module, stage):
         served, save = CompressedBucket._served, trainer.strategy.save_checkpoint
