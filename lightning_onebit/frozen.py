@@ -228,7 +228,7 @@ class FrozenParameters:
             variance, offset = self._variance(p), self._offset_of[p]
             first, last = torch.searchsorted(places, torch.tensor([offset, offset + p.numel()])).tolist()
             indices, saved = (places[first:last] - offset).to(self.device), values[first:last].to(variance)
-            indices, saved = indices[saved < 0], saved[saved < 0]
+            indices, saved = indices[torch.signbit(saved)], saved[torch.signbit(saved)]
             variance[indices] = torch.where(self._method.private(variance[indices]), saved, variance[indices])
 
     def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:

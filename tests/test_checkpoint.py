@@ -603,9 +603,10 @@ def test_saving_after_an_exception_within_a_step_says_that_it_is_torn(tmp_path):
         Pipeline._finish_ = finish_or_fail
         saving = pl.callbacks.OnExceptionCheckpoint(tmp_path, "failed")
         options = {"strategy": {"bucket_cap_mb": 0.001, "block_size": 64}, "enable_checkpointing": True}
-        with warnings.catch_warnings(record=True) as caught, pytest.raises(OSError, match="injected"):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run(2, callbacks=[saving], **options)
+            with pytest.raises(OSError, match="injected"):
+                run(2, callbacks=[saving], **options)
         return [str(w.message) for w in caught if "parameters are those of the next one already" in str(w.message)]
 
     first, second = run_trainers(2, fn)

@@ -291,6 +291,30 @@ def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, new_ro
     assert torch.equal(traces[0][-1][others], traces[0][0][others])
 
 
+def test_a_late_coordinate_whose_variance_decays_to_zero_stays_what_it_is():
+    """With a small beta2 it takes a few steps without gradients: live on all ranks, and each still has its own variance."""
+
+    def seen(rank, step):
+        return [0, 1] + ([4] if rank == 1 and step == WARMUP_STEPS + 2 else [])
+
+    def fn(rank):
+        x = nn.Parameter(torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)))
+        optimizer = torch.optim.Adam([x], lr=1e-3, betas=(0.9, 0.1))
+        warm_up(optimizer, WARMUP_STEPS, 2, embedding_gradient(seen))
+        compressed = freeze(optimizer, block_size=64)
+        steps = range(WARMUP_STEPS, WARMUP_STEPS + 60)
+        list(compressed_steps(optimizer, compressed, rank, steps, embedding_gradient(seen)))
+        variance = optimizer.state[x]["exp_avg_sq"][4]
+        assert not variance.any()
+        places, values = compressed.private_variances()
+        assert (len(places), len(values)) == (COLUMNS, COLUMNS)
+        return [x.detach(), *optimizer.state_dict()["state"][0].values()]
+
+    first, second = run_ranks(2, fn)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[2][4].all()  # the stock second moment of a coordinate that is not dead
+
+
 @pytest.mark.parametrize("space", ["update", "momentum"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_second_moments_as_small_as_those_of_new_coordinates_are_frozen_too(space, world_size):

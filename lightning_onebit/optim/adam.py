@@ -196,15 +196,15 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
 
     @override
     def dead(self, exp_avg_sq: Tensor) -> Tensor:
-        return exp_avg_sq == 0
+        return (exp_avg_sq == 0) & ~self.private(exp_avg_sq)
 
     @override
     def shared(self, exp_avg_sq: Tensor) -> Tensor:
-        return exp_avg_sq.masked_fill(exp_avg_sq < 0, WOKEN_VARIANCE) if self._has_late else exp_avg_sq
+        return exp_avg_sq.masked_fill(self.private(exp_avg_sq), WOKEN_VARIANCE) if self._has_late else exp_avg_sq
 
     @override
     def private(self, exp_avg_sq: Tensor) -> Tensor:
-        return exp_avg_sq < 0
+        return torch.signbit(exp_avg_sq)  # without gradients they decay, down to minus zero
 
     @override
     def wake_(self, exp_avg_sq: Tensor, woken: Tensor) -> None:
@@ -216,7 +216,7 @@ class FrozenAdam(CompressedMethod[AdamCoefficients]):
         """Second moments to divide by, after an Adam update of the late coordinates (in place if ``keep``)."""
         if not self._has_late:
             return exp_avg_sq
-        late = exp_avg_sq < 0
+        late = self.private(exp_avg_sq)
         if not late.any():
             return exp_avg_sq
         adapted = exp_avg_sq.mul(beta2).sub_(gradient.square().mul_(1.0 - beta2))  # minus the new variance
