@@ -283,10 +283,8 @@ def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tm
 def test_whose_errors_a_node_takes_over_preserves_the_mean():
     """Of any number of nodes, on any other; everyone reads as few parts as possible."""
     for old, new in itertools.product(range(1, 9), repeat=2):
-        weights = [
-            node_weights(Topology(num_nodes=new, node_rank=node), Topology(num_nodes=old, node_rank=0))
-            for node in range(new)
-        ]
+        nodes = [Topology(num_nodes=new, node_rank=node) for node in range(new)]
+        weights = [node_weights(node, Topology(num_nodes=old, node_rank=0)) for node in nodes]
         for node in range(old):
             assert sum(each.get(node, 0.0) for each in weights) / new == pytest.approx(1 / old)
         assert max(map(len, weights)) == math.ceil(old / new)
