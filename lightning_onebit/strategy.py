@@ -296,7 +296,7 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             rank_zero_warn(
                 "Saving after an exception: the checkpoint does not hold the errors of error feedback."
                 + (
-                    " It came within a step: some parameters are those of the next one already. HINT: rather resume from an"
+                    " It came within a step: some parameters may be those of the next one already. HINT: rather resume from an"
                     " earlier checkpoint."
                     if self._is_torn
                     else ""
