@@ -109,8 +109,12 @@ class Training:
         temporary = (file.name for file in self.temporary.iterdir())
         trial.left += [name for name in temporary if not name.startswith(("output", "torchinductor"))]  # its cache
         shared_memory = set(os.listdir("/dev/shm")) - self._shared_memory
-        time.sleep(0.5)  # names that are gone then were in use by something else
-        trial.left += sorted(shared_memory & set(os.listdir("/dev/shm")))
+        # What another program uses goes with it: a training that has ended leaves for good what it leaves.
+        deadline = time.monotonic() + 30
+        while shared_memory and time.monotonic() < deadline:
+            time.sleep(0.5)
+            shared_memory &= set(os.listdir("/dev/shm"))
+        trial.left += sorted(shared_memory)
         return trial
 
     def living(self) -> list[int]:
