@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_onebit.comm.primitives import Communicator, completed_future
 from lightning_onebit.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
@@ -83,10 +84,24 @@ class HookState:
         """Parameters of compressed optimizers, whose gradients are left as they are: none in warm-up."""
         self.gradients_ready: Callable[[Iterable[Tensor]], None] | None = None
         """Told the parameters whose local gradients are final; ``None``: nobody wants to know."""
+        self.model: DistributedDataParallel | None = None
+        """The last one that has this hook."""
         self.buckets: list[list[Tensor]] = []
         """The parameters of DDP's buckets, as of the last backward."""
+        self.backwards = 0
+        """How many of ``model`` there were with communication."""
         self.regrouping: Regrouping | None = None
         """Averages in other buckets than DDP's; ``None``: nobody wants that."""
+
+    def look_ahead(self) -> None:
+        """See to it that ``buckets`` are those of the next backward. Collective.
+
+        DDP cuts them anew at the beginning of its second forward: that is done now, if it is still to be done.
+        """
+        if self.model is not None and 0 < self.backwards <= Regrouping.PATIENCE:
+            reducer = self.model.reducer
+            reducer._rebuild_buckets()
+            self.buckets = [bucket.parameters() for bucket in reducer._get_zeros_like_grad_buckets()]
 
 
 def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -100,6 +115,7 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
     buffer, counters = bucket.buffer(), state.communicator.counters
     if bucket.index() == 0:
         state.buckets = []
+        state.backwards += 1
         if state.regrouping is not None and state.regrouping.is_over:
             state.regrouping = None
     params = bucket.parameters()

@@ -54,6 +54,8 @@ class SavedPhases(TwoPhases):
     def _snapshot(self) -> Snapshot | None:
         """What a checkpoint is to hold beside the stock state; ``None`` if nothing. Collective."""
         in_warmup = self._phase is Phase.WARMUP
+        if self._hook_state is not None and self.world_size > 2:
+            self._hook_state.look_ahead()
         waiting = {name: p.grad for p, name in self._names.items() if self._has_waiting_gradients and p.grad is not None}
         wants_parts = not (in_warmup or self._is_pending) or bool(waiting)
         # Rank 0 decides, and names the save. Nobody begins before all others have ended what they did with files.

@@ -293,14 +293,13 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     def _save_interrupted(self, checkpoint: dict[str, Any], save: Callable[[], None]) -> None:
         """Without the others, so without parts."""
         if self._phase is Phase.COMPRESSED:
+            torn = (
+                " It came within a step: some parameters may be those of the next one already. HINT: rather resume from an"
+                " earlier checkpoint."
+            )
             rank_zero_warn(
                 "Saving after an exception: the checkpoint does not hold the errors of error feedback."
-                + (
-                    " It came within a step: some parameters may be those of the next one already. HINT: rather resume from an"
-                    " earlier checkpoint."
-                    if self._is_torn
-                    else ""
-                )
+                f"{torn if self._is_torn else ''}"
             )
             checkpoint[CHECKPOINT_KEY] = self._header(save_id=None, has_gradients=False)
         save()

@@ -240,6 +240,7 @@ class TwoPhases:
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
         self._hook_state.regrouping = None
+        self._hook_state.model, self._hook_state.backwards = model, 0
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self._averaged.update(p for p in model.parameters() if p.requires_grad)
         self._replicas.update(replicas(model))
