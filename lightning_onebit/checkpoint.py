@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from lightning_onebit.engine import CompressedOptimizer
-from lightning_onebit.frozen import Run
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.parts import FOREIGN, MISSING, WORLD_SIZE, Part, PartError, Parts, part_errors
+from lightning_onebit.runs import Run
 from lightning_onebit.topology import Topology
 
 CHECKPOINT_KEY = "lightning_onebit"

@@ -18,9 +18,10 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consensus import Consensus
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
-from lightning_onebit.frozen import Replicated, Run
+from lightning_onebit.frozen import Replicated
 from lightning_onebit.optim import method_for, parameters_of
 from lightning_onebit.pipeline import Pipeline
+from lightning_onebit.runs import Run
 from lightning_onebit.sketch import NormSketch
 
 

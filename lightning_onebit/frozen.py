@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import flat_view, unflatten_like
-from lightning_onebit.optim import parameters_of
 from lightning_onebit.optim.method import CompressedMethod
+from lightning_onebit.runs import Run, add_runs_, offsets
 
 Replicated = Literal["momentum", "second moment"]
 """What an optimizer keeps of a parameter, alike on all ranks."""
@@ -42,24 +42,6 @@ class Piece:
 
     def of(self, flat: Tensor) -> Tensor:
         return flat[self.start : self.start + self.numel]
-
-
-class Run(NamedTuple):
-    """Neighbouring elements, where all parameters of an optimizer are laid end to end (see :func:`offsets`).
-
-    So runs fit whatever buckets, chunks and shards they are cut into later.
-    """
-
-    start: int
-    values: Tensor
-    """``[numel]``"""
-
-    def overlap(self, other: Run) -> tuple[Tensor, Tensor]:
-        """The elements of both that have the same place."""
-        start = max(self.start, other.start)
-        stop = min(self.start + len(self.values), other.start + len(other.values))
-        first, second = (run.values[max(0, start - run.start) : max(0, stop - run.start)] for run in (self, other))
-        return (first, second) if start < stop else (first[:0], second[:0])
 
 
 class FrozenParameters:
@@ -309,19 +291,19 @@ class FrozenParameters:
     def add_errors_(self, worker: Sequence[Run], server: Sequence[Run]) -> None:
         """Add errors to those of this rank in the same places; a single rank, which has none, applies them."""
         if self._quantized:
-            _add_(self.worker_errors(), worker)
-            _add_(self.server_errors(), server)
+            add_runs_(self.worker_errors(), worker)
+            add_runs_(self.server_errors(), server)
             return
         errors = {}
         for p in self.parameters:
             flat = torch.zeros(p.numel(), dtype=self._dtype, device=self.device)
-            _add_([Run(self._offset_of[p], flat)], [*worker, *server])
+            add_runs_([Run(self._offset_of[p], flat)], [*worker, *server])
             errors[p] = unflatten_like(flat, p)
         self.apply_outstanding_(errors)
 
     def add_momentum_(self, momentum: Sequence[Run]) -> None:
         """Take over u, on a single rank, after :meth:`restore_`."""
-        _add_(self.worker_errors(), momentum)
+        add_runs_(self.worker_errors(), momentum)
 
     def _runs(self, segments: Sequence[Segment], flat: Tensor) -> list[Run]:
         """``flat``, which holds the elements of ``segments``, as runs."""
@@ -386,15 +368,6 @@ class FrozenParameters:
         return [piece for pieces in self._pieces for piece in pieces]
 
 
-def offsets(optimizer: Optimizer) -> dict[Tensor, int]:
-    """Place of each parameter's first element where all are laid end to end: last parameter first, as they travel."""
-    places, place = {}, 0
-    for p in reversed(parameters_of(optimizer)):
-        places[p] = place
-        place += p.numel()
-    return places
-
-
 def _pieces(bucket: CompressedBucket) -> list[Piece]:
     pieces, shard_offset = [], 0
     for index, segment in enumerate(bucket.layout.segments):
@@ -423,14 +396,6 @@ def _part(flat: Tensor, bucket: CompressedBucket, index: int) -> Tensor:
 def _bits(tensor: Tensor) -> Tensor:
     """The same memory as integers: neighbouring positive numbers are neighbours."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def _add_(targets: Sequence[Run], runs: Sequence[Run]) -> None:
-    for target in targets:
-        for run in runs:
-            own, other = target.overlap(run)
-            if own.numel():
-                own.add_(other.to(own))
 
 
 def check_shared_state(entry: Mapping[str, Tensor], p: Tensor, *, block_size: int) -> None:

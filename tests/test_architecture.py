@@ -16,7 +16,7 @@ ROOT = Path(lightning_onebit.__file__).parent
 
 FLOORS = [
     {"config", "phase", "topology", "version"},
-    {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs", "checksum"},
+    {"codec", "optim", "momentum", "stability", "stats", "flat", "sketch", "costs", "checksum", "runs"},
     {"comm"},
     {"engine", "pipeline", "frozen", "ddp_hook", "consensus", "divergence"},
     {

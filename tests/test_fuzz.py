@@ -24,8 +24,8 @@ from lightning_onebit.codec.reference import ReferenceCodec
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import CompressedOptimizer
-from lightning_onebit.frozen import Run
 from lightning_onebit.parts import PROBLEMS, PartError, Parts
+from lightning_onebit.runs import Run
 from lightning_onebit.topology import Topology
 
 GUARD = 64
