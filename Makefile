@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest lint clean
+.PHONY: help demo test test-oldest install-newest test-newest lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,9 +38,13 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test,examples
 
 # Nothing is pinned there: whatever pyproject.toml admits and the index has today, so pip has to look again.
-test-newest:
+NEWEST := VENV=.venv-newest CONSTRAINTS=constraints-newest.txt UPGRADE=--upgrade
+install-newest:
 	rm -f .venv-newest/.installed
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt UPGRADE=--upgrade
+	$(MAKE) .venv-newest/.installed $(NEWEST)
+
+test-newest: install-newest
+	$(MAKE) test $(NEWEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .
