@@ -319,10 +319,14 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._leave_compressed_phase()
-        super().load_optimizer_state_dict(checkpoint)
-        self._count_loaded_steps()
-        if CHECKPOINT_KEY in checkpoint:
-            header = read_header(checkpoint[CHECKPOINT_KEY])
+        with self._agreement("the checkpoint that they resume from") as facts:
+            super().load_optimizer_state_dict(checkpoint)
+            self._count_loaded_steps()
+            header = read_header(checkpoint[CHECKPOINT_KEY]) if CHECKPOINT_KEY in checkpoint else None
+            facts["optimizer steps"] = str(list(self._steps.values()))
+            if header is not None:
+                facts["phase"], facts["save"] = header["phase"], str(header["save_id"])
+        if header is not None:
             optimizers = header["optimizers"]
             self._resume(header, optimizers, range(len(optimizers)), header.get(PATH))
 

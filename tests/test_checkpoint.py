@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import os
+import re
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainers import Classifier, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, node_weights
+from lightning_onebit.comm.agreement import RanksDisagree
 from lightning_onebit.optim import parameters_of
 from lightning_onebit.pipeline import Pipeline
 from lightning_onebit.topology import Topology
@@ -629,6 +631,21 @@ def test_saving_after_an_exception_within_a_step_says_that_it_is_torn(tmp_path):
 
     first, second = run_trainers(2, fn)
     assert (len(first), len(second)) == (1, 0)
+
+
+@pytest.mark.parametrize("saves", [(20, 25), (5, 20)])
+def test_ranks_that_resume_from_different_checkpoints_are_told_so(tmp_path, saves):
+    """Such as stale copies on the disks of nodes: of different steps, or of different phases."""
+
+    def fn(rank):
+        run(2, callbacks=[SaveAt(tmp_path / f"{k}.ckpt", k) for k in saves])
+        expected = (
+            f"differ in the checkpoint that they resume from.*optimizer steps: .{saves[0]}. on rank 0, but .{saves[1]}. on"
+        )
+        with pytest.raises(RanksDisagree, match=re.compile(expected, re.DOTALL)):
+            run(2, ckpt_path=tmp_path / f"{saves[rank]}.ckpt")
+
+    run_trainers(2, fn)
 
 
 def test_foreign_version_is_refused(tmp_path):
