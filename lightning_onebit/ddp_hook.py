@@ -3,6 +3,7 @@
 # DDP inspects the hook's annotations: no `from __future__ import annotations` here.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from weakref import ReferenceType
 
 import torch
 import torch.distributed as dist
@@ -84,8 +85,9 @@ class HookState:
         """Parameters of compressed optimizers, whose gradients are left as they are: none in warm-up."""
         self.gradients_ready: Callable[[Iterable[Tensor]], None] | None = None
         """Told the parameters whose local gradients are final; ``None``: nobody wants to know."""
-        self.model: DistributedDataParallel | None = None
-        """The last one that has this hook."""
+        self.model: ReferenceType[DistributedDataParallel] | None = None
+        """The last one that has this hook. It owns this state, by ways that Python's garbage collector does not see: a
+        reference back would keep it, its buckets and the process group with its threads for ever."""
         self.buckets: list[list[Tensor]] = []
         """The parameters of DDP's buckets, as of the last backward."""
         self.backwards = 0
@@ -98,8 +100,9 @@ class HookState:
 
         DDP cuts them anew at the beginning of its second forward: that is done now, if it is still to be done.
         """
-        if self.model is not None and 0 < self.backwards <= Regrouping.PATIENCE:
-            reducer = self.model.reducer
+        model = None if self.model is None else self.model()
+        if model is not None and 0 < self.backwards <= Regrouping.PATIENCE:
+            reducer = model.reducer
             reducer._rebuild_buckets()
             self.buckets = [bucket.parameters() for bucket in reducer._get_zeros_like_grad_buckets()]
 

@@ -27,7 +27,6 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.ddp_hook import Regrouping
 from lightning_onebit.parts import PROBLEMS, SPACE, Parts
 from lightning_onebit.phase import Phase
-from lightning_onebit.topology import Topology
 from lightning_onebit.two_phases import TwoPhases
 
 
@@ -76,7 +75,7 @@ class SavedPhases(TwoPhases):
 
     def _header(self, *, save_id: str | None, has_gradients: bool) -> dict[str, Any]:
         """What all ranks know. Not collective; the optimizers' entries on rank 0 only, which writes them."""
-        topology = self._topology_now
+        topology = self._topology
         return {
             "version": VERSION,
             "phase": self._phase.name,
@@ -97,10 +96,6 @@ class SavedPhases(TwoPhases):
         if self._hook_state is None or self.world_size <= 2:
             return []
         return [[self._names.get(p, "") for p in params] for params in self._hook_state.buckets]
-
-    @property
-    def _topology_now(self) -> Topology:
-        return self._groups.topology if self._groups is not None else Topology(num_nodes=1, node_rank=0)
 
     def _save_with_parts(self, path: Any, snapshot: Snapshot | None, save: Callable[[], None]) -> None:
         """Save the checkpoint, and before that this rank's part. Collective; what fails on one rank fails on all."""
@@ -146,7 +141,7 @@ class SavedPhases(TwoPhases):
             positions: their places in the parts.
             path: where the checkpoint is; ``None`` if unknown.
         """
-        topology = self._topology_now
+        topology = self._topology
         parts = None if path is None else Parts(path, follow_link=True)
         problems: dict[int, str] = {}
         named_parameters = {name: p for p, name in self._names.items()}

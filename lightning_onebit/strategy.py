@@ -333,10 +333,14 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     # The end
 
     @property
+    def _trainer(self) -> pl.Trainer | None:
+        """The Trainer of this rank; ``None`` in a process that is no rank, as it only spawned or forked them."""
+        return None if self.lightning_module is None else self.lightning_module._trainer
+
+    @property
     def _interrupted(self) -> bool:
         """Whether there was an exception: the other ranks may be anywhere, so nothing collective from here on."""
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and module._trainer.interrupted
+        return self._trainer is not None and self._trainer.interrupted
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -345,9 +349,9 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         advice = {"'ddp_find_unused": "'onebit_ddp_find_unused", "=DDPStrategy(": f"={type(self).__name__}("}
         for old, new in advice.items():
             exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        self._explain_failure_(exception, step=trainer.global_step, checkpoint=last_checkpoint(trainer))
+        if self._trainer is not None:
+            checkpoint = last_checkpoint(self._trainer)
+            self._explain_failure_(exception, step=self._trainer.global_step, checkpoint=checkpoint)
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             end_at_exit_(self.launcher.procs)
 

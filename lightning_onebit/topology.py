@@ -51,3 +51,7 @@ class Topology:
         """Ranks of this node, in order."""
         first = self.node_rank * self.local_world_size
         return list(range(first, first + self.local_world_size))
+
+
+ALONE = Topology(num_nodes=1, node_rank=0)
+"""Of a single rank, and as long as others are not known."""

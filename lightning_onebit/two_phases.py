@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import torch
 from lightning.fabric.plugins import Precision
@@ -34,7 +35,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.replaced_step import replaced_step
 from lightning_onebit.skipped_steps import Found, SkippedSteps, check_max_skipped_steps
 from lightning_onebit.stats import CommStats
-from lightning_onebit.topology import Topology
+from lightning_onebit.topology import ALONE, Topology
 
 
 class TwoPhases:
@@ -99,6 +100,7 @@ class TwoPhases:
         self._has_waiting_gradients = False
         self._loaded_gradients: dict[Tensor, Tensor] = {}
         self._overlaps = False
+        self._topology = ALONE
         self._groups: ExchangeGroups | None = None
         self._lane: AnyLane = InlineLane()
 
@@ -190,8 +192,8 @@ class TwoPhases:
         overlap, hierarchical = repr(self.overlap), repr(self.hierarchical)
         if self._hook_state is not None:  # what was chosen is known
             overlap += " (during backward)" if self._overlaps else " (in the optimizer step)"
-        if self._groups is not None:
-            t = self._groups.topology
+        t = self._topology
+        if t.world_size > 1:
             ranks = f"flat, {t.world_size} ranks" if t.is_flat else f"{t.num_nodes} nodes of {t.local_world_size} ranks"
             hierarchical += f" ({ranks})"
         c = self.config
@@ -231,21 +233,22 @@ class TwoPhases:
         """Take over DDP's communication of gradients. Collective for the first model of a run."""
         if self._hook_state is None:
             communicator = Communicator()
-            self._hook_state, self._groups = HookState(communicator), None
+            self._hook_state, self._topology = HookState(communicator), ALONE
             if self.world_size > 1:
-                self._groups = new_groups(self._topology(communicator), self._timeout)
+                self._topology = self._find_topology(communicator)
+                self._groups = new_groups(self._topology, self._timeout)
                 # A rank that fails next closes its connections: not before the others have made theirs.
                 communicator.all_reduce_max_(torch.zeros((), dtype=torch.int32, device=self.root_device))
-                self._hook_state.local_world_size = self._groups.topology.local_world_size
+                self._hook_state.local_world_size = self._topology.local_world_size
             self._set_phase(self._phase)
         model.register_comm_hook(self._hook_state, phase_hook)
         self._hook_state.regrouping = None
-        self._hook_state.model, self._hook_state.backwards = model, 0
+        self._hook_state.model, self._hook_state.backwards = ref(model), 0
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self._averaged.update(p for p in model.parameters() if p.requires_grad)
         self._replicas.update(replicas(model))
 
-    def _topology(self, communicator: Communicator) -> Topology:
+    def _find_topology(self, communicator: Communicator) -> Topology:
         """The nodes, or a flat network if ranks are not numbered node by node. Collective."""
         flat = Topology(num_nodes=self.world_size, node_rank=self.global_rank)
         if self.hierarchical is False:
@@ -467,7 +470,8 @@ class TwoPhases:
             after_failure: whether the other ranks may be anywhere.
         """
         self._lane.close()
-        is_running, self._hook_state = self._hook_state is not None, None
+        self._hook_state = None
         # NCCL's way of ending a group waits for the other ranks.
-        if is_running and self._groups is not None and not (after_failure and self.root_device.type == "cuda"):
+        if self._groups is not None and not (after_failure and self.root_device.type == "cuda"):
             self._groups.destroy()
+        self._groups = None

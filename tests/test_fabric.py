@@ -1,7 +1,9 @@
 """The strategy for Fabric, on forked ranks: the same communication as in a Trainer."""
 
+import gc
 import threading
 import warnings
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -241,7 +243,11 @@ def test_switching_by_hand_and_back_and_what_is_printed():
         loop.strategy.teardown()
         assert "onebit-lane" not in [thread.name for thread in threading.enumerate()]
         assert len(dist.distributed_c10d._world.pg_map) == 1
-        return loop.params
+        wrapped_by_ddp, params = weakref.ref(loop.model._forward_module), loop.params
+        del loop
+        gc.collect()
+        assert wrapped_by_ddp() is None
+        return params
 
     first, second = run_trainers(2, fn)
     assert same_params(first, second)

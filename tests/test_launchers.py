@@ -74,6 +74,10 @@ trainer.fit(model, data(10, 2))
 moved = [bool((p != old).any()) for p, old in zip(model.parameters(), before)]
 print("FITTED", all(moved), bool(trainer.callback_metrics["less_sent"] > 5))
 _ = make_trainer("onebit_ddp_fork", 2).validate(model, data(4, 2))
+Classifier.training_step = lambda *_: 1 / 0
+try: make_trainer("STRATEGY", 2).fit(Classifier(), data(10, 2))
+except Exception as error: print("FAILED", type(error).__name__, "division by zero" in str(error))
+
 """
 
 
@@ -88,6 +92,7 @@ def test_notebooks_and_python_c(tmp_path):
     for output in (interactive, at_once):
         assert "FITTED True True" in output, output
         assert "val_loss" in output
+        assert "FAILED ProcessRaisedException True" in output  # what a rank raised, not what came of it
     assert "`Trainer(strategy='onebit_ddp')` is not compatible with an interactive environment" in interactive
 
 

@@ -29,10 +29,11 @@ class ExchangeGroups:
                 communicator.counters = counters
 
     def destroy(self) -> None:
-        """End the process groups, which must have been made by :func:`new_groups`."""
+        """End the process groups, which must have been made by :func:`new_groups`; none can be used from here on."""
         for communicator in (self.peers, self.node, self.averaging):
             if communicator is not None:
                 destroy_group(communicator.group)
+                del communicator.group  # gloo's threads end with the last reference
 
 
 def flat_groups(communicator: Communicator) -> ExchangeGroups:
