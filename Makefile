@@ -6,6 +6,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEMO_ARGUMENTS ?=
 TEST_ARGUMENTS ?=
+TEST_PROCESSES ?= 2
 EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
 
@@ -24,14 +25,15 @@ help:
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
 	@echo
-	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DEMO_ARGUMENTS=$(DEMO_ARGUMENTS)  TEST_ARGUMENTS=$(TEST_ARGUMENTS)'
+	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DEMO_ARGUMENTS=$(DEMO_ARGUMENTS)'
+	@echo '           TEST_ARGUMENTS=$(TEST_ARGUMENTS)  TEST_PROCESSES=$(TEST_PROCESSES) (tests at a time)'
 	@echo '           such as DEMO_ARGUMENTS="--steps 200 --output runs/short"; --help lists them'
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(DEMO_ARGUMENTS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(TEST_ARGUMENTS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal $(TEST_ARGUMENTS)
 
 # In environments of their own, beside that of `make test`. The oldest torch pins a Triton that is too old for the kernels.
 test-oldest:

@@ -103,6 +103,7 @@ def _rank_main(sender, rank, world_size, num_nodes, store, port, fn, args):
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30)
             )
+            dist.barrier()  # a rank that ends at once must not close its connections before the others have made theirs
         buffer = io.BytesIO()
         torch.save(fn(rank, *args), buffer)
         sender.send((True, buffer.getvalue()))
