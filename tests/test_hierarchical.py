@@ -598,8 +598,8 @@ class ThereAndBack(pl.Callback):
             trainer.strategy.freeze_variance()
 
 
-def groups_of(trainer):
-    return trainer.strategy._groups
+def topology_of(trainer):
+    return trainer.strategy._topology
 
 
 def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
@@ -616,7 +616,7 @@ def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
         ]:
             more = {"clipped": {"gradient_clip_val": 0.1}, "there and back": {"callbacks": [ThereAndBack()]}}
             trainer, recorder = run(4, num_nodes=2, strategy=options, **more.get(name, {}))
-            assert groups_of(trainer).topology == topology
+            assert topology_of(trainer) == topology
             assert recorder.phases[-1] is Phase.COMPRESSED
             stats = trainer.strategy.comm_stats
             assert stats[Phase.WARMUP].bytes_within_node == 0
@@ -671,7 +671,7 @@ def test_ranks_not_numbered_node_by_node_stay_flat_or_are_refused_on_all_ranks()
             warnings.simplefilter("always")
             trainer, recorder = run(4, batches=8, **placement)
         assert any("not numbered node by node" in str(w.message) for w in caught) == (rank == 0)
-        assert groups_of(trainer).topology == Topology(num_nodes=4, node_rank=rank)
+        assert topology_of(trainer) == Topology(num_nodes=4, node_rank=rank)
         with pytest.raises(ValueError, match=r"not numbered node by node.*HINT"):
             run(4, batches=8, strategy={"hierarchical": True}, **placement)
         return recorder.params
@@ -687,7 +687,7 @@ def test_hierarchical_without_several_nodes_of_several_processes_warns_and_is_fl
             warnings.simplefilter("always")
             trainer, _ = run(2, batches=6, num_nodes=num_nodes, strategy={"hierarchical": True})
         assert any("hierarchical=True has no effect" in str(w.message) for w in caught) == (rank == 0)
-        assert groups_of(trainer).topology.is_flat
+        assert topology_of(trainer).is_flat
         assert trainer.strategy.comm_stats.bytes_within_node == 0
 
     run_trainers(2, fn, num_nodes=num_nodes)
@@ -710,7 +710,7 @@ def test_a_checkpoint_fits_any_topology(tmp_path):
         trainer, recorder = run(world_size, callbacks=[look], ckpt_path=path, **options)
         assert set(recorder.phases) == {Phase.COMPRESSED}
         assert len(recorder.params) == 4
-        return groups_of(trainer).topology.is_flat, recorder.params, look.outstanding
+        return topology_of(trainer).is_flat, recorder.params, look.outstanding
 
     def write_and_resume(rank):
         save = SaveAt(path, 10)
