@@ -11,7 +11,8 @@ EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
+# Most modules of these packages are never imported: each is compiled when it is, not all of them now.
+PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest install-newest test-newest lint clean
