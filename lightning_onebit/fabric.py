@@ -22,7 +22,14 @@ from lightning_onebit.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import Division
-from lightning_onebit.facts import criterion_facts, module_facts, optimizer_facts, precision_facts, strategy_facts
+from lightning_onebit.facts import (
+    checkpoint_facts,
+    criterion_facts,
+    module_facts,
+    optimizer_facts,
+    precision_facts,
+    strategy_facts,
+)
 from lightning_onebit.phase import Phase
 from lightning_onebit.preflight import check_ddp_arguments, check_module, check_optimizer
 from lightning_onebit.saved_phases import SavedPhases
@@ -245,6 +252,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     @override
     def load_checkpoint(self, path: Any, state: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Fabric's; all that this rank reads is in place before it is compared with the others'. Collective."""
         objects = list(state.values()) if isinstance(state, dict) else [state]
         loaded = [optimizer for optimizer in self.optimizers if any(optimizer is each for each in objects)]
         if loaded and self._phase is Phase.COMPRESSED:
@@ -254,11 +262,17 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
                     " together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
                 )
             self._leave_compressed_phase()
+        if not loaded:
+            return super().load_checkpoint(path, state, *args, **kwargs)
         self._loading_from = os.fspath(path)
         try:
-            return super().load_checkpoint(path, state, *args, **kwargs)
+            with self._agreement("the checkpoint that they load") as facts:
+                remainder = super().load_checkpoint(path, state, *args, **kwargs)
+                facts.update(checkpoint_facts(self._steps.values(), next(iter(self._loaded.values()), None)))
+            self._resume_when_all_are_loaded()
         finally:
             self._loading_from = None
+        return remainder
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if self._phase is Phase.COMPRESSED:
@@ -272,7 +286,11 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         self._count_loaded_steps()
-        if len(self._loaded) == len(self._steps):  # the last of them: all go on together
+        if self._loading_from is None:
+            self._resume_when_all_are_loaded()
+
+    def _resume_when_all_are_loaded(self) -> None:
+        if len(self._loaded) == len(self._steps):  # they change phase together
             headers = [self._loaded[each] for each in self.optimizers]
             self._loaded.clear()
             optimizers = [entry for header in headers for entry in header["optimizers"]]

@@ -11,7 +11,7 @@ import dataclasses
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import lightning.pytorch as pl
@@ -99,6 +99,14 @@ def trainer_facts(trainer: pl.Trainer) -> dict[str, str]:
         "gradient_clip_val": repr(trainer.gradient_clip_val),
         "gradient_clip_algorithm": repr(trainer.gradient_clip_algorithm),
     }
+
+
+def checkpoint_facts(steps: Iterable[int], header: Mapping[str, Any] | None) -> dict[str, str]:
+    """Where a checkpoint has led: steps of each optimizer, and what it says of the run, if it is one of ours."""
+    facts = {"optimizer steps": str(list(steps))}
+    if header is not None:
+        facts["phase"], facts["save"] = header["phase"], str(header["save_id"])
+    return facts
 
 
 def criterion_facts(criteria: Iterable[Criterion]) -> dict[str, str]:

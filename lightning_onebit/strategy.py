@@ -23,7 +23,7 @@ from typing_extensions import override
 from lightning_onebit.checkpoint import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.division import divide, listed
-from lightning_onebit.facts import module_facts, optimizer_facts, strategy_facts, trainer_facts
+from lightning_onebit.facts import checkpoint_facts, module_facts, optimizer_facts, strategy_facts, trainer_facts
 from lightning_onebit.failures import end_at_exit_, last_checkpoint
 from lightning_onebit.grad_scaler import with_agreement
 from lightning_onebit.overlap import obstacle_to_overlap
@@ -323,9 +323,7 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             super().load_optimizer_state_dict(checkpoint)
             self._count_loaded_steps()
             header = read_header(checkpoint[CHECKPOINT_KEY]) if CHECKPOINT_KEY in checkpoint else None
-            facts["optimizer steps"] = str(list(self._steps.values()))
-            if header is not None:
-                facts["phase"], facts["save"] = header["phase"], str(header["save_id"])
+            facts.update(checkpoint_facts(self._steps.values(), header))
         if header is not None:
             optimizers = header["optimizers"]
             self._resume(header, optimizers, range(len(optimizers)), header.get(PATH))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from trainers import Classifier, adam, data, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase, PhaseSwitch, VarianceStability
+from lightning_onebit.comm.agreement import RanksDisagree
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 FREEZE = 5
@@ -323,6 +324,30 @@ def test_a_checkpoint_of_the_warmup_leaves_the_compressed_phase(tmp_path):
 
     first, second = run_trainers(2, fn)
     assert same_params(first, second)
+
+
+@pytest.mark.parametrize("saves", [("3.ckpt", "12.ckpt"), ("12.ckpt", "14.ckpt"), ("12.ckpt", "none.ckpt")])
+def test_ranks_that_load_different_checkpoints_are_told_so(tmp_path, saves):
+    """Of different phases, of different steps, and one that has none."""
+
+    def fn(rank):
+        loop = Loop(ours())
+        for saved in (3, 12, 14):
+            loop.run(saved)
+            loop.fabric.save(tmp_path / f"{saved}.ckpt", {"model": loop.model, "optimizer": loop.optimizer})
+        resumed = Loop(ours())
+        state = {"model": resumed.model, "optimizer": resumed.optimizer}
+        missing = "none.ckpt" in saves
+        with pytest.raises(FileNotFoundError if missing and rank == 1 else RanksDisagree) as caught:
+            resumed.fabric.load(tmp_path / saves[rank], state)
+        return str(caught.value)
+
+    first, second = run_trainers(2, fn)
+    if "none.ckpt" in saves:
+        assert "rank 1: FileNotFoundError" in first
+    else:
+        assert first == second
+        assert "The ranks differ in the checkpoint that they load:\n  optimizer steps: " in first
 
 
 def test_state_is_not_replaced_behind_the_strategys_back():
