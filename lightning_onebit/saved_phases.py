@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,31 +99,17 @@ class SavedPhases(TwoPhases):
     def _save_with_parts(self, path: Any, snapshot: Snapshot | None, save: Callable[[], None]) -> None:
         """Save the checkpoint, and before that this rank's part. Collective; what fails on one rank fails on all."""
         if snapshot is None or snapshot.content is None:
-            self._together(save, f"write the checkpoint {path}")
+            with self._agreement(f"the checkpoint {path}"):
+                save()
             return
         parts, save_id, content = Parts(path), snapshot.header["save_id"], snapshot.content
-        write = partial(parts.write, save_id, self.global_rank, content.meta, content.arrays)
-        self._together(write, f"write its part of the checkpoint {path}")
-        self._together(save, f"write the checkpoint {path}")
+        with self._agreement(f"the parts of the checkpoint {path}"):
+            parts.write(save_id, self.global_rank, content.meta, content.arrays)
+        with self._agreement(f"the checkpoint {path}"):
+            save()
         # One that is written in the background may not be there yet: until it is, the last one counts.
         keep_others = int(isinstance(self.checkpoint_io, AsyncCheckpointIO))
         parts.remove(self.global_rank, self.world_size, keep=save_id, keep_others=keep_others)
-
-    def _together(self, action: Callable[[], None], what: str) -> None:
-        """Do ``action`` on all ranks. Collective: if it fails on one, an error is raised on all."""
-        error: Exception | None = None
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-        failed = torch.tensor(-1 if error is None else self.global_rank, dtype=torch.int32, device=self.root_device)
-        Communicator().all_reduce_max_(failed)
-        if error is not None:
-            raise error
-        if failed >= 0:
-            raise RuntimeError(
-                f"Rank {int(failed)} could not {what}; its own message says why. HINT: is there room on the disk?"
-            )
 
     def _resume(
         self,
