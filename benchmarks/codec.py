@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from report import Spread, describe, environment, save, table
 
-from lightning_onebit.codec import Codec, make_codec
-from lightning_onebit.codec.encoded import Encoded
-from lightning_onebit.codec.layout import SEGMENT_NUMEL, num_blocks, sign_nbytes
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.momentum import LocalMomentum
+from lightning_onebit.engine.momentum import LocalMomentum
+from lightning_onebit.quantize import Codec, make_codec
+from lightning_onebit.quantize.encoded import Encoded
+from lightning_onebit.quantize.layout import SEGMENT_NUMEL, num_blocks, sign_nbytes
 
 FLOAT32_BYTES = 4
 BLOCK_SIZE = CompressionConfig().block_size

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_onebit import DivergenceGuard, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
-from lightning_onebit.checksum import Checksum
+from lightning_onebit.consistency.checksum import Checksum
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from gpt_stdlib import GPT

@@ -22,11 +22,11 @@ import torch
 from report import Spread, describe, environment, save, table
 from torch import Tensor
 
-from lightning_onebit.codec import Codec, make_codec
-from lightning_onebit.codec.encoded import Encoded
-from lightning_onebit.codec.layout import encoded_nbytes, num_blocks, sign_nbytes
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.momentum import LocalMomentum
+from lightning_onebit.engine.momentum import LocalMomentum
+from lightning_onebit.quantize import Codec, make_codec
+from lightning_onebit.quantize.encoded import Encoded
+from lightning_onebit.quantize.layout import encoded_nbytes, num_blocks, sign_nbytes
 
 WARM_UP = 5
 

@@ -24,7 +24,7 @@ import torch
 from report import Spread, describe, environment, save, table
 from torch import Tensor
 
-from lightning_onebit.sketch import SKETCH_NUMEL, NormSketch
+from lightning_onebit.engine.clipping import SKETCH_NUMEL, NormSketch
 
 SIGNAL = 0.3
 """Size of what all workers' gradients have in common, where the noise of each is 1."""

@@ -31,7 +31,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_onebit  # registers "onebit_ddp"
 from lightning_onebit import CommMonitor, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
-from lightning_onebit.stats import ring_all_reduce_nbytes
+from lightning_onebit.comm.stats import ring_all_reduce_nbytes
 
 STRATEGIES = ("ddp", "onebit_ddp")
 RANKS = 2

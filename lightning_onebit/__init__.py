@@ -7,15 +7,15 @@ Importing the package registers the strategies, so that ``Trainer(strategy="oneb
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_onebit.callbacks import CommMonitor, DivergenceGuard, PhaseSwitch
-from lightning_onebit.comm.allreduce import ErrorFeedback, compressed_all_reduce
-from lightning_onebit.divergence import DivergenceError
-from lightning_onebit.fabric import OneBitDDPFabricStrategy
+from lightning_onebit.comm.compressed_allreduce import ErrorFeedback, compressed_all_reduce
+from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.consistency.divergence import DivergenceError
+from lightning_onebit.freeze.criteria import FixedStep, VarianceStability
+from lightning_onebit.lightning.callbacks import CommMonitor, DivergenceGuard, PhaseSwitch
+from lightning_onebit.lightning.fabric_strategy import OneBitDDPFabricStrategy
+from lightning_onebit.lightning.pytorch_lightning import explain_to_twin
+from lightning_onebit.lightning.trainer_strategy import OneBitDDPStrategy
 from lightning_onebit.phase import Phase
-from lightning_onebit.stability import FixedStep, VarianceStability
-from lightning_onebit.stats import CommStats
-from lightning_onebit.strategy import OneBitDDPStrategy
-from lightning_onebit.twin import explain_to_twin
 from lightning_onebit.version import __version__
 
 __all__ = [

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_onebit.codec.encoded import Encoded
-from lightning_onebit.codec.layout import BucketLayout, Segment
-from lightning_onebit.topology import Topology
+from lightning_onebit.comm.topology import Topology
+from lightning_onebit.quantize.encoded import Encoded
+from lightning_onebit.quantize.layout import BucketLayout, Segment
 
 
 @dataclass(frozen=True, kw_only=True)

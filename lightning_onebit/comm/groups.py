@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from lightning_onebit.comm.primitives import Communicator, destroy_group, new_group
-from lightning_onebit.stats import PhaseCounters
-from lightning_onebit.topology import Topology
+from lightning_onebit.comm.stats import PhaseCounters
+from lightning_onebit.comm.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)

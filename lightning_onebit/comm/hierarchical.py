@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_onebit.codec.layout import BucketLayout
 from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.quantize.layout import BucketLayout
 
 
 class NodeAverage:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_onebit.stats import PhaseCounters, ring_all_reduce_nbytes
+from lightning_onebit.comm.stats import PhaseCounters, ring_all_reduce_nbytes
 
 # Renamed in torch 2.13.
 _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor

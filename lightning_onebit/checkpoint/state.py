@@ -1,0 +1,310 @@
+"""What a checkpoint of the compressed phase holds beside the stock state of the optimizers.
+
+The ``.ckpt`` stays an ordinary Lightning checkpoint: ``optimizer_states`` is what stock optimizers would have written (see
+:class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes to go on
+bit for bit is in two places:
+
+* **Under a key of its own**, what all ranks know: the phase, the last average as bits, and what the stock second moment
+  has lost in rounding. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
+* **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker errors, the
+  server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank ever holds
+  those of another.
+
+With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors and all server
+errors are the same afterwards: nodes take over the worker errors of some of the old ones, weighted, and everyone looks for
+the server errors of its chunks. A part that cannot be used is one warning, and its errors start at zero.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_onebit.checkpoint.parts import FOREIGN, MISSING, WORLD_SIZE, Part, PartError, Parts, part_errors
+from lightning_onebit.comm.topology import Topology
+from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.engine.runs import Run
+from lightning_onebit.methods import parameters_of
+
+CHECKPOINT_KEY = "lightning_onebit"
+PATH = "path"
+"""Added to the entry when it is loaded: where from."""
+VERSION = 2
+
+_HEADER: dict[str, type | tuple[type, ...]] = {
+    "phase": str,
+    "is_pending": bool,
+    "save_id": (str, type(None)),
+    "has_gradients": bool,
+    "world_size": int,
+    "local_world_size": int,
+    "block_size": int,
+    "space": str,
+    "ddp_buckets": list,
+    "optimizers": list,
+}
+"""What is always there, and of which type."""
+MOST_RANKS = 2**20
+"""A number that is larger is no number of ranks."""
+_ERROR_DTYPES = {"float32": np.float32, "float64": np.float64}
+
+
+def shared_state(compressed: Sequence[CompressedOptimizer]) -> list[dict[str, dict[str, Tensor]]]:
+    """Per optimizer and parameter, by its position as in torch's state: what all ranks know, on the CPU."""
+    states = []
+    for c in compressed:
+        entries = c.shared_state()
+        positions = {p: str(index) for index, p in enumerate(parameters_of(c.optimizer))}
+        states.append({positions[p]: {k: v.cpu() for k, v in entry.items()} for p, entry in entries.items()})
+    return states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint gets of a run at one moment."""
+
+    header: dict[str, Any]
+    """Goes under :data:`CHECKPOINT_KEY`. On rank 0, which writes it, complete."""
+    content: PartContent | None
+    """Goes into this rank's part; ``None`` if there are none."""
+
+
+@dataclass
+class PartContent:
+    """What a rank writes into its part: ``meta`` for what JSON can say, and arrays by name."""
+
+    meta: dict[str, Any] = field(default_factory=lambda: {"optimizers": [], "gradients": []})
+    arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+
+    def add_optimizer(self, compressed: CompressedOptimizer) -> None:
+        """Its errors and private variances. On the CPU no copy is made."""
+        position = len(self.meta["optimizers"])
+        entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
+        for name, runs in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
+            entry[name] = [[run.start, run.values.numel(), _dtype_name(run.values.dtype)] for run in runs]
+            for index, run in enumerate(runs):
+                self.arrays[f"{position}/{name}/{index}"] = run.values.cpu().numpy()
+        places, values = compressed.private_variances()
+        entry["late"] = places.numel()
+        self.arrays[f"{position}/late/places"] = places.cpu().numpy()
+        self.arrays[f"{position}/late/values"] = values.cpu().double().numpy()  # holds all dtypes exactly
+        self.meta["optimizers"].append(entry)
+
+    def add_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Local gradients by parameter name."""
+        for index, (name, gradient) in enumerate(gradients.items()):
+            self.meta["gradients"].append([name, list(gradient.shape), _dtype_name(gradient.dtype)])
+            self.arrays[f"gradient/{index}"] = gradient.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_header(state: Any) -> Mapping[str, Any]:
+    """The entry under :data:`CHECKPOINT_KEY`, if this version can read it.
+
+    Raises:
+        ValueError: if it is of another version, or is not such an entry.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if not isinstance(version, int) or version != VERSION:
+        raise ValueError(
+            f"The checkpoint's state of lightning_onebit has version {version}, but this is version {VERSION}."
+            " HINT: use the release of lightning_onebit that wrote it, or load it with ckpt_path in strategy='ddp'."
+        )
+    for name, kinds in _HEADER.items():
+        if not isinstance(state.get(name), kinds):
+            raise _damaged(f"{name} is {state.get(name)!r:.80}")
+    world_size, local_world_size = state["world_size"], state["local_world_size"]
+    if not 1 <= local_world_size <= world_size <= MOST_RANKS or world_size % local_world_size:
+        raise _damaged(f"world sizes are {world_size} and {local_world_size}")
+    if state["block_size"] < 8 or state["block_size"] % 8:
+        raise _damaged(f"block_size is {state['block_size']}")
+    if state["save_id"] is not None and not re.fullmatch("[0-9a-f]{16}", state["save_id"]):
+        raise _damaged(f"save_id is {state['save_id']!r:.80}")
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in state["ddp_buckets"]):
+        raise _damaged("ddp_buckets are no lists of names")
+    return state
+
+
+def restore(
+    compressed: Sequence[CompressedOptimizer],
+    optimizers: Sequence[Mapping[str, Mapping[str, Tensor]]],
+    *,
+    block_size: int,
+) -> None:
+    """Take over what :func:`shared_state` returned, in place.
+
+    Raises:
+        ValueError: if it is for another number of optimizers, or does not fit their parameters.
+    """
+    if len(optimizers) != len(compressed):
+        raise ValueError(
+            f"The checkpoint was written with {len(optimizers)} compressed optimizers, but there are"
+            f" {len(compressed)} now. HINT: return the same ones from `configure_optimizers`, or load it with ckpt_path in"
+            " strategy='ddp'."
+        )
+    for c, entries in zip(compressed, optimizers, strict=True):
+        try:
+            if not isinstance(entries, Mapping):
+                raise TypeError(f"the entry of an optimizer is {entries!r:.80}")
+            c.restore_(
+                {p: entries[str(i)] for i, p in enumerate(parameters_of(c.optimizer)) if c.holds(p)}, block_size=block_size
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise _damaged(str(error)) from error
+
+
+def load_errors(
+    compressed: Sequence[CompressedOptimizer],
+    positions: Sequence[int],
+    header: Mapping[str, Any],
+    parts: Parts | None,
+    topology: Topology,
+) -> dict[int, str]:
+    """Add the errors of a checkpoint to those of ``compressed``, in place, and take over private second moments.
+
+    Args:
+        compressed: the optimizers.
+        positions: their places in the parts.
+        header: of the checkpoint.
+        parts: where its parts are; ``None`` if that is unknown.
+        topology: where this rank is now.
+
+    Returns:
+        By rank of then, what is wrong with its part: nothing of it was used.
+    """
+    old = _topology_of(header)
+    weights = node_weights(topology, old)
+    problems: dict[int, str] = {}
+
+    def load(rank: int) -> bool:
+        """Returns whether this rank serves just what ``rank`` served then."""
+        weight = weights.get(rank // old.local_world_size)
+        try:
+            with _open(parts, header, rank) as part:
+                contents = [_read(part, position, c) for c, position in zip(compressed, positions, strict=True)]
+        except PartError as error:
+            problems[rank] = error.problem
+            return False
+        for c, content in zip(compressed, contents, strict=True):
+            if old.world_size > 1:
+                worker = content.worker if weight is not None else []
+                c.add_errors_([Run(run.start, run.values * (weight or 1.0)) for run in worker], content.server)
+            elif topology.world_size == 1:  # which have no errors: it is the momentum
+                c.add_momentum_(content.worker)
+            if rank // old.local_world_size == min(weights):
+                c.set_private_variances_(*content.private)
+        return all(content.same_chunks for content in contents)
+
+    same = (old.num_nodes, old.local_world_size) == (topology.num_nodes, topology.local_world_size)
+    if not (same and load(topology.rank)):
+        for rank in range(old.world_size):
+            if not (same and rank == topology.rank):
+                load(rank)
+    return problems
+
+
+def node_weights(topology: Topology, old: Topology) -> dict[int, float]:
+    """Whose worker errors a node takes over, with which weights, so that the mean over all nodes stays what it was.
+
+    Args:
+        topology: where this rank is now.
+        old: nodes of then.
+
+    Returns:
+        By node of then, a weight. With as many nodes as then: the same node, 1.0.
+    """
+    new_nodes, old_nodes = topology.num_nodes, old.num_nodes
+    if new_nodes < old_nodes:
+        return {node: new_nodes / old_nodes for node in range(topology.node_rank, old_nodes, new_nodes)}
+    node = topology.node_rank % old_nodes
+    return {node: new_nodes / (old_nodes * len(range(node, new_nodes, old_nodes)))}
+
+
+def load_gradients(
+    named_parameters: Mapping[str, Tensor], header: Mapping[str, Any], parts: Parts | None, topology: Topology
+) -> tuple[dict[Tensor, Tensor], dict[int, str]]:
+    """By parameter, this rank's gradients that waited for a step, and what is wrong, as :func:`load_errors`."""
+    if header["world_size"] != topology.world_size:
+        return {}, dict.fromkeys(range(header["world_size"]), WORLD_SIZE)
+    gradients: dict[Tensor, Tensor] = {}
+    try:
+        with _open(parts, header, topology.rank) as part, part_errors():
+            for index, (name, shape, dtype) in enumerate(part.meta["gradients"]):
+                p = named_parameters[name]
+                if list(p.shape) != shape or _dtype_name(p.dtype) != dtype:
+                    raise ValueError(f"the gradient of {name} is {dtype} {shape}")
+                data = part.array(f"gradient/{index}", dtype=np.uint8, numel=p.numel() * p.element_size())
+                gradients[p] = torch.from_numpy(data).view(p.dtype).view(p.shape)
+    except PartError as error:
+        return {}, {topology.rank: error.problem}
+    return gradients, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a part holds of one optimizer."""
+
+    worker: list[Run]
+    server: list[Run]
+    """Those that touch this rank's chunks."""
+    private: tuple[Tensor, Tensor]
+    same_chunks: bool
+
+
+def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Content:
+    with part_errors():
+        entry = part.meta["optimizers"][position]
+        if entry["numels"] != [p.numel() for p in parameters_of(compressed.optimizer)]:
+            raise PartError(FOREIGN, "its parameters have other sizes")
+
+        def runs(name: str, targets: Sequence[Run] | None = None) -> list[Run]:
+            found = []
+            for index, (start, numel, dtype) in enumerate(entry[name]):
+                if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
+                    array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
+                    if not np.isfinite(array).all():
+                        raise ValueError(f"{name} {index} is not finite")
+                    found.append(Run(int(start), torch.from_numpy(array)))
+            return found
+
+        chunks = compressed.server_errors()
+        places = part.array(f"{position}/late/places", dtype=np.int64, numel=entry["late"])
+        values = part.array(f"{position}/late/values", dtype=np.float64, numel=entry["late"])
+        if len(places) and not (places[0] >= 0 and places[-1] < sum(entry["numels"]) and (np.diff(places) > 0).all()):
+            raise ValueError("places of late coordinates do not rise")
+        if not np.isfinite(values).all():
+            raise ValueError("second moments of late coordinates are not finite")
+        return _Content(
+            worker=runs("worker"),
+            server=runs("server", chunks),
+            private=(torch.from_numpy(places), torch.from_numpy(values)),
+            same_chunks=[[c.start, c.values.numel()] for c in chunks] == [run[:2] for run in entry["server"]],
+        )
+
+
+def _open(parts: Parts | None, header: Mapping[str, Any], rank: int) -> AbstractContextManager[Part]:
+    if parts is None or header["save_id"] is None:
+        raise PartError(MISSING, "where the checkpoint was is unknown" if parts is None else "none was written")
+    return parts.read(header["save_id"], rank)
+
+
+def _topology_of(header: Mapping[str, Any]) -> Topology:
+    local_world_size = header["local_world_size"]
+    return Topology(num_nodes=header["world_size"] // local_world_size, node_rank=0, local_world_size=local_world_size)
+
+
+def _damaged(details: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint's state of lightning_onebit is damaged, or was written for another model: {details}. HINT: resume"
+        " from another checkpoint, or load it with ckpt_path in strategy='ddp', which disregards that state."
+    )

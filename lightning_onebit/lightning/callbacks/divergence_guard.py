@@ -1,0 +1,74 @@
+"""The callback that stops a run whose ranks no longer hold the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from typing_extensions import override
+
+from lightning_onebit.lightning.phases import TwoPhases
+from lightning_onebit.lightning.trainer_strategy import strategy_of
+
+
+class DivergenceGuard(Callback):
+    """Compares parameters, momentum and second moments of all ranks, bit for bit, every so many optimizer steps.
+
+    Ranks that drift apart (a memory error, a parameter changed on one rank only) would otherwise train on unnoticed, and
+    average gradients of different models. If they differ, all ranks raise :class:`~lightning_onebit.DivergenceError`,
+    which names the ranks, the step, the first parameter that differs and the last step at which all was equal.
+
+    What is compared is a checksum: one pass over memory, and 16 bytes from each rank. A change within one element is
+    always found, any other is missed once in 2^32 times; see :mod:`lightning_onebit.consistency.checksum`. The end of training is
+    checked as well. The strategy adds one with the default interval if the Trainer has none.
+
+    Args:
+        every_n_steps: optimizer steps between comparisons, those of all optimizers added up; ``None``: never.
+
+    Raises:
+        ValueError: if ``every_n_steps`` is less than 1.
+    """
+
+    def __init__(self, every_n_steps: int | None = 100) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"Invalid every_n_steps: {every_n_steps}. Must be >= 1, or None to compare never.")
+        self.every_n_steps = every_n_steps
+        self._compared = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy_of(trainer)
+        if stage == "fit":  # another fit than the last, which counts anew
+            self._compared = 0
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.after_step(strategy_of(trainer))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.after_step(strategy_of(trainer), is_last=True)
+
+    def after_step(self, strategy: TwoPhases, *, is_last: bool = False) -> None:
+        """Compare, if enough steps have been made since the last time. Collective.
+
+        Args:
+            strategy: the strategy for Trainer or Fabric.
+            is_last: whether to compare after fewer steps.
+        """
+        if self.every_n_steps is None or strategy.world_size == 1:
+            return
+        steps = strategy.comm_stats.steps  # the same on all ranks
+        if steps - self._compared >= (1 if is_last else self.every_n_steps):
+            self._compared = steps
+            strategy.check_ranks_agree()
+
+
+def ensure_divergence_guard(trainer: pl.Trainer) -> None:
+    """Add the default guard if there is none."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, DivergenceGuard) for callback in callbacks):
+        # Before the checkpoints, which Lightning keeps last: what is known to have diverged is not saved.
+        position = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(position, DivergenceGuard())

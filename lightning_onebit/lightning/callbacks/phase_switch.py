@@ -1,0 +1,193 @@
+"""The callback that ends the warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_onebit.engine.optimizer import diverged_parameters
+from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
+from lightning_onebit.lightning.phases import TwoPhases
+from lightning_onebit.lightning.trainer_strategy import strategy_of
+from lightning_onebit.phase import Phase
+
+
+class PhaseSwitch(Callback):
+    """Watches the second moment during warm-up and freezes it when the criterion says so.
+
+    Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step.
+    The strategy adds one with the default criterion if the Trainer has none.
+
+    With several optimizers, the steps that count are those of the one that has made fewest, of those that can be
+    compressed. After ``strategy.resume_warmup()`` steps are counted anew.
+
+    Args:
+        criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
+
+    Example::
+
+        Trainer(strategy="onebit_ddp", callbacks=[PhaseSwitch(criterion=VarianceStability(tolerance=0.03))])
+    """
+
+    def __init__(self, criterion: Criterion | None = None) -> None:
+        if criterion is not None and not isinstance(criterion, Criterion):
+            raise TypeError(
+                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
+            )
+        self.criterion = criterion if criterion is not None else VarianceStability()
+        self._history: list[Observation] = []
+        self._last_step = 0
+        self._start = 0
+        self.verdict: Verdict | None = None
+        """The criterion's last word, on rank 0: whether it froze, why, and whether it was forced to."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy_of(trainer)
+        if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
+            self._history, self._last_step, self._start, self.verdict = [], 0, 0, None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = strategy_of(trainer)
+        self.start(strategy, total_steps=_total_steps(trainer))
+        if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
+            self.after_step(strategy, pl_module)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.after_step(strategy_of(trainer), pl_module)
+
+    def start(self, strategy: TwoPhases, *, total_steps: float) -> None:
+        """Settle the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
+        if strategy.world_size == 1:
+            return
+        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
+        if strategy.phase is Phase.WARMUP:
+            for remark in self._plan.remarks:
+                rank_zero_info(f"{type(self).__name__}: {remark}")
+
+    def after_step(self, strategy: TwoPhases, module: nn.Module) -> None:
+        """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
+        if strategy.world_size == 1:
+            return
+        if strategy.phase is Phase.COMPRESSED:
+            # Another warm-up would begin here.
+            self._start, self._last_step = strategy.optimizer_steps, 0
+            return
+        if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
+            self._start = 0
+        step = strategy.optimizer_steps - self._start
+        previous, self._last_step = self._last_step, step
+        if step == previous or not self._plan.observes(step, previous):
+            return
+        verdict, diverged = None, False
+        if strategy.is_global_zero:
+            now = observe(step, strategy.compressed_optimizers, module)
+            if not all(math.isfinite(variance) for variance in now.variances.values()):  # or only their sum is infinite
+                diverged = any(diverged_parameters(optimizer) for optimizer in strategy.compressed_optimizers)
+            if not diverged:
+                verdict = self._judge(now, steps_between=step - previous)
+        # Second moments are equal on all ranks, but a rank that judged otherwise would hang the job: one verdict for all.
+        # A second moment that has diverged stays so: to freeze it is refused on all ranks, so why train on till then?
+        if strategy.broadcast_decision(diverged or (verdict is not None and verdict.freeze)):
+            if verdict is not None:
+                announce = rank_zero_warn if verdict.forced else rank_zero_info
+                anew = f" (step {step} of this warm-up)" if self._start else ""
+                announce(
+                    f"{type(self).__name__}: freezing the second moment after step {strategy.optimizer_steps}{anew}:"
+                    f" {verdict.reason}."
+                )
+            self._history = []
+            strategy.freeze_variance()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = strategy_of(trainer)
+        fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
+            reason = "nothing was judged" if self.verdict is None else self.verdict.reason
+            once = strategy.comm_stats[Phase.COMPRESSED].steps
+            what = f"compressed only {once} steps and went back to warm-up" if once else "never compressed anything"
+            rank_zero_warn(
+                f"This run {what}: after {strategy.optimizer_steps} optimizer steps it was still in"
+                f" warm-up, that is plain DDP ({reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
+                " use PhaseSwitch(criterion=FixedStep(n))."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        history = [{"step": o.step, "variances": dict(o.variances), "learning_rate": o.learning_rate} for o in self._history]
+        return {"history": history, "last_step": self._last_step, "start": self._start}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = [Observation(**entry) for entry in state_dict["history"]]
+        self._last_step = state_dict["last_step"]
+        self._start = state_dict.get("start", 0)  # not in checkpoints of the first versions
+
+    def _judge(self, now: Observation, *, steps_between: int) -> Verdict:
+        # The plan's history is enough where every step can be observed.
+        oldest = now.step - self._plan.history * steps_between
+        self._history = [o for o in self._history if oldest <= o.step < now.step]
+        self._history.append(now)
+        self.verdict = self.criterion.judge(self._history, self._plan)
+        return self.verdict
+
+
+def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
+    """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it."""
+    name_of = {p: name for name, p in module.named_parameters()}
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    names: list[str] = []
+    norms: list[Tensor] = []
+    corrections: list[float] = []
+    for optimizer, group in groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state and float(state["step"]) > 0:
+                names.append(name_of.get(p, f"parameter {len(names)}"))
+                norms.append(state["exp_avg_sq"].sum(dtype=torch.float32))
+                corrections.append(1.0 - float(group["betas"][1]) ** float(state["step"]))
+    values = torch.stack(norms).tolist() if norms else []
+    return Observation(
+        step=step,
+        variances={n: value / correction for n, value, correction in zip(names, values, corrections, strict=True)},
+        learning_rate=max((float(group["lr"]) for _, group in groups), default=0.0),
+    )
+
+
+def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
+    """The decay of the second moment that takes longest to settle."""
+    return max((float(group["betas"][1]) for o in optimizers for group in o.param_groups), default=0.0)
+
+
+def _total_steps(trainer: pl.Trainer) -> float:
+    """Steps that each optimizer makes in the whole run, if all step as often; infinite if the Trainer does not know."""
+    total = trainer.estimated_stepping_batches
+    if trainer.max_steps > 0:  # of all optimizers added up
+        total = min(total, trainer.max_steps / len(trainer.optimizers))
+    return float(total) if total > 0 else math.inf
+
+
+def ensure_phase_switch(trainer: pl.Trainer) -> None:
+    """Add the default switch if there is none; refuse two."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    switches = [callback for callback in callbacks if isinstance(callback, PhaseSwitch)]
+    if len(switches) > 1:
+        raise ValueError(f"Found {len(switches)} PhaseSwitch callbacks. There must be one: keep the one you mean.")
+    if not switches:
+        # Before the checkpoints, which Lightning keeps last: they must save the phase that the batch ended in.
+        position = next((i for i, c in enumerate(callbacks) if isinstance(c, Checkpoint)), len(callbacks))
+        callbacks.insert(position, PhaseSwitch())
+        if trainer.world_size > 1:
+            rank_zero_info("Using PhaseSwitch() with its default criterion, VarianceStability(), to end the warm-up.")

@@ -1,0 +1,177 @@
+"""The thread that exchanges: order, failures, and that it changes no result."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import torch
+from ranks import run_ranks, run_trainers
+from test_engine import WARMUP_STEPS, compressed_steps, make_optimizer, params_of, warm_up
+from trainers import fit
+
+from lightning_onebit import FixedStep, PhaseSwitch
+from lightning_onebit.comm.exchanger import InlineLane, Lane, StreamLane, make_lane
+from lightning_onebit.comm.groups import new_groups
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.topology import Topology
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.optimizer import CompressedOptimizer
+
+
+@pytest.fixture
+def lane():
+    lane = Lane()
+    yield lane
+    lane.close()
+    assert not lane._thread.is_alive()
+
+
+def test_works_in_order_and_in_another_thread(lane):
+    done = []
+
+    def work(i):
+        time.sleep(0.01 * (3 - i))
+        done.append((i, threading.current_thread().name))
+
+    tickets = [lane.submit(lambda i=i: work(i)) for i in range(3)]
+    tickets[-1].wait()
+    assert done == [(i, "onebit-lane") for i in range(3)]
+    assert all(ticket.done() for ticket in tickets)
+
+
+def test_a_failure_reaches_the_waiting_thread_and_all_later_work_fails_with_it(lane):
+    done = []
+
+    def fail():
+        raise OSError("the cable is unplugged")
+
+    tickets = [lane.submit(work) for work in (lambda: done.append(1), fail, lambda: done.append(2))]
+    tickets[0].wait()
+    for ticket in tickets[1:]:
+        with pytest.raises(RuntimeError, match="the cable is unplugged") as info:
+            ticket.wait()
+        assert isinstance(info.value.__cause__, OSError)
+    assert done == [1]
+
+
+def test_inline_lane_has_done_it_when_it_returns():
+    done = []
+    ticket = InlineLane().submit(lambda: done.append(1))
+    assert done == [1]
+    assert ticket.done()
+
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        InlineLane().submit(fail).wait()
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [0.0005, 0.002, None])
+@pytest.mark.parametrize("space", ["update", "momentum"])
+def test_the_thread_changes_no_bit(bucket_cap_mb, space):
+    def fn(rank, threaded):
+        optimizer = make_optimizer(torch.optim.AdamW, torch.float32)
+        warm_up(optimizer, WARMUP_STEPS, 3)
+        config = CompressionConfig(block_size=8, bucket_cap_mb=bucket_cap_mb, space=space)
+        lane = Lane() if threaded else InlineLane()
+        groups = new_groups(Topology(num_nodes=3, node_rank=rank), None) if threaded else None
+        compressed = CompressedOptimizer(optimizer, config, Communicator(), {}, groups=groups, lane=lane)
+        history = []
+        for _ in compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 30)):
+            history.append([p.detach().clone() for p in params_of(optimizer)])
+        lane.close()
+        return history
+
+    for threaded, inline in zip(run_ranks(3, fn, True), run_ranks(3, fn, False), strict=True):
+        for a, b in zip(threaded, inline, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_no_thread_is_left_after_a_fit():
+    def fn(rank):
+        fit("onebit_ddp", 2, callbacks=[PhaseSwitch(FixedStep(3))])
+        assert "onebit-lane" not in [thread.name for thread in threading.enumerate()]
+
+    run_trainers(2, fn)
+
+
+class FakeCuda:
+    """Stands for ``torch.cuda`` where there is none: notes who waits for what, in order."""
+
+    def __init__(self):
+        self.log, self.complete = [], False
+        fake = self
+
+        class Stream:
+            def __init__(self, device=None, name="side"):
+                self.device, self.name = device, name
+
+            def wait_stream(self, other):
+                fake.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                fake.log.append(f"{self.name} waits for what {event.stream.name} had")
+
+        class Event:
+            def record(self, stream):
+                self.stream = stream
+                fake.log.append(f"event on {stream.name}")
+
+            def query(self):
+                return fake.complete
+
+        self.Stream, self.Event = Stream, Event
+        self.current = Stream(name="main")
+
+    def current_stream(self, device=None):
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        previous, self.current = self.current, stream
+        yield
+        self.current = previous
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+def test_stream_lane_orders_streams_and_never_blocks_the_host(cuda):
+    lane = StreamLane(torch.device("cuda", 0))
+    ticket = lane.submit(lambda: cuda.log.append(f"work on {cuda.current.name}"))
+    assert not ticket.done()
+    cuda.complete = True
+    assert ticket.done()
+    ticket.wait()
+    assert cuda.log == ["side waits for main", "work on side", "event on side", "main waits for what side had"]
+
+
+def test_stream_lane_fails_all_later_work_after_a_failure(cuda):
+    lane = StreamLane(torch.device("cuda", 0))
+
+    def fail():
+        raise OSError("no route")
+
+    failed, later = lane.submit(fail), lane.submit(lambda: cuda.log.append("never"))
+    for ticket in (failed, later):
+        with pytest.raises(RuntimeError, match="no route"):
+            ticket.wait()
+    assert "never" not in cuda.log
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stream_lane_on_a_gpu():
+    device = torch.device("cuda")
+    lane, source = make_lane(device), torch.randn(1 << 24, device=device)
+    result = torch.zeros_like(source)
+    source.mul_(2)
+    ticket = lane.submit(lambda: result.copy_(source))
+    ticket.wait()
+    assert torch.equal(result, source)
