@@ -1,0 +1,35 @@
+"""The numbers of one step: all that a method says of it beside D (see :mod:`lightning_onebit.methods`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LARGEST_VALUE = 1e30
+"""Nothing larger is quantized: scales travel as float32, and what error feedback adds up must stay far below 3e38, or an
+infinity would stay in it for ever."""
+
+
+class Coefficients(NamedTuple):
+    """What steps 1 and 6 of the algorithm need of one parameter::
+
+        1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
+        6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
+    """
+
+    beta: float
+    """Weight of the last average u."""
+    weight: float
+    """Weight of the new gradient."""
+    kappa: float = LARGEST_VALUE
+    """Bound of |g / D|."""
+    eps: float = 0.0
+    sign: float = 1.0
+    """-1 to maximize."""
+    coupled_decay: float = 0.0
+    """Weight decay that enters the gradient."""
+    shrink: float = 1.0
+    """Decoupled weight decay: a."""
+    step_size: float = 0.0
+    """eta."""
+    nesterov: float = 0.0
+    """The momentum, if the step looks ahead; else 0."""
