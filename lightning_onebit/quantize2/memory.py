@@ -23,8 +23,6 @@ class Encoded(NamedTuple):
     """uint8 ``[flat elements / 8]``, least significant bit first; 0 for padding and for elements that are not live."""
     scales: Tensor
     """float32 ``[blocks]``"""
-    live: Tensor | None = None
-    """Like ``signs``: bit set where an element takes part in its block; ``None`` if all do. Known to all, never sent."""
 
 
 class BucketMemory:
@@ -38,6 +36,8 @@ class BucketMemory:
         keeps_before: whether the last average but one is kept: for steps that may be taken back, and for nesterov.
         dtype: dtype of errors and D, float32 or float64.
         device: where it lives.
+        parameter_numels: elements of each parameter; without, those that the layout has.
+        param_group_of: the parameter group of each.
     """
 
     def __init__(
@@ -50,8 +50,16 @@ class BucketMemory:
         keeps_before: bool,
         dtype: torch.dtype,
         device: torch.device,
+        parameter_numels: Sequence[int] | None = None,
+        param_group_of: Sequence[int] | None = None,
     ) -> None:
         self.layout, self.share, self.chunk = layout, share, chunk
+        if parameter_numels is None:
+            numels = np.zeros(int(layout.parameter.max(initial=-1)) + 1, dtype=np.int64)
+            np.maximum.at(numels, layout.parameter, layout.start + layout.numel)
+            parameter_numels = numels.tolist()
+        self.parameter_numels = parameter_numels
+        self.param_group_of = param_group_of if param_group_of is not None else [0] * len(parameter_numels)
         self.dtype, self.device = dtype, device
 
         def reals(numel: int) -> Tensor:
@@ -75,22 +83,24 @@ class BucketMemory:
         self.sent, self.received, self.served = messages(exchanged), messages(exchanged), messages(len(own))
         self.share_result = messages(exchanged if exchanged < layout.num_chunks else 0)
         """What the peers have served, where that is not yet the whole bucket."""
-        self.results = [messages(layout.num_chunks) for _ in range((2 if keeps_before else 1) if exchanged else 0)]
-        """The last average u in wire format, and the one before."""
+        self.results = tuple(messages(layout.num_chunks) for _ in range((2 if keeps_before else 1) if exchanged else 0))
+        """The last average u in wire format and, if it is kept, the one before."""
+        self.current = 0
+        """Which of the results is the last."""
 
     @property
     def result(self) -> Tensor:
         """The last average u of all chunks."""
-        return self.results[0]
+        return self.results[self.current]
 
     @property
     def result_before(self) -> Tensor:
-        """The one before, where it is kept; else memory that the next one may overwrite."""
-        return self.results[-1]
+        """The one before, where it is kept: memory for the next one."""
+        return self.results[self.current - 1]
 
     def turn_results_(self) -> None:
-        """Make what has been received in :attr:`result_before` the last average."""
-        self.results.reverse()
+        """Make :attr:`result_before` the last average."""
+        self.current = (self.current + 1) % len(self.results)
 
     @cached_property
     def share_blocks(self) -> tuple[int, int]:
@@ -114,7 +124,7 @@ class BucketMemory:
         assert self.chunk is not None
         return slice(*self.layout.flat_of(range(self.chunk, self.chunk + 1)))
 
-    def encoded(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int], live: Tensor | None) -> Encoded:
+    def encoded(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> Encoded:
         """Views of neighbouring blocks of one chunk in ``messages``, which begins with chunk ``first_chunk``."""
         first, last = blocks
         start, stop = int(self.layout.offset[first]), int(self.layout.offset[last])
@@ -123,7 +133,6 @@ class BucketMemory:
         return Encoded(
             signs=messages[sign : sign + (stop - start) // BITS_PER_BYTE],
             scales=messages[scale : scale + SCALE_NBYTES * (last - first)].view(torch.float32),
-            live=None if live is None else live[start // BITS_PER_BYTE : stop // BITS_PER_BYTE],
         )
 
 
@@ -140,6 +149,8 @@ class StepInputs:
     flags: Tensor
     """int32 ``[1 + parameters]``, on the device: whether the step does not count, as a gradient is not finite on some rank,
     or for another reason; and by parameter, whether it is active. Those that are not sit out: nothing of theirs changes."""
+    active: NDArray[np.bool_] | None = None
+    """``flags[1:] != 0`` as the host knows it; ``None``: not yet."""
     share_gradients: dict[int, Tensor] = field(default_factory=dict)
     """Where nodes average first: by bucket's index, the mean gradient of the share, ``[share's flat numel]``, in the dtype
     of the errors. It takes the place of ``gradients``."""
