@@ -16,7 +16,7 @@ import torch
 from typing_extensions import override
 
 
-class Ticket:
+class Exchange:
     """An exchange that was submitted."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -50,7 +50,7 @@ class Ticket:
         return self._error
 
 
-class StreamTicket(Ticket):
+class StreamExchange(Exchange):
     """An exchange on a CUDA stream: issued, perhaps not complete."""
 
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream) -> None:
@@ -77,48 +77,48 @@ class StreamTicket(Ticket):
         return error
 
 
-class InlineLane:
+class InlineExchanger:
     """Carries out each exchange when it is submitted: for one rank, and where a thread brings nothing."""
 
-    def submit(self, work: Callable[[], None]) -> Ticket:
-        ticket = Ticket(work)
-        ticket.run()
-        return ticket
+    def submit(self, work: Callable[[], None]) -> Exchange:
+        exchange = Exchange(work)
+        exchange.run()
+        return exchange
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-class StreamLane:
+class StreamExchanger:
     """Issues each exchange at once, on a CUDA stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._failed: BaseException | None = None
 
-    def submit(self, work: Callable[[], None]) -> Ticket:
-        ticket = StreamTicket(work, self._stream)
-        self._failed = ticket.run(self._failed)
-        return ticket
+    def submit(self, work: Callable[[], None]) -> Exchange:
+        exchange = StreamExchange(work, self._stream)
+        self._failed = exchange.run(self._failed)
+        return exchange
 
     def close(self) -> None:
         """Nothing to end."""
 
 
-class Lane:
+class ThreadExchanger:
     """A thread for exchanges. After a failure all later ones fail with the same cause: their order is lost."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Exchange | None] = queue.SimpleQueue()
         # A daemon: an exchange that hangs must not keep a failed process alive.
-        self._thread = threading.Thread(target=self._serve, name="onebit-lane", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="onebit-exchanger", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], None]) -> Ticket:
+    def submit(self, work: Callable[[], None]) -> Exchange:
         """Have ``work`` done after everything submitted before."""
-        ticket = Ticket(work)
-        self._queue.put(ticket)
-        return ticket
+        exchange = Exchange(work)
+        self._queue.put(exchange)
+        return exchange
 
     def close(self, timeout_seconds: float = 5.0) -> None:
         """End the thread after what was submitted; does not wait for an exchange that hangs."""
@@ -127,13 +127,13 @@ class Lane:
 
     def _serve(self) -> None:
         failed = None
-        while (ticket := self._queue.get()) is not None:
-            failed = ticket.run(failed)
+        while (exchange := self._queue.get()) is not None:
+            failed = exchange.run(failed)
 
 
-AnyLane: TypeAlias = InlineLane | StreamLane | Lane
+Exchanger: TypeAlias = InlineExchanger | StreamExchanger | ThreadExchanger
 
 
-def make_lane(device: torch.device) -> AnyLane:
+def make_exchanger(device: torch.device) -> Exchanger:
     """What lets exchanges of tensors on ``device`` run beside other work."""
-    return StreamLane(device) if device.type == "cuda" else Lane()
+    return StreamExchanger(device) if device.type == "cuda" else ThreadExchanger()

@@ -1,14 +1,14 @@
-"""What nodes with several devices do before compression: average their gradients, each rank those of its shard."""
+"""What nodes with several devices do before compression: average their gradients, each rank those of its share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_onebit.comm.groups import ExchangeGroups
-from lightning_onebit.quantize.layout import BucketLayout
+from lightning_onebit.quantize2.memory import BucketMemory
 
 
 class NodeAverage:
@@ -18,46 +18,34 @@ class NodeAverage:
     element lies; a library's reduce-scatter sums in an order that depends on the place in the message.
 
     Args:
-        layouts: of all buckets; size the workspace.
+        memories: the buckets; size the workspace.
         groups: those of the exchange, with ``averaging``.
-        dtype: float32 or float64.
-        device: where gradients are.
     """
 
-    def __init__(
-        self, layouts: Sequence[BucketLayout], groups: ExchangeGroups, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, memories: Sequence[BucketMemory], groups: ExchangeGroups) -> None:
         assert groups.averaging is not None
         self._communicator = groups.averaging
         self._topology = groups.topology
-        numel = max((layout.numel for layout in layouts), default=0)
-        shard_numel = max((layout.shard_numel(groups.topology) for layout in layouts), default=0)
-        self._sent = torch.empty(numel, dtype=dtype, device=device)
-        self._received = torch.empty(self._topology.local_world_size * shard_numel, dtype=dtype, device=device)
+        numel = max((memory.layout.flat_numel for memory in memories), default=0)
+        share_numel = max((memory.error.numel() for memory in memories), default=0)
+        dtype, device = (memories[0].dtype, memories[0].device) if memories else (torch.float32, torch.device("cpu"))
+        self._gradient = torch.empty(numel, dtype=dtype, device=device)
+        self._received = torch.empty(self._topology.local_world_size * share_numel, dtype=dtype, device=device)
 
-    def average_(self, out: Tensor, layout: BucketLayout, grads: Mapping[int, Tensor | None]) -> None:
-        """Write the mean over the node of this rank's shard to ``out [shard_numel]``. Collective inside the node.
+    def flat_gradient(self, memory: BucketMemory) -> Tensor:
+        """Workspace for the gradient of a bucket, ``[flat_numel]``: to be filled, 0 in padding, before :meth:`average_`."""
+        return self._gradient[: memory.layout.flat_numel]
 
-        Args:
-            out: overwritten.
-            layout: the bucket.
-            grads: by parameter, flat; ``None`` is zero.
-        """
-        sent = self._sent[: layout.numel]
-        for segment in layout.segments:
-            grad, part = grads[segment.parameter], sent[segment.offset : segment.offset + segment.numel]
-            if grad is None:
-                part.zero_()
-            else:
-                part.copy_(grad[segment.start : segment.start + segment.numel])
-        ranks = self._topology.local_world_size
-        sent.mul_(1.0 / ranks)  # first, as DDP does: a sum may overflow where the mean does not
+    def average_(self, out: Tensor, memory: BucketMemory) -> None:
+        """Write the mean over the node of this rank's share to ``out [share's flat numel]``. Collective inside the node."""
+        ranks, nodes = self._topology.local_world_size, self._topology.num_nodes
+        sent = self.flat_gradient(memory).mul_(1.0 / ranks)  # first, as DDP does: a sum may overflow where the mean does not
         received = self._received[: ranks * out.numel()]
         self._communicator.all_to_all_(
             received,
             sent,
             received_numels=[out.numel()] * ranks,
-            sent_numels=layout.shard_numels(self._topology),
+            sent_numels=[memory.layout.flat_numel_of(range(r * nodes, (r + 1) * nodes)) for r in range(ranks)],
         )
         first, *others = received.view(ranks, -1)
         out.copy_(first)

@@ -1,8 +1,9 @@
-"""What all ranks agree on before an optimizer steps, in one tiny all-reduce."""
+"""What all ranks agree on when an optimizer steps, in one small all-reduce."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,11 +11,27 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import exchange, raise_disagreement, short_digest
-from lightning_onebit.engine.flat import all_finite
 from lightning_onebit.methods import hyperparameters, parameters_of
 
+NUM_REQUESTS = 2
+"""Whole numbers that ride along for whoever wants to tell all ranks something between two batches."""
 
-class Consensus:
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The same on all ranks."""
+
+    counts: bool
+    """Whether the step is made: no rank wants to skip it, and no gradient is infinite or NaN."""
+    active: list[bool]
+    """Of each parameter, whether it has a gradient on any rank."""
+    has_news: bool
+    """Whether any rank asks for a refresh."""
+    requests: list[int]
+    """The largest that any rank has made, each."""
+
+
+class StepAgreement:
     """Whether a step is made, of which parameters, and whose gradients were in the way: the same answers on all ranks.
 
     Args:
@@ -39,33 +56,53 @@ class Consensus:
         self._names = names
         self._device = device
         self._nonfinite_here: list[bool] | None = None
+        self._settings: tuple[object, ...] = ()
+        self._digest = 0
+        self._changed: Sequence[Tensor] = ()
+        self.requests = [0] * NUM_REQUESTS
+        """To be told to all ranks with the next step; whole numbers >= 0."""
 
-    def reach(self, *, skip: bool, changed: Sequence[Tensor]) -> tuple[bool, dict[Tensor, bool]]:
-        """Whether no rank wants to skip; which parameters have a gradient on any rank. Collective.
+    def propose(self, *, skip: bool, has_news: bool, changed: Sequence[Tensor]) -> Tensor:
+        """What this rank has to say: int32 ``[1 + parameters + others]``, on the device. See :meth:`share_`.
 
-        Settings that the step is about to use are compared in the same message: ranks that did not use the same would
-        drift apart, or hang.
+        The first element is 1 if the step shall not count, as this rank wants to skip it; then, by parameter, whether it
+        has a gradient. Settings that the step is about to use are compared in the same message: ranks that did not use the
+        same would drift apart, or hang.
 
         Args:
             skip: whether this rank wants to skip the step.
+            has_news: whether it asks for a refresh.
             changed: parameters that are new, or in another group, since the second moment was frozen.
+        """
+        settings = (*_values(self._optimizer), *map(id, changed))
+        if settings != self._settings:  # told apart cheaply, described only then
+            self._settings, self._changed = settings, changed
+            self._digest = short_digest(self._description())
+        has_gradient = [p.grad is not None for p in self._parameters]
+        words = [skip, *has_gradient, self._digest, -self._digest, has_news, *self.requests]
+        return torch.tensor(words, dtype=torch.int32).to(self._device, non_blocking=True)
+
+    def share_(self, words: Tensor) -> None:
+        """Make ``words`` those of all ranks, in place. Collective; does not wait for the device."""
+        self._communicator.all_reduce_max_(words)
+
+    def read(self, words: Tensor) -> Outcome:
+        """What :meth:`share_` has led to. Waits for the device; collective only where the ranks disagree.
 
         Raises:
-            RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, or ``changed`` are
-                not the same.
+            RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, or its parameters
+                are not the same.
         """
-        facts = {
-            **hyperparameters(self._optimizer),
-            "parameters that are new or elsewhere": ", ".join(self._names.get(p, "a parameter") for p in changed),
-        }
-        digest = short_digest(facts)
-        has_gradient = [p.grad is not None for p in self._parameters]
-        flags = torch.tensor([skip, digest, -digest, *has_gradient], dtype=torch.int32, device=self._device)
-        self._communicator.all_reduce_max_(flags)
-        any_skips, largest, minus_smallest, *active = flags.tolist()
+        stop, *rest = words.tolist()
+        active, (largest, minus_smallest, news, *requests) = rest[: len(self._parameters)], rest[len(self._parameters) :]
         if largest != -minus_smallest:
-            raise_disagreement(exchange(self._communicator, facts, self._device), about="the optimizer's settings")
-        return not any_skips, {p: bool(flag) for p, flag in zip(self._parameters, active, strict=True)}
+            everybodys = exchange(self._communicator, self._description(), self._device)
+            raise_disagreement(everybodys, about="the optimizer's settings")
+        return Outcome(counts=not stop, active=[bool(flag) for flag in active], has_news=bool(news), requests=requests)
+
+    def _description(self) -> dict[str, str]:
+        changed = ", ".join(self._names.get(p, "a parameter") for p in self._changed)
+        return {**hyperparameters(self._optimizer), "parameters that are new or elsewhere": changed}
 
     @property
     def found_nonfinite(self) -> bool:
@@ -78,7 +115,9 @@ class Consensus:
         The first look at them counts: what comes after it, as clipping, makes others so.
         """
         if self._nonfinite_here is None:
-            self._nonfinite_here = [p.grad is not None and not all_finite([p.grad]) for p in self._parameters]
+            self._nonfinite_here = [
+                p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self._parameters
+            ]
 
     def forget_nonfinite(self) -> None:
         """What was found concerned a step that is over."""
@@ -96,3 +135,15 @@ class Consensus:
         for rank, index in gathered.view(-1, len(here)).nonzero().tolist():
             found[self._parameters[index]].append(rank)
         return {p: ranks for p, ranks in found.items() if ranks}
+
+
+def _values(optimizer: Optimizer) -> list[object]:
+    """The values of all parameter groups, to be compared with those of the last step."""
+    values: list[object] = []
+    for group in optimizer.param_groups:
+        for value in group.values():
+            if isinstance(value, (bool, int, float, str, tuple)):
+                values.append(value)
+            elif isinstance(value, Tensor) and value.numel() == 1:
+                values.append(value.item())
+    return values

@@ -1,44 +1,61 @@
-"""The compressed optimizer step: an optimizer's gradients through the pipeline, bucket by bucket."""
+"""The compressed optimizer step: an optimizer's gradients through the compressed all-reduce, bucket by bucket.
+
+One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bit SGD, Seide et al. 2014):
+
+    1.  c_i = e_i + beta u + w clamp(g_i / D, +-kappa)      local momentum, preconditioned
+    2.  q_i = C(c_i);   e_i = c_i - q_i                     worker compression, error kept locally
+    3.  exchange q_i by all-to-all                          every rank is the server of its own 1/n of the blocks
+    4.  c_bar = mean_i(q_i) + s;   u = C(c_bar);   s = c_bar - u      server compression, error kept by the owner
+    5.  all-gather u                                        every rank now has the same u, bit for bit
+    6.  x = a x - eta u
+"""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.comm.compressed_allreduce import error_dtype
-from lightning_onebit.comm.exchanger import AnyLane, InlineLane
+from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.comm.compressed_allreduce import error_dtype, exchange_
+from lightning_onebit.comm.exchanger import Exchange, Exchanger, InlineExchanger
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
+from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.consistency.step import Consensus
-from lightning_onebit.engine.clipping import NormSketch
+from lightning_onebit.consistency.step import Outcome, StepAgreement
+from lightning_onebit.engine.buckets import Buckets, Replicated
+from lightning_onebit.engine.clipping import NormSketch, sketch_numel
 from lightning_onebit.engine.flat import all_finite, flat_gradient, flat_view, unflatten_like
-from lightning_onebit.engine.frozen import Replicated
-from lightning_onebit.engine.pipeline import Pipeline
-from lightning_onebit.engine.runs import Run
+from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
 from lightning_onebit.methods import method_for, parameters_of
+from lightning_onebit.quantize2.memory import StepInputs
 
 
 class CompressedOptimizer:
     """Steps an optimizer in the compressed phase, from local gradients in ``p.grad``, with the same result on every rank.
 
-    Creating it freezes the optimizer's state: the second moment for good, while the momentum moves into the
-    pipeline and its memory is freed (``state["exp_avg"]`` is gone until :meth:`thaw_`). ``optimizer.state_dict()``
-    stays that of a stock optimizer all the same. ``p.grad`` is only read.
+    Creating it moves the optimizer's state into flat buckets and freezes the second moment: ``optimizer.state`` is empty
+    until :meth:`give_back_`. ``optimizer.state_dict()`` stays that of a stock optimizer all the same. ``p.grad`` is only
+    read.
 
     Args:
         optimizer: a supported optimizer (see :mod:`lightning_onebit.methods`), whose warm-up state is the same on all ranks.
         config: settings of the compression.
         communicator: the ranks that train together. With one rank nothing is quantized.
         names: parameter names for messages.
-        groups: the same ranks, on the process groups of ``lane``; without, all exchange on that of ``communicator``.
-        lane: where compressed exchanges are carried out.
+        groups: the same ranks, on the process groups of ``exchanger``; without, all exchange on that of ``communicator``.
+        exchanger: where compressed exchanges are carried out.
         overlap: whether :meth:`gradients_ready` will be called during backward.
 
     Raises:
@@ -53,57 +70,58 @@ class CompressedOptimizer:
         names: Mapping[Tensor, str],
         *,
         groups: ExchangeGroups | None = None,
-        lane: AnyLane | None = None,
+        exchanger: Exchanger | None = None,
         overlap: bool = False,
     ) -> None:
-        self.optimizer = optimizer
-        self.communicator = communicator
+        self.optimizer, self.method, self.communicator = optimizer, method_for(optimizer), communicator
         self._names = names
-        method_type = method_for(optimizer)
-        check_second_moments(optimizer, names)
-        self._steps = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
-
+        self._groups = groups or flat_groups(communicator)
+        self._exchanger = exchanger or InlineExchanger()
         self._overlap = overlap and communicator.world_size > 1
+        check_second_moments(optimizer, names)
         # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
         # is to cost neither memory nor bytes.
-        placed = [
-            (group, p)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.requires_grad or optimizer.state.get(p)
-        ][::-1]
-        kinds = sorted({(error_dtype(p.dtype), p.device) for _, p in placed}, key=str)
-        self._pipelines = [
-            Pipeline(
-                optimizer=optimizer,
-                placed=[(group, p) for group, p in placed if (error_dtype(p.dtype), p.device) == (dtype, device)],
-                method_type=method_type,
-                config=config,
-                communicator=communicator,
-                groups=groups or flat_groups(communicator),
-                lane=lane or InlineLane(),
-                overlap=self._overlap,
-                dtype=dtype,
-                device=device,
+        params = [p for p in parameters_of(optimizer) if p.requires_grad or optimizer.state.get(p)][::-1]
+        looks_ahead = any(self.method.coefficients(g, 1, num_averaged=1).nesterov for g in optimizer.param_groups)
+        self._sets = [
+            _ParameterSet(
+                Buckets(
+                    optimizer,
+                    self.method,
+                    [p for p in params if (str(p.dtype), str(p.device)) == kind],
+                    config,
+                    self._groups,
+                    keeps_before=self._overlap or looks_ahead or params[0].is_cuda,
+                )
             )
-            for dtype, device in kinds
+            for kind in sorted({(str(p.dtype), str(p.device)) for p in params})
         ]
-        known = {p for _, p in placed}
-        self._group_of = {p: index for p, index in _group_indices(optimizer).items() if p in known}
-        self._order = [(pipeline, members) for pipeline in self._pipelines for members in pipeline.bucket_parameters]
-        self._anticipated = 0
+        self._params = [p for each in self._sets for p in each.buckets.params]
+        self._queue = [(each, index) for each in self._sets for index in range(len(each.buckets.memories))]
+        self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in set(self._params)}
+        if not self._groups.topology.is_flat:
+            for each in self._sets:
+                each.node_average = NodeAverage(each.buckets.memories, self._groups)
+        # Errors must not change before all ranks know that the step counts. On a GPU nobody waits for that: the kernels of
+        # step 6 look it up.
+        self._commits_late = self._overlap or any(each.buckets.kernels.reads_flags_on_device for each in self._sets)
+        self._knows_live = self.method.has_second_moment or communicator.world_size == 1
+        self._sent: deque[tuple[_ParameterSet, int, Exchange]] = deque()
+        self._num_sent = 0
         self._arrived: set[Tensor] = set()
-        self.consensus = Consensus(optimizer, self._parameters, communicator, names, self._device)
+        self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
+        self.last_outcome: Outcome | None = None
+        """What the ranks have told each other with the last step."""
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
         """Those that are trained since the optimizer's state was frozen, but were not before."""
-        return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._group_of]
+        return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._param_group_of]
 
     @property
-    def codec_names(self) -> set[str]:
+    def kernel_names(self) -> set[str]:
         """Of the quantizers in use."""
-        return {pipeline.codec_name for pipeline in self._pipelines}
+        return {each.buckets.kernels.name for each in self._sets}
 
     @torch.no_grad()
     def gradients_ready(self, params: Iterable[Tensor]) -> None:
@@ -124,15 +142,16 @@ class CompressedOptimizer:
                 " stepped, when the first may have been sent. HINT: use overlap=False."
             )
         self._arrived |= arrived
-        while self._anticipated < len(self._order):
-            pipeline, members = self._order[self._anticipated]
+        while self._knows_live and self._num_sent < len(self._queue):
+            each, index = self._queue[self._num_sent]
+            members = [each.buckets.params[i] for i in each.buckets.parameters_of_bucket[index]]
             if any(p.requires_grad and p not in self._arrived for p in members):
                 break
-            self._anticipate_next_(pipeline)
+            self._send_(each, index)
 
     @torch.no_grad()
     def step(self, *, skip: bool = False) -> bool:
-        """Compress, exchange, apply (steps 1 to 6 of the algorithm). Collective.
+        """Compress, exchange, apply: steps 1 to 6 of the algorithm. Collective.
 
         A parameter without gradient on every rank sits out, as under torch's optimizers; without gradient on some, it
         counts as zero there.
@@ -148,27 +167,134 @@ class CompressedOptimizer:
             RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, are not the same.
             RuntimeError: if the optimizer has other parameters than when it was frozen.
         """
-        if self._overlap:
-            # Whatever this rank has heard of its gradients: all ranks exchange all buckets, or none would know what to do.
-            for pipeline, _ in self._order[self._anticipated :]:
-                self._anticipate_next_(pipeline)
-            self._anticipated = 0
-            self._arrived.clear()
-        with record_function("onebit::agree"):
-            finite, active = self._agree(skip=skip)
-        self._check_same_parameters()
-        self.communicator.counters.steps += 1
-        for pipeline in self._pipelines:
-            if finite:
-                pipeline.step([active[p] for p in pipeline.parameters])
-            elif self._overlap:
-                pipeline.take_back()
-        self._steps += finite
-        if finite:
-            self.consensus.forget_nonfinite()
+        outcome = None
+        if not self._commits_late:
+            outcome = self._agree(skip=skip or not self._all_finite())
+            self._check_same_parameters()
         else:
-            self.consensus.note_nonfinite()
-        return finite
+            self._learn_live_()
+        if outcome is None or outcome.counts:
+            for each, index in self._queue[self._num_sent :]:
+                self._send_(each, index, counts=outcome)  # steps 1 to 5
+                while outcome is not None and self._sent and self._sent[0][2].done():
+                    self._finish_(*self._sent.popleft())  # step 6, while others travel
+        if self._commits_late:
+            words = self._agree_on_device(skip=skip)
+            outcome = None if self._waits_last else self.agreement.read(words)
+            self._check_same_parameters()
+        while self._sent:
+            self._finish_(*self._sent.popleft())
+        if outcome is None:
+            outcome = self.agreement.read(words)
+        self._end_step_(outcome)
+        return outcome.counts
+
+    def _send_(self, each: _ParameterSet, index: int, *, counts: Outcome | None = None) -> None:
+        """Steps 1 to 5 for one bucket; errors change only if it is known that the step ``counts``."""
+        buckets, commit = each.buckets, counts is not None
+        memory, step = buckets.memories[index], each.step_inputs(self._groups.topology.num_nodes)
+        each.take_gradients_(index)
+        if counts is not None:
+            each.set_active_(counts, self._params)
+        if each.node_average is not None:  # hierarchical: g_i is the mean of this node
+            with record_function("onebit::node_average"):
+                each.average_inside_node_(index, keep=not commit)
+        with record_function("onebit::encode"):  # steps 1 and 2
+            buckets.kernels.encode_(memory, index, step, commit=commit)
+            if commit:
+                each.late[index].collect_(index, step)
+        if buckets.is_quantized:  # steps 3 to 5
+            work = partial(exchange_, memory, self._groups, buckets.server_kernels, step, commit=commit)
+            self._sent.append((each, index, self._exchanger.submit(work)))
+        else:
+            self._sent.append((each, index, InlineExchanger().submit(lambda: None)))
+        self._num_sent += 1
+
+    def _finish_(self, each: _ParameterSet, index: int, exchange: Exchange) -> None:
+        """Step 6 for one bucket, once its new average is there."""
+        start = time.perf_counter()
+        with record_function("onebit::wait"):
+            exchange.wait()
+        self.communicator.counters.seconds_waited += time.perf_counter() - start
+        with record_function("onebit::apply"):
+            memory, step = each.buckets.memories[index], each.step_inputs(self._groups.topology.num_nodes)
+            each.buckets.kernels.apply_(memory, index, step, commit=self._commits_late)
+
+    def _end_step_(self, outcome: Outcome) -> None:
+        """Count the step, or take it back; refresh, if it is time."""
+        self.last_outcome = outcome
+        self.communicator.counters.steps += 1
+        for each in self._sets:
+            each.set_active_(outcome, self._params)
+            if outcome.counts:
+                each.count_step_(refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups)
+            elif self._num_sent:
+                for memory in each.buckets.memories:
+                    memory.turn_results_()  # back to the last average that counts
+            each.forget_step_()
+        self._num_sent = 0
+        self._arrived.clear()
+        if outcome.counts:
+            self.agreement.forget_nonfinite()
+        else:
+            self.agreement.note_nonfinite()
+
+    # What ranks tell each other
+
+    def _agree(self, *, skip: bool) -> Outcome:
+        """Before anything is sent, in one small message."""
+        with record_function("onebit::agree"):
+            words = self._propose(skip=skip)
+            self.agreement.share_(words)
+            outcome = self.agreement.read(words)
+        if outcome.counts:
+            self._learn_live_()
+        return outcome
+
+    def _agree_on_device(self, *, skip: bool) -> Tensor:
+        """After everything is sent: kernels have noted in their flags whether gradients are finite."""
+        with record_function("onebit::agree"):
+            words = self._propose(skip=skip)
+            for each in self._sets:
+                words[:1].copy_(torch.maximum(words[:1], each.flags[:1]))
+            self.agreement.share_(words)
+            start = 1
+            for each in self._sets:
+                numel = len(each.buckets.params)
+                each.flags[:1].copy_(words[:1])
+                each.flags[1:].copy_(words[start : start + numel])
+                start += numel
+        return words
+
+    def _propose(self, *, skip: bool) -> Tensor:
+        has_news = self._is_refresh_due and any(late.has_news() for each in self._sets for late in each.late)
+        return self.agreement.propose(skip=skip, has_news=has_news, changed=self._changed_parameters())
+
+    def _learn_live_(self) -> None:
+        """Before the first step of a method without second moment."""
+        if not self._knows_live:
+            self._knows_live = True
+            for each in self._sets:
+                for index in range(len(each.buckets.memories)):
+                    each.step_inputs(self._groups.topology.num_nodes)
+                    each.take_gradients_(index)
+                first_gradients_(each.buckets, each.gradients, self._groups)
+
+    @property
+    def _is_refresh_due(self) -> bool:
+        return (self._steps + 1) % REFRESH_STEPS == 0
+
+    @property
+    def _waits_last(self) -> bool:
+        """Whether the host asks how the ranks have decided only when all of the step has been launched."""
+        return all(each.buckets.kernels.reads_flags_on_device for each in self._sets) and bool(self._sets)
+
+    @property
+    def _steps(self) -> int:
+        return max((int(each.buckets.steps.max(initial=0)) for each in self._sets), default=0)
+
+    def _all_finite(self) -> bool:
+        return all_finite([p.grad for p in self._params if p.grad is not None])
 
     @torch.no_grad()
     def spread_nonfinite_(self) -> None:
@@ -177,15 +303,17 @@ class CompressedOptimizer:
         So do averaged gradients under DDP: whoever inspects gradients for infinities decides alike on all ranks. For the
         same reason a rank without any gradient gets one of zeros if another rank has one.
         """
-        finite, active = self._agree()
-        if not finite:
-            self.consensus.note_nonfinite()
-        p = next((p for p, is_active in active.items() if is_active and p.numel()), None)
+        words = self.agreement.propose(skip=not self._all_finite(), has_news=False, changed=self._changed_parameters())
+        self.agreement.share_(words)
+        outcome = self.agreement.read(words)
+        if not outcome.counts:
+            self.agreement.note_nonfinite()
+        p = next((p for p, active in zip(self._params, outcome.active, strict=True) if active and p.numel()), None)
         if p is None:
             return
-        if not any(p.grad is not None for p in active) or (not finite and p.grad is None):
+        if not any(p.grad is not None for p in self._params) or (not outcome.counts and p.grad is None):
             p.grad = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if not finite:
+        if not outcome.counts:
             assert p.grad is not None
             p.grad.fill_(torch.inf)
 
@@ -193,8 +321,8 @@ class CompressedOptimizer:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the local gradients so that the norm of their mean over the ranks is at most ``max_norm``. Collective.
 
-        As ``torch.nn.utils.clip_grad_norm_`` does under DDP, but with the norm estimated by a sketch (within about 1%),
-        as no rank has the mean. All ranks use the same coefficient. A single rank computes the norm exactly.
+        As ``torch.nn.utils.clip_grad_norm_`` does under DDP, but with the norm estimated by a sketch, as no rank has the
+        mean. All ranks use the same coefficient. A single rank computes the norm exactly.
 
         Returns:
             The norm before clipping, 0-d, the same on all ranks.
@@ -204,7 +332,9 @@ class CompressedOptimizer:
         if self.communicator.world_size == 1:
             norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
         else:
-            sketch = NormSketch(seed=self._steps, device=self._device)  # the step: a resumed run draws the same
+            # The step is the seed: a resumed run draws the same.
+            numel = sketch_numel(sum(p.numel() for p in params))
+            sketch = NormSketch(seed=self._steps, device=self._device, numel=numel)
             sketch.add_([p.grad for p in params], [p.numel() for p in params])
             self.communicator.all_reduce_mean_(sketch.buckets)
             norm = sketch.norm()
@@ -220,37 +350,50 @@ class CompressedOptimizer:
         In the space that is communicated, float32 or float64, shape of the parameter, the same on all ranks. Zero where
         nothing was ever quantized (one rank).
         """
-        return {p: error for pipeline in self._pipelines for p, error in pipeline.outstanding().items()}
+        return {
+            each.buckets.params[i]: unflatten_like(error, each.buckets.params[i])
+            for each in self._sets
+            for i, error in each.buckets.outstanding(self.communicator.all_reduce_mean_).items()
+        }
 
-    # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.frozen.FrozenParameters`
+    # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
-        return p in self._group_of
+        return p in self._param_group_of
 
-    def worker_errors(self) -> list[Run]:
-        """This rank's worker errors, views. With one rank, which has none: u."""
-        return [run for pipeline in self._pipelines for run in pipeline.worker_errors()]
+    def worker_errors(self) -> list[ElementRange]:
+        """This rank's worker errors. With one rank, which has none: u."""
+        return [each for each_set in self._sets for each in each_set.buckets.worker_errors()]
 
-    def server_errors(self) -> list[Run]:
-        """The server errors of what this rank serves, views."""
-        return [run for pipeline in self._pipelines for run in pipeline.server_errors()]
+    def server_errors(self) -> list[ElementRange]:
+        """The server errors of what this rank serves."""
+        return [each for each_set in self._sets for each in each_set.buckets.server_errors()]
 
-    def private_variances(self) -> tuple[Tensor, Tensor]:
-        """Second moments that this rank alone knows: places as of a :class:`Run`, int64, rising, and copies of them."""
-        places, values = zip(*(p.private_variances() for p in self._pipelines), strict=True) if self._pipelines else ([], [])
-        all_places = torch.cat([*(each.cpu() for each in places), torch.zeros(0, dtype=torch.int64)])
-        order = all_places.argsort()
-        return all_places[order], torch.cat([*(each.cpu().double() for each in values), torch.zeros(0).double()])[order]
+    def late_second_moments(self) -> tuple[Tensor, Tensor]:
+        """v_i of late coordinates: places as of a :class:`ElementRange`, int64, rising, and float64 copies, on the CPU."""
+        found = [late.second_moments() for each in self._sets for late in each.late]
+        places = torch.cat([torch.zeros(0, dtype=torch.int64), *(places for places, _ in found)])
+        values = torch.cat([torch.zeros(0, dtype=torch.float64), *(values for _, values in found)])
+        order = places.argsort()
+        return places[order], values[order]
 
-    def set_private_variances_(self, places: Tensor, values: Tensor) -> None:
-        """Take them over from an earlier run."""
-        for pipeline in self._pipelines:
-            pipeline.set_private_variances_(places, values)
+    def set_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Take them over from an earlier run, where coordinates are still late."""
+        for each in self._sets:
+            for late in each.late:
+                late.set_second_moments_(places, values)
 
     def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Per parameter, what all ranks know and a stock state dict does not tell exactly."""
-        return {p: entry for pipeline in self._pipelines for p, entry in pipeline.shared_state().items()}
+        shared: dict[Tensor, dict[str, Tensor]] = {}
+        for each in self._sets:
+            for i, entry in each.buckets.shared_state().items():
+                shared[each.buckets.params[i]] = entry
+            for late in each.late:
+                for i, entry in late.shared_state().items():
+                    shared[each.buckets.params[i]].update(entry)
+        return shared
 
     def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
         """Take over :meth:`shared_state` from an earlier run, whose blocks had ``block_size`` elements.
@@ -258,91 +401,71 @@ class CompressedOptimizer:
         Raises:
             ValueError: if it does not fit the parameters.
         """
-        for pipeline in self._pipelines:
-            pipeline.restore_(shared, block_size=block_size)
+        for each in self._sets:
+            by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
+            each.buckets.restore_(by_index, block_size=block_size)
+            each.late = [LateCoordinates(each.buckets, index) for index in range(len(each.buckets.memories))]
+            for late in each.late:
+                late.restore_(by_index)
+        self._knows_live = True
 
     @torch.no_grad()
-    def add_errors_(self, worker: Sequence[Run], server: Sequence[Run]) -> None:
+    def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
         """Add errors of an earlier run to those that this rank has in the same places.
 
         A single rank, which has none, applies them at once.
         """
-        for pipeline in self._pipelines:
-            pipeline.add_errors_(worker, server)
+        for each in self._sets:
+            each.buckets.add_errors_(worker, server)
 
-    def add_momentum_(self, momentum: Sequence[Run]) -> None:
+    def add_momentum_(self, momentum: Sequence[ElementRange]) -> None:
         """Take over :meth:`worker_errors` of a single rank, on a single rank."""
-        for pipeline in self._pipelines:
-            pipeline.add_momentum_(momentum)
+        for each in self._sets:
+            each.buckets.add_momentum_(momentum)
 
     def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
         """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
-        for pipeline in self._pipelines:
-            yield from pipeline.replicated_state()
+        for each in self._sets:
+            yield from each.buckets.replicated_state()
 
     @torch.no_grad()
-    def thaw_(self) -> None:
+    def give_back_(self) -> None:
         """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
 
         Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
         """
         self._average_gradients_()
-        outstanding = self.outstanding()
-        for pipeline in self._pipelines:
-            pipeline.thaw_(outstanding)
+        for each in self._sets:
+            each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
         self.close()
 
     @torch.no_grad()
     def retire_(self) -> None:
         """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
-        for pipeline in self._pipelines:
-            pipeline.thaw_({})
+        for each in self._sets:
+            each.buckets.give_back_({})
         self.close()
-
-    @property
-    def _device(self) -> torch.device:
-        return self._pipelines[0].device if self._pipelines else torch.device("cpu")
-
-    def _anticipate_next_(self, pipeline: Pipeline) -> None:
-        pipeline.anticipate_()
-        self._anticipated += 1
 
     def close(self) -> None:
         """Take the hook off the optimizer's ``state_dict``, without touching its state."""
         self._handle.remove()
 
+    @property
+    def _device(self) -> torch.device:
+        return self._sets[0].buckets.device if self._sets else torch.device("cpu")
+
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Make a state dict what a stock optimizer would have written at this step."""
-        stock: dict[Tensor, dict[str, Tensor]] = {}
-        for pipeline in self._pipelines:
-            stock.update(pipeline.stock_state())
-        params = parameters_of(self.optimizer)
-        state = {index: {**entry, **stock.get(params[index], {})} for index, entry in state_dict["state"].items()}
-        return {**state_dict, "state": state}
-
-    def _agree(self, *, skip: bool = False) -> tuple[bool, dict[Tensor, bool]]:
-        """Whether all gradients of all ranks are finite and none wants to skip; which parameters have one on any rank."""
-        if self._overlap:
-            finite = all(pipeline.all_finite for pipeline in self._pipelines)
-        else:
-            finite = all_finite([p.grad for p in self._parameters if p.grad is not None])
-        return self.consensus.reach(skip=skip or not finite, changed=self._changed_parameters())
+        position = {p: index for index, p in enumerate(parameters_of(self.optimizer))}
+        state = dict(state_dict["state"])
+        for each in self._sets:
+            for i, entry in each.buckets.stock_state().items():
+                state[position[each.buckets.params[i]]] = entry
+        return {**state_dict, "state": dict(sorted(state.items()))}
 
     def _changed_parameters(self) -> list[Tensor]:
-        now = _group_indices(self.optimizer)
-        return [*self.added_parameters(), *(p for p, index in self._group_of.items() if now.get(p) != index)]
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for pipeline in self._pipelines for p in pipeline.parameters]
-
-    def _average_gradients_(self) -> None:
-        _, active = self._agree()
-        for p in (p for p, is_active in active.items() if is_active):
-            gradient = flat_gradient(p)
-            mean = flat_view(torch.zeros_like(p)) if gradient is None else gradient
-            self.communicator.all_reduce_mean_(mean)
-            p.grad = unflatten_like(mean, p)
+        now = _param_group_indices(self.optimizer)
+        return [*self.added_parameters(), *(p for p, index in self._param_group_of.items() if now.get(p) != index)]
 
     def _check_same_parameters(self) -> None:
         if self._changed_parameters():
@@ -350,6 +473,103 @@ class CompressedOptimizer:
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
             )
+
+    def _average_gradients_(self) -> None:
+        words = self.agreement.propose(skip=False, has_news=False, changed=self._changed_parameters())
+        self.agreement.share_(words)
+        for p, active in zip(self._params, self.agreement.read(words).active, strict=True):
+            if active:
+                gradient = flat_gradient(p)
+                mean = flat_view(torch.zeros_like(p)) if gradient is None else gradient
+                self.communicator.all_reduce_mean_(mean)
+                p.grad = unflatten_like(mean, p)
+
+
+class _ParameterSet:
+    """The buckets of one dtype and device, and what the present step brings for them."""
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self.late = [LateCoordinates(buckets, index) for index in range(len(buckets.memories))]
+        self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
+        self.node_average: NodeAverage | None = None
+        self.gradients: list[Tensor | None] = [None] * len(buckets.params)
+        self._taken: set[int] = set()
+        self._step: StepInputs | None = None
+        self._share_gradient: Tensor | None = None
+
+    def step_inputs(self, num_averaged: int) -> StepInputs:
+        """What the present step brings; made at the first call."""
+        if self._step is None:
+            buckets = self.buckets
+            self._step = StepInputs(
+                params=[flat_view(p) for p in buckets.params],
+                gradients=self.gradients,
+                numbers=self._numbers(num_averaged),
+                flags=self.flags,
+            )
+        return self._step
+
+    def _numbers(self, num_averaged: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The numbers of every parameter's next step: computed once for each group and step."""
+        buckets = self.buckets
+        keys = np.stack([np.asarray(buckets.param_group_of, dtype=np.int64), buckets.steps + 1], axis=1)
+        unique, inverse = np.unique(keys, axis=0, return_inverse=True)
+        groups = buckets.optimizer.param_groups
+        rows: list[Coefficients] = [
+            buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
+        ]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
+
+    def take_gradients_(self, index: int) -> None:
+        """Look up the gradients of a bucket's parameters."""
+        for i in self.buckets.parameters_of_bucket[index]:
+            if i not in self._taken:
+                self._taken.add(i)
+                self.gradients[i] = flat_gradient(self.buckets.params[i])
+
+    def set_active_(self, outcome: Outcome, params: Sequence[Tensor]) -> None:
+        """Note which parameters have a gradient on any rank."""
+        if self._step is None or self._step.active is not None:
+            return
+        active = dict(zip(params, outcome.active, strict=True))
+        self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+
+    def average_inside_node_(self, index: int, *, keep: bool) -> None:
+        """The mean gradient of this node, for this rank's share; ``keep``: until the step is over, not for one bucket only."""
+        assert self.node_average is not None and self._step is not None
+        memory = self.buckets.memories[index]
+        flat = self.node_average.flat_gradient(memory).zero_()
+        for part in self.buckets.parts[index]:
+            gradient = self.gradients[part.parameter]
+            if gradient is not None:
+                part.of_bucket(flat).copy_(part.of_parameter(gradient))
+        if keep or self._share_gradient is None:
+            numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
+            buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
+            self._share_gradient = None if keep else buffer
+        else:
+            buffer = self._share_gradient
+        self._step.share_gradients[index] = buffer[: memory.error.numel()]
+        self.node_average.average_(self._step.share_gradients[index], memory)
+
+    def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
+        """Count the step of the parameters that were active, and refresh late coordinates."""
+        if self._step is not None and self._step.active is not None:
+            self.buckets.steps += self._step.active
+        for index, coordinates in enumerate(self.late):
+            if late and self._step is not None:
+                coordinates.collect_(index, self._step)
+            self.buckets.note_average_(index, None if self._step is None else self._step.active)
+            if refresh:
+                coordinates.refresh_(groups, int(self.buckets.steps.max(initial=0)))
+
+    def forget_step_(self) -> None:
+        """The step is over: gradients must not be kept alive."""
+        self._step = None
+        self._taken.clear()
+        self.gradients[:] = [None] * len(self.gradients)
+        self.flags.zero_()
 
 
 def check_second_moments(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
@@ -366,10 +586,15 @@ def check_second_moments(optimizer: Optimizer, names: Mapping[Tensor, str]) -> N
 
 def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
     """Those whose second moment is infinite or NaN somewhere, and will stay so."""
-    return [
-        p for p, state in optimizer.state.items() if "exp_avg_sq" in state and not torch.isfinite(state["exp_avg_sq"]).all()
-    ]
+    method = method_for(optimizer)
+    diverged = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            second_moment = method.second_moment(optimizer.state.get(p, {}), group)
+            if second_moment is not None and not bool(torch.isfinite(second_moment).all()):
+                diverged.append(p)
+    return diverged
 
 
-def _group_indices(optimizer: Optimizer) -> dict[Tensor, int]:
+def _param_group_indices(optimizer: Optimizer) -> dict[Tensor, int]:
     return {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}

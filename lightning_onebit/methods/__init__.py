@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_onebit.methods.adam import FrozenAdam
-from lightning_onebit.methods.base import CompressedMethod
+from lightning_onebit.methods.adam import AdamMethod, AdamWMethod
+from lightning_onebit.methods.base import Method
+from lightning_onebit.methods.sgd import SGDMethod
 
-METHODS: tuple[type[CompressedMethod[Any]], ...] = (FrozenAdam,)
+METHODS: tuple[Method, ...] = (AdamMethod(), AdamWMethod(), SGDMethod())
 
 
-def method_for(optimizer: Optimizer) -> type[CompressedMethod[Any]]:
+def method_for(optimizer: Optimizer) -> Method:
     """The method that continues ``optimizer`` in the compressed phase.
 
     Raises:
@@ -21,7 +22,8 @@ def method_for(optimizer: Optimizer) -> type[CompressedMethod[Any]]:
     """
     for method in METHODS:
         if type(optimizer) in method.optimizer_types:
-            method.validate(optimizer)
+            for index, group in enumerate(optimizer.param_groups):
+                method.check(group, index)
             return method
     supported = ", ".join(
         f"{kind.__module__.rsplit('.', 1)[0]}.{kind.__name__}" for method in METHODS for kind in method.optimizer_types

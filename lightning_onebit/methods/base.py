@@ -1,137 +1,71 @@
-"""What a compressed optimizer has to say: what it communicates, and how it applies the average. No communication."""
+"""What tells one optimizer from another in the compressed phase. A method knows numbers and stock state; it does not
+communicate, and never sees a gradient."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.momentum import LocalMomentum
-
-Coefficients = TypeVar("Coefficients")
-"""The numbers of one step that are the same for all elements of a parameter."""
+from lightning_onebit.coefficients import Coefficients
 
 
-class CompressedMethod(ABC, Generic[Coefficients]):
-    """The local arithmetic of one optimizer in the compressed phase, for any segment of any parameter.
+class Method(ABC):
+    """An optimizer, as the one formula of the compressed phase needs it (:class:`~lightning_onebit.coefficients.Coefficients`).
 
-    Arguments named after optimizer state are flat views of a segment, ``[numel]`` each: ``error`` and ``direction`` in
-    the dtype of the error feedback (float32 or float64), ``param``, ``grad`` and ``exp_avg_sq`` in the parameter's.
-
-    Args:
-        optimizer: an optimizer that :meth:`validate` accepts.
-        config: settings of the compression.
-        segment_numel: most elements of a segment; sizes the workspace.
-        dtype: dtype of the error feedback.
-        device: device of the parameters.
+    ``group`` is a parameter group of the optimizer, read anew at every step, as schedulers change it; ``state`` is the stock
+    state of one parameter, empty before its first step.
     """
 
     optimizer_types: ClassVar[tuple[type[Optimizer], ...]]
     """Exactly these types are handled: a subclass may override anything."""
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        config: CompressionConfig,
-        *,
-        segment_numel: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.optimizer = optimizer
-        self.config = config
-        self.dtype = dtype
-        self._workspaces = [torch.empty(segment_numel, dtype=dtype, device=device) for _ in range(2)]
-
-    @classmethod
-    @abstractmethod
-    def validate(cls, optimizer: Optimizer) -> None:
-        """Raise ``ValueError`` if an option of the optimizer has no meaning here; says what to do instead."""
+    has_second_moment: ClassVar[bool]
+    """Whether there is a D, which needs a warm-up before it can be frozen."""
 
     @abstractmethod
-    def freeze_(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        """Turn the parameter's warm-up state into frozen state, in place. The momentum is left as it is."""
+    def check(self, group: Mapping[str, Any], index: int) -> None:
+        """Raise ``ValueError`` if an option of parameter group ``index`` has no meaning here; says what to do instead."""
 
     @abstractmethod
-    def thawed(self, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """The second moment as a stock optimizer would hold it at the parameter's present step, a new tensor."""
-
-    @abstractmethod
-    def refrozen(self, exp_avg_sq: Tensor, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """What :meth:`freeze_` would make of a stock second moment at the parameter's present step, a new tensor."""
-
-    @abstractmethod
-    def shared(self, exp_avg_sq: Tensor) -> Tensor:
-        """A frozen second moment as far as all ranks know the same; not to be changed."""
-
-    @abstractmethod
-    def private(self, exp_avg_sq: Tensor) -> Tensor:
-        """Mask of the coordinates whose frozen second moment is this rank's own, negative, ``bool``."""
-
-    @abstractmethod
-    def count_step_(self, param: Tensor) -> None:
-        """Advance the parameter's step."""
-
-    @abstractmethod
-    def coefficients(self, param: Tensor, group: Mapping[str, Any]) -> Coefficients:
-        """The numbers of the parameter's present step, read anew from the group, as schedulers change them."""
-
-    @abstractmethod
-    def momentum_(self, out: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
-        """Write u, the momentum in the space that is communicated, to ``out``."""
-
-    @abstractmethod
-    def exp_avg_(self, out: Tensor, direction: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> None:
-        """Inverse of :meth:`momentum_`: write the optimizer's own momentum buffer to ``out``."""
-
-    @abstractmethod
-    def local_momentum(
-        self, grad: Tensor | None, param: Tensor, exp_avg_sq: Tensor, coefficients: Coefficients, *, keep: bool
-    ) -> LocalMomentum:
-        """What this rank adds to its error in step 1. Valid until the next call; ``grad`` is not changed, ``None`` is zero.
+    def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:
+        """The numbers of a parameter's step number ``step`` (from 1).
 
         Args:
-            grad: the local gradient.
-            param: the parameter.
-            exp_avg_sq: the second moment.
-            coefficients: the numbers of this step.
-            keep: whether what the method learns from this gradient is written to ``exp_avg_sq``: false as long as
-                the step may have to be taken back.
+            group: its parameter group.
+            step: counted for the parameter, those of the warm-up included.
+            num_averaged: gradients that are averaged after the clamp: ranks, or nodes where these average first.
         """
 
     @abstractmethod
-    def momentum_decay(self, coefficients: Coefficients) -> float:
-        """Factor of the previous average in the next value: beta1 in ``beta1 u + (1 - beta1) g``."""
+    def steps_done(self, state: Mapping[str, Any]) -> int:
+        """Steps that the stock state has seen."""
 
     @abstractmethod
-    def decay_(self, param: Tensor, coefficients: Coefficients) -> None:
-        """Decoupled weight decay, in place, before :meth:`apply_`."""
+    def momentum(self, state: Mapping[str, Any]) -> Tensor | None:
+        """The stock momentum buffer m, not a copy; ``None`` if there is none yet."""
+
+    def second_moment(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
+        """v_hat, bias-corrected: a new tensor, or ``None`` if there is none (yet)."""
+        return None
+
+    def second_moment_decay(self, group: Mapping[str, Any]) -> float:
+        """beta2."""
+        return 0.0
 
     @abstractmethod
-    def direction_factor(self, coefficients: Coefficients) -> float:
-        """What the average is to be multiplied with before :meth:`apply_`."""
+    def stock_state(
+        self, momentum: Tensor, second_moment: Tensor | None, param: Tensor, group: Mapping[str, Any], step: int
+    ) -> dict[str, Any]:
+        """What a stock optimizer would hold of ``param`` after ``step`` steps.
 
-    @property
-    @abstractmethod
-    def only_adds(self) -> bool:
-        """Whether all that :meth:`apply_` does is to add ``direction`` to ``param``."""
-
-    @abstractmethod
-    def apply_(self, param: Tensor, direction: Tensor, exp_avg_sq: Tensor, coefficients: Coefficients) -> None:
-        """Update ``param`` in place with the scaled average ``direction``, which may be overwritten."""
-
-    @abstractmethod
-    def dead(self, exp_avg_sq: Tensor) -> Tensor:
-        """Mask of the coordinates that never had a gradient on any rank, ``bool [numel]``: they must not move."""
-
-    @abstractmethod
-    def wake_(self, exp_avg_sq: Tensor, woken: Tensor) -> None:
-        """Note in place, where ``woken``, that a first gradient has come: these are not dead any more."""
-
-    def _workspace(self, index: int, numel: int) -> Tensor:
-        return self._workspaces[index][:numel]
+        Args:
+            momentum: m, float32 or float64, of the parameter's shape; may become part of the result.
+            second_moment: v_hat, likewise; ``None`` without one.
+            param: gives the dtype and device.
+            group: its parameter group.
+            step: steps made.
+        """

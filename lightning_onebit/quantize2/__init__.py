@@ -1,0 +1,53 @@
+"""The sign quantizer: layout of the wire, readable reference, fast implementations, one dispatch."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from typing import Protocol
+
+import torch
+
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.quantize2.cpu import CpuKernels
+from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize2.reference import ReferenceKernels
+
+
+class Kernels(Protocol):
+    """What every implementation offers; specified in :class:`~lightning_onebit.quantize2.reference.ReferenceKernels`."""
+
+    name: str
+    reads_flags_on_device: bool
+    """Whether ``apply_`` looks up on the device whether the step counts, so that nobody has to wait for that."""
+
+    def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
+
+    def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None: ...
+
+    def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
+
+
+def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest quantizer for errors of ``dtype`` (float32 or float64) on ``device``; not to be shared by threads.
+
+    On a GPU that is Triton's, or plain torch where Triton is not installed, or does not compute there what the reference
+    does, which it warns of; which one it is, its ``name`` tells.
+    """
+    settings = {"scale": config.scale, "space": config.space}
+    if device.type == "cpu" and sys.byteorder == "little":
+        return CpuKernels(**settings, block_size=config.block_size, dtype=dtype)  # type: ignore[arg-type]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from lightning_onebit.quantize2.triton import TritonKernels, check_kernels
+
+        try:
+            check_kernels(device)
+            return TritonKernels(**settings)  # type: ignore[arg-type]
+        except Exception as error:
+            warnings.warn(
+                f"The Triton kernels do not work here, so this GPU runs plain torch, which takes longer: {error} HINT:"
+                " another version of torch brings another Triton.",
+                stacklevel=3,
+            )
+    return ReferenceKernels(**settings)  # type: ignore[arg-type]

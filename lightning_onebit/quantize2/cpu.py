@@ -59,6 +59,7 @@ class CpuKernels:
     """
 
     name = "cpu"
+    reads_flags_on_device = False
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update", block_size: int, dtype: torch.dtype) -> None:
         self.scale: Scale = scale

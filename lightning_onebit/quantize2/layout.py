@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +129,14 @@ class BucketLayout:
         in_chunk = (self.offset[:-1] - self.offset[self.first_block[chunk]]) // BITS_PER_BYTE
         return chunk * self.chunk_nbytes + SCALE_NBYTES * blocks[chunk] + in_chunk
 
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """Which elements of flat memory are no padding, ``[flat_numel]``."""
+        steps = np.zeros(self.flat_numel + 1, dtype=np.int8)
+        np.add.at(steps, self.offset[:-1], 1)
+        np.add.at(steps, self.offset[:-1] + self.numel, -1)
+        return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+
     def blocks_of(self, chunks: range) -> tuple[int, int]:
         """First block of neighbouring chunks, and the one after their last."""
         return int(self.first_block[chunks.start]), int(self.first_block[chunks.stop])
@@ -141,6 +150,14 @@ class BucketLayout:
         """Elements of neighbouring chunks in flat memory."""
         start, stop = self.flat_of(chunks)
         return stop - start
+
+    def parameter_blocks(self) -> list[tuple[int, int, int]]:
+        """Neighbouring blocks of one parameter in one chunk: the parameter, the first block, the one after the last."""
+        if not self.num_blocks:
+            return []
+        changes = np.flatnonzero(np.diff(self.parameter)) + 1
+        bounds = np.unique(np.concatenate([[0], changes, self.first_block, [self.num_blocks]])).tolist()
+        return [(int(self.parameter[first]), first, last) for first, last in pairwise(bounds)]
 
     def spans(self, chunks: range, parameter_numels: Sequence[int], param_group_of: Sequence[int]) -> list[Span]:
         """The blocks of ``chunks`` in spans.

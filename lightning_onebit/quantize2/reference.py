@@ -37,6 +37,7 @@ class ReferenceKernels:
     """
 
     name = "reference"
+    reads_flags_on_device = False
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
         self.scale: Scale = scale

@@ -1,0 +1,477 @@
+"""The parameters of one dtype and device in flat buckets: how state gets in at the freeze, and out for checkpoints.
+
+Between steps a bucket holds the errors, D (as sqrt(v_hat)) and the last average u, as bits. The stock optimizer's state is
+empty meanwhile: its momentum and second moment live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_onebit.comm.compressed_allreduce import error_dtype
+from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.flat import flat_view, unflatten_like
+from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places
+from lightning_onebit.methods.base import Method
+from lightning_onebit.quantize2 import Kernels, make_kernels
+from lightning_onebit.quantize2.exact import ExactKernels
+from lightning_onebit.quantize2.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
+from lightning_onebit.quantize2.memory import BucketMemory, Encoded
+from lightning_onebit.quantize2.reference import ReferenceKernels, pack_bits, unpack_bits
+
+Replicated = Literal["momentum", "second moment"]
+"""What an optimizer keeps of a parameter, alike on all ranks."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring blocks of one parameter in one chunk of a bucket."""
+
+    memory: BucketMemory
+    parameter: int
+    blocks: tuple[int, int]
+    start: int
+    """First element in the flattened parameter."""
+    numel: int
+    flat: int
+    """First element in the bucket's memory."""
+
+    def of_parameter(self, flat: Tensor) -> Tensor:
+        """These elements of the flat parameter, or of something of its size."""
+        return flat[self.start : self.start + self.numel]
+
+    def of_bucket(self, flat: Tensor) -> Tensor:
+        """These elements in flat memory of the whole bucket."""
+        return flat[self.flat : self.flat + self.numel]
+
+    def of_share(self, flat: Tensor) -> Tensor | None:
+        """These elements in flat memory of this rank's share; ``None`` if they are another's."""
+        share = self.memory.share_flat
+        inside = share.start <= self.flat and self.flat + self.numel <= share.stop
+        return flat[self.flat - share.start :][: self.numel] if inside else None
+
+    def of_chunk(self, flat: Tensor) -> Tensor | None:
+        """These elements in flat memory of the chunk that this rank serves; ``None`` if another does."""
+        if self.memory.chunk is None:
+            return None
+        chunk = self.memory.chunk_flat
+        inside = chunk.start <= self.flat and self.flat + self.numel <= chunk.stop
+        return flat[self.flat - chunk.start :][: self.numel] if inside else None
+
+    def of_bits(self, mask: Tensor) -> Tensor:
+        """The bytes of these elements in a mask of the whole bucket."""
+        return mask[self.flat // BITS_PER_BYTE :][: sign_nbytes(self.numel)]
+
+    @property
+    def average(self) -> Encoded:
+        """The last average u, views."""
+        return self.memory.encoded(self.memory.result, 0, self.blocks)
+
+
+class Buckets:
+    """Flat memory for parameters of one dtype and device, with the state that an optimizer had at the freeze.
+
+    Args:
+        optimizer: whose state moves here, bucket by bucket, and is empty afterwards.
+        method: what it is.
+        params: the parameters, in the order in which they travel.
+        config: settings of the compression.
+        groups: the ranks that exchange. With one rank nothing is quantized: errors hold u itself.
+        keeps_before: whether the last average but one is kept.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        method: Method,
+        params: Sequence[Tensor],
+        config: CompressionConfig,
+        groups: ExchangeGroups,
+        *,
+        keeps_before: bool,
+    ) -> None:
+        self.optimizer, self.method, self.params, self.config = optimizer, method, list(params), config
+        self.topology = groups.topology
+        self.device, self.dtype = params[0].device, error_dtype(params[0].dtype)
+        self.is_quantized = self.topology.world_size > 1
+        in_group = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.param_group_of = [in_group[p] for p in self.params]
+        self.steps = np.array([method.steps_done(optimizer.state.get(p, {})) for p in self.params], dtype=np.int64)
+        """Steps of each parameter, those of the warm-up included."""
+        places = first_places(optimizer)
+        self.places = [places[p] for p in self.params]
+        # One for each thread: they own their workspaces.
+        self.kernels, self.server_kernels = (self._make_kernels() for _ in range(2))
+
+        numels = [p.numel() for p in self.params]
+        layouts = plan_buckets(
+            numels,
+            block_size=config.block_size,
+            num_chunks=self.topology.world_size,
+            bucket_numel=config.bucket_numel(sum(numels)),
+        )
+        self.memories: list[BucketMemory] = []
+        self.parts: list[list[Part]] = []
+        for layout in layouts:
+            # Bucket by bucket, as the stock state is freed: no second copy of all of it.
+            memory = BucketMemory(
+                layout,
+                share=self.topology.shard,
+                chunk=self.topology.chunk if self.is_quantized else None,
+                has_rms=method.has_second_moment,
+                keeps_before=keeps_before,
+                dtype=self.dtype,
+                device=self.device,
+                parameter_numels=numels,
+                param_group_of=self.param_group_of,
+            )
+            parts = list(_parts(memory))
+            self.memories.append(memory)
+            self.parts.append(parts)
+            self._take_state_(memory, parts)
+        for p in self.params:
+            optimizer.state.pop(p, None)
+
+    def _make_kernels(self) -> Kernels:
+        if not self.is_quantized:
+            return ExactKernels()
+        return make_kernels(self.config, device=self.device, dtype=self.dtype)
+
+    def group(self, parameter: int) -> dict[str, Any]:
+        """The parameter's group, looked up anew, as ``load_state_dict`` replaces them."""
+        return self.optimizer.param_groups[self.param_group_of[parameter]]
+
+    @cached_property
+    def parameters_of_bucket(self) -> list[list[int]]:
+        """For each bucket, the parameters of which it holds elements."""
+        return [sorted({part.parameter for part in parts}) for parts in self.parts]
+
+    # The freeze: D = sqrt(v_hat) + eps;  u = m / D;  errors e_i = s = 0
+
+    def _take_state_(self, memory: BucketMemory, parts: Sequence[Part]) -> None:
+        """Move the state of a bucket's parameters here.
+
+        The first compressed step adds beta u, and an error of zero, to a last average of zero: put beta u into the error's
+        place. So the momentum needs no dense copy. A single rank keeps u itself there, for it has no error.
+        """
+        for part in parts:
+            p, group = self.params[part.parameter], self.group(part.parameter)
+            state = self.optimizer.state.get(p, {})
+            second_moment = self._stock_second_moment(part.parameter)
+            if memory.rms is not None and second_moment is not None:
+                square_root_(part.of_parameter(second_moment).to(self.dtype), out=part.of_bucket(memory.rms))
+            momentum, error = self.method.momentum(state), part.of_share(memory.error)
+            if momentum is not None and error is not None:
+                self._set_momentum_(error, part, part.of_parameter(flat_view(momentum)), group)
+            if part.start + part.numel == p.numel():
+                self._second_moment = None
+                self.optimizer.state.pop(p, None)
+        if memory.rms is not None:
+            self.note_live_(memory)
+
+    _second_moment: tuple[int, Tensor] | None = None
+
+    def _stock_second_moment(self, parameter: int) -> Tensor | None:
+        """v_hat of a parameter, flat; computed once for all of its parts."""
+        if self._second_moment is None or self._second_moment[0] != parameter:
+            p = self.params[parameter]
+            v_hat = self.method.second_moment(self.optimizer.state.get(p, {}), self.group(parameter))
+            if v_hat is None:
+                return None
+            self._second_moment = parameter, flat_view(v_hat)
+        return self._second_moment[1]
+
+    def _set_momentum_(self, error: Tensor, part: Part, momentum: Tensor, group: Mapping[str, Any]) -> None:
+        error.copy_(momentum)
+        memory, step = part.memory, int(self.steps[part.parameter])
+        c = self.method.coefficients(group, max(1, step), num_averaged=1)
+        if memory.rms is not None and self.divides_first:
+            rms = part.of_bucket(memory.rms)
+            error.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
+        if self.is_quantized:
+            error.mul_(c.beta)
+
+    @property
+    def divides_first(self) -> bool:
+        """Whether values are divided by D before they are quantized; a single rank decides so for itself."""
+        return self.config.space == "update" or not self.is_quantized
+
+    def note_live_(self, memory: BucketMemory) -> None:
+        """Elements with a second moment take part."""
+        assert memory.rms is not None
+        exists = torch.from_numpy(memory.layout.exists).to(self.device)
+        live = memory.rms != 0
+        memory.live = None if bool((live | ~exists).all()) else pack_bits(live)
+        memory.live_before = memory.live
+
+    def note_average_(self, index: int, active: np.ndarray[Any, Any] | None) -> None:
+        """There is a new average: note which elements took part in it. Parameters that sat out keep theirs."""
+        memory, old = self.memories[index], self.memories[index].live_before
+        memory.live_before = memory.live
+        if active is None or old is None or old is memory.live or bool(active[self.parameters_of_bucket[index]].all()):
+            return
+        merged = torch.full_like(old, 255) if memory.live is None else memory.live.clone()
+        for part in self.parts[index]:
+            if not active[part.parameter]:
+                part.of_bits(merged).copy_(part.of_bits(old))
+        memory.live_before = merged
+
+    # The way back
+
+    def stock_state(self) -> dict[int, dict[str, Any]]:
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
+        host = torch.device("cpu")
+        momenta = [torch.zeros(p.numel(), dtype=self.dtype, device=host) for p in self.params]
+        moments = [torch.zeros_like(m) if self.method.has_second_moment else None for m in momenta]
+        for memory, parts in zip(self.memories, self.parts, strict=True):
+            u = self.last_average(memory)
+            if memory.rms is not None and self.divides_first:
+                eps = torch.tensor([self.numbers_of(i).eps for i in range(len(self.params))], dtype=self.dtype)
+                for part in parts:
+                    part.of_bucket(u).mul_(part.of_bucket(memory.rms) + float(eps[part.parameter]))
+            for part in parts:
+                part.of_parameter(momenta[part.parameter]).copy_(part.of_bucket(u))
+                second_moment = moments[part.parameter]
+                if memory.rms is not None and second_moment is not None:
+                    part.of_parameter(second_moment).copy_(part.of_bucket(memory.rms)).square_()
+        stock = {}
+        for i, (p, m, v) in enumerate(zip(self.params, momenta, moments, strict=True)):
+            like = torch.empty_like(p, device="meta", memory_format=torch.preserve_format)
+            shaped_v = None if v is None else unflatten_like(v, like)
+            stock[i] = self.method.stock_state(unflatten_like(m, like), shaped_v, p, self.group(i), int(self.steps[i]))
+        return stock
+
+    def numbers_of(self, parameter: int) -> Any:
+        """The numbers of the parameter's present step."""
+        step = max(1, int(self.steps[parameter]))
+        return self.method.coefficients(self.group(parameter), step, num_averaged=self.topology.num_nodes)
+
+    def last_average(self, memory: BucketMemory) -> Tensor:
+        """u of a bucket, flat, a new tensor: 0 where elements are not live."""
+        if not self.is_quantized:
+            return memory.error.clone()
+        blocks = (0, memory.layout.num_blocks)
+        decoded = ReferenceKernels().decode(memory, memory.result, 0, blocks, memory.live_before)
+        return decoded.add_(0.0)  # no negative zeros
+
+    def give_back_(self, outstanding: Mapping[int, Tensor]) -> None:
+        """Give the optimizer its own state back, and apply what is outstanding (see :meth:`apply_outstanding_`)."""
+        stock = self.stock_state()
+        self.apply_outstanding_(outstanding)
+        for i, p in enumerate(self.params):
+            # Torch keeps numbers such as `step` where they are, and tensors beside their parameter.
+            state = {k: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v for k, v in stock[i].items()}
+            self.optimizer.state[p] = state
+
+    def outstanding(self, mean: Any) -> dict[int, Tensor]:
+        """By parameter, flat: the mean worker error plus the server error; ``mean`` averages a tensor in place. Collective."""
+        errors = {i: torch.zeros(p.numel(), dtype=self.dtype, device=self.device) for i, p in enumerate(self.params)}
+        if self.is_quantized:
+            for memory, parts in zip(self.memories, self.parts, strict=True):
+                # Averaged over all ranks: the nodes' worker errors, and the server error of the one that has it.
+                total = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
+                total[memory.share_flat].copy_(memory.error).mul_(self.topology.local_world_size)
+                total[memory.chunk_flat].add_(memory.server_error, alpha=self.topology.world_size)
+                mean(total)
+                for part in parts:
+                    part.of_parameter(errors[part.parameter]).copy_(part.of_bucket(total))
+        return errors
+
+    def apply_outstanding_(self, errors: Mapping[int, Tensor]) -> None:
+        """Move the parameters by what had not been applied, at once. ``errors`` by parameter, flat; overwritten."""
+        for parts in self.parts:
+            for part in parts:
+                if part.parameter not in errors:
+                    continue
+                c = self.numbers_of(part.parameter)
+                move = part.of_parameter(errors[part.parameter]).mul_(-c.step_size)
+                if part.memory.rms is not None and not self.divides_first:
+                    rms = part.of_bucket(part.memory.rms)
+                    move.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
+                part.of_parameter(flat_view(self.params[part.parameter])).add_(move)
+
+    # What a checkpoint holds beside the stock state
+
+    def worker_errors(self) -> list[ElementRange]:
+        """This rank's worker errors, merged where neighbours. With one rank: u."""
+        return self._merged(lambda part: part.of_share(part.memory.error))
+
+    def server_errors(self) -> list[ElementRange]:
+        """The server errors of this rank's chunks, merged where neighbours."""
+        return self._merged(lambda part: part.of_chunk(part.memory.server_error))
+
+    def _merged(self, view: Any) -> list[ElementRange]:
+        """Ranges of all elements that this rank has; copies, where padding lies between."""
+        merged: list[tuple[int, list[Tensor]]] = []
+        stop = -1
+        for part in (part for parts in self.parts for part in parts):
+            values, start = view(part), self.places[part.parameter] + part.start
+            if values is None:
+                continue
+            if start == stop:
+                merged[-1][1].append(values)
+            else:
+                merged.append((start, [values]))
+            stop = start + part.numel
+        return [ElementRange(start, values[0] if len(values) == 1 else torch.cat(values)) for start, values in merged]
+
+    def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
+        """Add errors to those of this rank in the same places; a single rank, which has none, applies them."""
+        if self.is_quantized:
+            self._add_(lambda part: part.of_share(part.memory.error), worker)
+            self._add_(lambda part: part.of_chunk(part.memory.server_error), server)
+            return
+        errors = {}
+        for i, p in enumerate(self.params):
+            errors[i] = torch.zeros(p.numel(), dtype=self.dtype, device=self.device)
+            add_ranges_([ElementRange(self.places[i], errors[i])], [*worker, *server])
+        self.apply_outstanding_(errors)
+
+    def add_momentum_(self, momentum: Sequence[ElementRange]) -> None:
+        """Take over u, on a single rank, after :meth:`restore_`."""
+        self._add_(lambda part: part.of_share(part.memory.error), momentum)
+
+    def _add_(self, view: Any, sources: Sequence[ElementRange]) -> None:
+        targets = [
+            ElementRange(self.places[part.parameter] + part.start, values)
+            for parts in self.parts
+            for part in parts
+            if (values := view(part)) is not None
+        ]
+        add_ranges_(targets, sources)
+
+    def shared_state(self) -> dict[int, dict[str, Tensor]]:
+        """By parameter, what all ranks know and stock state does not tell exactly; restored by :meth:`restore_`.
+
+        * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; only if there is a D.
+        * ``step``: int64, 0-d.
+        * ``signs``, ``scales``: the last average; uint8 ``[ceil(numel / 8)]``, float32 ``[blocks]``. With one rank: none.
+        * ``live``, ``live_before``: as signs: where an element takes part in its block, and did in the last average; only
+          if not all do.
+        """
+        collected: list[dict[str, list[Tensor]]] = [{} for _ in self.params]
+        for part in (part for parts in self.parts for part in parts):
+            entry, memory = collected[part.parameter], part.memory
+            if memory.rms is not None:
+                entry.setdefault("rms", []).append(part.of_bucket(memory.rms))
+            if self.is_quantized:
+                entry.setdefault("signs", []).append(part.average.signs)
+                entry.setdefault("scales", []).append(part.average.scales)
+            for name in ("live", "live_before"):
+                mask = getattr(memory, name)
+                everything = torch.full((sign_nbytes(part.numel),), 255, dtype=torch.uint8, device=self.device)
+                entry.setdefault(name, []).append(everything if mask is None else part.of_bits(mask))
+        shared: dict[int, dict[str, Tensor]] = {}
+        for i, entry in enumerate(collected):
+            joined = {name: torch.cat(values) for name, values in entry.items()}
+            for name in ("live", "live_before"):
+                if name in joined and bool(unpack_bits(joined[name])[: self.params[i].numel()].all()):
+                    del joined[name]
+            shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
+        return shared
+
+    def restore_(self, shared: Mapping[int, Mapping[str, Tensor]], *, block_size: int) -> None:
+        """Take over what :meth:`shared_state` returned, bit for bit. What the worker errors are left with is to be added to.
+
+        Cut into blocks of another size, the last average cannot be taken over: then the worker errors stay as the stock
+        momentum has made them, which says the same in other bits.
+
+        Raises:
+            ValueError: if an entry does not fit its parameter.
+        """
+        for i, p in enumerate(self.params):
+            self._check_shared_state(shared[i], p.numel(), block_size)
+            self.steps[i] = int(shared[i]["step"])
+        was_quantized = any("signs" in shared[i] for i in range(len(self.params)))
+        same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
+        for memory, parts in zip(self.memories, self.parts, strict=True):
+            if memory.rms is not None:
+                for part in parts:
+                    part.of_bucket(memory.rms).copy_(part.of_parameter(shared[part.parameter]["rms"]))
+            for name in ("live", "live_before"):
+                if any(name in shared[part.parameter] for part in parts):
+                    mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
+                    for part in parts:
+                        saved = shared[part.parameter].get(name)
+                        if saved is not None:
+                            part.of_bits(mask).copy_(saved[part.start // 8 :][: sign_nbytes(part.numel)])
+                    setattr(memory, name, mask.to(self.device))
+                else:
+                    setattr(memory, name, None)
+            if not same_blocks:
+                memory.live_before = memory.live
+                continue
+            memory.error.fill_(-0.0)  # to which everything, zeros with their signs as well, adds to itself
+            memory.error[~torch.from_numpy(memory.layout.exists[memory.share_flat])] = 0.0
+            if self.is_quantized:
+                for part in parts:
+                    saved, average = shared[part.parameter], part.average
+                    first = part.start // block_size
+                    average.signs.copy_(saved["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
+                    average.scales.copy_(saved["scales"][first : first + part.blocks[1] - part.blocks[0]])
+
+    def _check_shared_state(self, entry: Any, numel: int, block_size: int) -> None:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the entry of a parameter is {entry!r:.80}")
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
+        if self.method.has_second_moment:
+            expected["rms"] = (self.dtype, (numel,))
+        if "signs" in entry:
+            expected["signs"] = (torch.uint8, (sign_nbytes(numel),))
+            expected["scales"] = (torch.float32, (num_blocks(numel, block_size),))
+        for name in ("live", "live_before"):
+            if name in entry:
+                expected[name] = (torch.uint8, (sign_nbytes(numel),))
+        for name, (dtype, shape) in expected.items():
+            value = entry.get(name)
+            if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
+                raise ValueError(
+                    f"`{name}` of a parameter of {numel} elements must be {dtype} {list(shape)}, not {value!r:.80}"
+                )
+        for name in ("rms", "scales"):
+            if name in expected and not bool((entry[name].isfinite() & (entry[name] >= 0)).all()):
+                raise ValueError(f"`{name}` holds infinite, NaN or negative values")
+
+    def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
+        """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
+        for part in (part for parts in self.parts for part in parts):
+            p, memory = self.params[part.parameter], part.memory
+            if self.is_quantized:
+                masks = [] if memory.live_before is None else [part.of_bits(memory.live_before)]
+                yield p, "momentum", [*part.average, *masks]
+            second_moment = [] if memory.rms is None else [part.of_bucket(memory.rms)]
+            yield p, "second moment", [*second_moment, *([] if memory.live is None else [part.of_bits(memory.live)])]
+
+
+def _parts(memory: BucketMemory) -> Iterator[Part]:
+    layout = memory.layout
+    for parameter, first, last in layout.parameter_blocks():
+        yield Part(
+            memory=memory,
+            parameter=parameter,
+            blocks=(first, last),
+            start=int(layout.start[first]),
+            numel=int(layout.numel[first:last].sum()),
+            flat=int(layout.offset[first]),
+        )
+
+
+def square_root_(values: Tensor, out: Tensor) -> None:
+    """The correctly rounded root of ``values``, to ``out`` of the same dtype.
+
+    torch's on a CPU is MKL's: it rounds a quarter of the numbers in [2, 4) the other way, perhaps others on another
+    processor.
+    """
+    if values.device.type == "cpu":
+        np.sqrt(values.numpy(), out=out.numpy())
+    else:
+        torch.sqrt(values, out=out)

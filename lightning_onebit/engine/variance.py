@@ -1,0 +1,318 @@
+"""Coordinates that had no gradient on any rank when the second moment was frozen, and how they come to take part.
+
+Such a coordinate (a row of an embedding whose word has not come up) has v = 0: it is no part of its block, and stays bitwise
+unchanged. Its gradients gather on each rank in a second moment of its own,
+
+    v_i = beta2 v_i + (1 - beta2) r g_i^2,          r = 1 / n
+
+and at the next **refresh**, every 64 steps if any rank has something to tell, v = mean_i v_i becomes the same on all ranks,
+D = sqrt(v / (1 - beta2^t)) + eps, and the coordinate takes part from the next step on. r brings one rank's gradients to the
+scale of the mean's: for a coordinate that has its gradient on one rank at a time, and for independent noise, the square of
+the mean gradient is 1 / n of the mean square. A D that comes from one gradient must not stay for ever: a coordinate is
+renewed at every refresh until it has taken part in 1 / (1 - beta2) steps.
+
+Without a second moment (SGD) there is nothing to gather but whether there was a gradient, which the worker error tells: it
+keeps what is not sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.engine.buckets import Buckets, Part, square_root_
+from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize2.reference import pack_bits, unpack_bits
+
+REFRESH_STEPS = 64
+"""Steps between refreshes: with a full one, later, 1/8 bit per element and step."""
+COORDINATES_PER_FLAG = 64
+"""Before second moments travel, one byte for so many coordinates tells whether any rank has one there."""
+NEVER = -1
+
+
+class LateCoordinates:
+    """Those of one bucket that were not live at the freeze, until their D is as settled as that of the others.
+
+    Args:
+        buckets: of which the bucket is one.
+        index: which.
+    """
+
+    def __init__(self, buckets: Buckets, index: int) -> None:
+        self._buckets, self._index, self.memory = buckets, index, buckets.memories[index]
+        self.places = torch.zeros(0, dtype=torch.int32)
+        """Their places in the bucket's flat memory, rising, int32 ``[late]``."""
+        self.live_since = torch.zeros(0, dtype=torch.int32)
+        """Number of the step after which each takes part; :data:`NEVER`: it does not yet. int32 ``[late]``"""
+        self.second_moment = torch.zeros(0, dtype=buckets.dtype)
+        """v_i, of those in this rank's share, in the dtype of the errors."""
+        if self.memory.live is not None:
+            self._set_places_(_not_live(self.memory))
+
+    def _set_places_(self, places: Tensor) -> None:
+        self.places = places.to(torch.int32)
+        self.live_since = torch.full_like(self.places, NEVER)
+        self.second_moment = torch.zeros(self._own.stop - self._own.start, dtype=self.memory.dtype, device=places.device)
+        self._cached = None
+
+    @property
+    def _own(self) -> slice:
+        """Which of the coordinates are in this rank's share."""
+        share = self.memory.share_flat
+        bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=self.places.device)
+        first, last = torch.searchsorted(self.places, bounds).tolist()
+        return slice(first, last)
+
+    def __len__(self) -> int:
+        return self.places.numel()
+
+    @torch.no_grad()
+    def collect_(self, index: int, step: StepInputs) -> None:
+        """``v_i = beta2 v_i + (1 - beta2) r g_i^2``, for a step that counts.
+
+        Args:
+            index: of the bucket.
+            step: the gradients, and which parameters are active.
+        """
+        if not len(self) or self.memory.rms is None:
+            return
+        r = 1.0 / self._buckets.topology.num_nodes
+        for part, chosen, elements in self._by_part():
+            if step.active is not None and not step.active[part.parameter]:
+                continue
+            v = self.second_moment[chosen]
+            beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
+            v.mul_(beta2)
+            shared, gradient = step.share_gradients.get(index), step.gradients[part.parameter]
+            if shared is not None:
+                g = shared.index_select(0, elements + (part.flat - self.memory.share_flat.start))
+            elif gradient is not None:
+                g = part.of_parameter(gradient).index_select(0, elements).to(v.dtype)
+            else:
+                continue
+            v.addcmul_(g, g, value=(1.0 - beta2) * r)
+            v.clamp_(max=torch.finfo(v.dtype).max)  # beyond it a coordinate would never train again
+
+    def _by_part(self) -> list[tuple[Part, slice, Tensor]]:
+        """Of this rank's share: a part, which second moments are its, and their elements in it, int32."""
+        if self._cached is None:
+            own = self._own
+            places, self._cached = self.places[own], []
+            parts = [part for part in self._buckets.parts[self._index] if part.of_share(self.memory.error) is not None]
+            starts = torch.tensor([part.flat for part in parts], dtype=torch.int32, device=places.device)
+            cuts = [*torch.searchsorted(places, starts).tolist(), len(places)]
+            for part, first, last in zip(parts, cuts[:-1], cuts[1:], strict=True):
+                if first < last:
+                    self._cached.append((part, slice(first, last), places[first:last] - part.flat))
+        return self._cached
+
+    _cached: list[tuple[Part, slice, Tensor]] | None = None
+
+    def has_news(self) -> bool:
+        """Whether this rank has a second moment, or a gradient, of a coordinate that is renewed."""
+        if self.memory.rms is not None:
+            return bool(self.second_moment.any())
+        return self.memory.live is not None and bool((self.memory.error.ne(0) & ~self._share_live()).any())
+
+    def _share_live(self) -> Tensor:
+        assert self.memory.live is not None
+        return unpack_bits(self.memory.live)[self.memory.share_flat]
+
+    @torch.no_grad()
+    def refresh_(self, groups: ExchangeGroups, number: int) -> None:
+        """Make second moments those of all ranks, and let coordinates take part that have one. Collective.
+
+        Valid from the next step on.
+
+        Args:
+            groups: the ranks.
+            number: of this step, from which it follows for how long coordinates have taken part.
+        """
+        memory = self.memory
+        if memory.rms is None:
+            self._set_places_(_not_live(memory))
+            error = memory.error[(self.places[self._own] - memory.share_flat.start).long()]
+            self.second_moment = error.ne(0).to(memory.dtype)
+        if not len(self):
+            return
+        v = self._mean_over_ranks_(groups)
+        has_v = v > 0
+        if memory.rms is not None:
+            self._renew_rms_(v, has_v)
+        if bool((has_v & (self.live_since == NEVER)).any()):
+            live = self._live_bits()
+            live[self.places[has_v].long()] = True
+            memory.live = None if not len(_not_live(memory, live)) else pack_bits(live)
+            self.live_since = torch.where(has_v & (self.live_since == NEVER), number, self.live_since)
+        self._drop_settled_(number)
+
+    def _live_bits(self) -> Tensor:
+        if self.memory.live is None:
+            return torch.ones(self.memory.layout.flat_numel, dtype=torch.bool, device=self.memory.device)
+        return unpack_bits(self.memory.live)
+
+    def _mean_over_ranks_(self, groups: ExchangeGroups) -> Tensor:
+        """v = mean_i v_i of all coordinates of the bucket; those of this rank's share are written to ``second_moment``."""
+        own, peers = self._own, groups.peers
+        numel = own.stop - own.start
+        flags = torch.zeros(-(-numel // COORDINATES_PER_FLAG) * COORDINATES_PER_FLAG, dtype=torch.uint8).to(self.places.device)
+        flags[:numel] = self.second_moment > 0
+        touched = flags.view(-1, COORDINATES_PER_FLAG).amax(dim=1) if numel else flags
+        if numel:
+            peers.all_reduce_max_(touched)
+        chosen = touched.repeat_interleave(COORDINATES_PER_FLAG)[:numel].nonzero().view(-1)
+        self.second_moment[chosen] = peers.ordered_mean(self.second_moment[chosen])
+        if groups.node is None:
+            return self.second_moment
+        # Inside the node every rank has those of its own share: put them together, in shares of one length.
+        sizes = self._share_sizes()
+        padded = torch.zeros(max(sizes), dtype=self.memory.dtype, device=self.places.device)
+        padded[:numel] = self.second_moment
+        gathered = padded.new_empty(len(sizes) * max(sizes))
+        groups.node.all_gather_(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered.view(len(sizes), -1), sizes, strict=True)])
+
+    def _share_sizes(self) -> list[int]:
+        topology, layout = self._buckets.topology, self.memory.layout
+        starts = [layout.flat_of(range(r * topology.num_nodes, r * topology.num_nodes + 1))[0] for r in range(topology.local_world_size)]
+        cuts = torch.searchsorted(self.places, torch.tensor(starts, dtype=torch.int32, device=self.places.device)).tolist()
+        return [stop - start for start, stop in zip(cuts, [*cuts[1:], len(self)], strict=True)]
+
+    def _renew_rms_(self, v: Tensor, has_v: Tensor) -> None:
+        """D of all coordinates with a second moment: ``rms = sqrt(v / (1 - beta2^t))``."""
+        assert self.memory.rms is not None
+        for part in self._buckets.parts[self._index]:
+            bounds = torch.tensor([part.flat, part.flat + part.numel], dtype=torch.int32, device=self.places.device)
+            first, last = torch.searchsorted(self.places, bounds).tolist()
+            if first == last:
+                continue
+            beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
+            correction = 1.0 - beta2 ** int(self._buckets.steps[part.parameter])
+            renewed = v[first:last] / correction
+            square_root_(renewed, out=renewed)
+            # A v so small that its root would be 0 still belongs to an element that takes part.
+            renewed.clamp_(min=torch.finfo(renewed.dtype).tiny)
+            places, chosen = self.places[first:last].long(), has_v[first:last]
+            self.memory.rms[places[chosen]] = renewed[chosen]
+
+    # What a checkpoint holds
+
+    def second_moments(self) -> tuple[Tensor, Tensor]:
+        """v_i that are not zero: places among all elements of the optimizer, int64, and float64 values; on the CPU."""
+        places = [torch.zeros(0, dtype=torch.int64)]
+        values = [torch.zeros(0, dtype=torch.float64)]
+        if self.memory.rms is not None:
+            for part, chosen, elements in self._by_part():
+                v = self.second_moment[chosen]
+                first = self._buckets.places[part.parameter] + part.start
+                places.append((elements[v > 0].long() + first).cpu())
+                values.append(v[v > 0].double().cpu())
+        return torch.cat(places), torch.cat(values)
+
+    def set_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Take over what :meth:`second_moments` has returned, where coordinates are late here; ``places`` rise."""
+        if self.memory.rms is None:
+            return
+        for part, chosen, elements in self._by_part():
+            first = self._buckets.places[part.parameter] + part.start
+            start, stop = torch.searchsorted(places, torch.tensor([first, first + part.numel])).tolist()
+            wanted = (places[start:stop] - first).to(elements)
+            at = torch.searchsorted(elements, wanted).clamp_(max=len(elements) - 1)
+            found = elements[at] == wanted
+            self.second_moment[chosen][at[found]] = values[start:stop].to(self.second_moment)[found]
+
+    def shared_state(self) -> dict[int, dict[str, Tensor]]:
+        """By parameter, ``late``: its late elements, and ``live_since``: since when each is live; int32. Only if any are."""
+        shared: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for part in self._buckets.parts[self._index] if len(self) else []:
+            bounds = torch.tensor([part.flat, part.flat + part.numel], dtype=torch.int32, device=self.places.device)
+            first, last = torch.searchsorted(self.places, bounds).tolist()
+            if first < last:
+                elements = self.places[first:last] + (part.start - part.flat)
+                shared.setdefault(part.parameter, []).append((elements, self.live_since[first:last]))
+        return {
+            p: {"late": torch.cat([e for e, _ in found]), "live_since": torch.cat([s for _, s in found])}
+            for p, found in shared.items()
+        }
+
+    def restore_(self, shared: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over :meth:`shared_state` of all buckets of an earlier run.
+
+        Raises:
+            ValueError: if an entry does not fit its parameter.
+        """
+        if self.memory.rms is None:
+            return
+        places, since = [self.places[:0]], [self.live_since[:0]]
+        for part in self._buckets.parts[self._index]:
+            entry = shared[part.parameter]
+            if "late" not in entry:
+                continue
+            elements, live_since = entry["late"].to(self.places), entry["live_since"].to(self.live_since)
+            numel = self._buckets.params[part.parameter].numel()
+            if elements.shape != live_since.shape or elements.dim() != 1 or not bool(
+                ((elements >= 0) & (elements < numel)).all() & (elements.diff() > 0).all()
+            ):
+                raise ValueError("`late` or `live_since` does not fit the parameter")
+            inside = (elements >= part.start) & (elements < part.start + part.numel)
+            places.append(elements[inside] + (part.flat - part.start))
+            since.append(live_since[inside])
+        self._set_places_(torch.cat(places))
+        self.live_since = torch.cat(since)
+
+    def _drop_settled_(self, number: int) -> None:
+        """Forget coordinates that have taken part for 1 / (1 - beta2) steps: their D stays."""
+        longest = max(
+            (1.0 / (1.0 - self._buckets.method.second_moment_decay(g)) for g in self._buckets.optimizer.param_groups),
+            default=0.0,
+        )
+        keep = (self.live_since == NEVER) | (number - self.live_since < longest)
+        if self.memory.rms is None:  # there is nothing to renew, and who is not live is known
+            keep[:] = False
+        if bool(keep.all()):
+            return
+        self.second_moment = self.second_moment[keep[self._own]]
+        self.places, self.live_since = self.places[keep], self.live_since[keep]
+        self._cached = None
+
+
+def first_gradients_(buckets: Buckets, gradients: Sequence[Tensor | None], groups: ExchangeGroups) -> None:
+    """Before the first step of a method without a second moment: elements with a gradient or momentum on any rank are live.
+
+    Collective: one byte per element, once.
+
+    Args:
+        buckets: whose masks are written.
+        gradients: by parameter, flat.
+        groups: the ranks.
+    """
+    for memory, parts in zip(buckets.memories, buckets.parts, strict=True):
+        seen = torch.zeros(memory.layout.flat_numel, dtype=torch.bool, device=memory.device)
+        seen[memory.share_flat] = memory.error != 0
+        for part in parts:
+            gradient = gradients[part.parameter]
+            if gradient is not None:
+                part.of_bucket(seen).logical_or_(part.of_parameter(gradient) != 0)
+            if buckets.numbers_of(part.parameter).coupled_decay:
+                part.of_bucket(seen).fill_(True)
+        anywhere = seen.to(torch.uint8)
+        for communicator in (groups.peers, groups.node):
+            if communicator is not None:
+                communicator.all_reduce_max_(anywhere)
+        live = anywhere != 0
+        memory.live = pack_bits(live) if len(_not_live(memory, live)) else None
+        memory.live_before = memory.live
+
+
+def _not_live(memory: BucketMemory, live: Tensor | None = None) -> Tensor:
+    """Places of the elements that are not live, without padding."""
+    if live is None:
+        if memory.live is None:
+            return torch.zeros(0, dtype=torch.int64, device=memory.device)
+        live = unpack_bits(memory.live)
+    exists = torch.from_numpy(memory.layout.exists).to(memory.device)
+    return (exists & ~live).nonzero().view(-1)
