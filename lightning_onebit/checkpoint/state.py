@@ -1,14 +1,14 @@
 """What a checkpoint of the compressed phase holds beside the stock state of the optimizers.
 
 The ``.ckpt`` stays an ordinary Lightning checkpoint: ``optimizer_states`` is what stock optimizers would have written (see
-:class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes to go on
-bit for bit is in two places:
+:class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes
+to go on bit for bit is in two places:
 
 * **Under a key of its own**, what all ranks know: the phase, the last average as bits, and what the stock second moment
   has lost in rounding. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
-* **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker errors, the
-  server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank ever holds
-  those of another.
+* **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
+  errors, the server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank
+  ever holds those of another.
 
 With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors and all server
 errors are the same afterwards: nodes take over the worker errors of some of the old ones, weighted, and everyone looks for

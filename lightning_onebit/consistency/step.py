@@ -54,17 +54,17 @@ class Consensus:
             RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, or ``changed`` are
                 not the same.
         """
-        facts = {
+        settings = {
             **hyperparameters(self._optimizer),
             "parameters that are new or elsewhere": ", ".join(self._names.get(p, "a parameter") for p in changed),
         }
-        digest = short_digest(facts)
+        digest = short_digest(settings)
         has_gradient = [p.grad is not None for p in self._parameters]
         flags = torch.tensor([skip, digest, -digest, *has_gradient], dtype=torch.int32, device=self._device)
         self._communicator.all_reduce_max_(flags)
         any_skips, largest, minus_smallest, *active = flags.tolist()
         if largest != -minus_smallest:
-            raise_disagreement(exchange(self._communicator, facts, self._device), about="the optimizer's settings")
+            raise_disagreement(exchange(self._communicator, settings, self._device), about="the optimizer's settings")
         return not any_skips, {p: bool(flag) for p, flag in zip(self._parameters, active, strict=True)}
 
     @property

@@ -58,8 +58,8 @@ class Regrouping:
 
     def _average_all(self, communicator: Communicator) -> None:
         found, wanted = ([p for params in buckets for p in params] for buckets in (self._found, self._wanted))
-        groups = self._wanted if set(found) == set(wanted) else self._found
-        for params in groups:
+        buckets = self._wanted if set(found) == set(wanted) else self._found
+        for params in buckets:
             gradients = [self._gradients[p] for p in params if p in self._gradients]
             if gradients:
                 message = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -67,15 +67,15 @@ class Regrouping:
                 _put_back(message, gradients)
         for future, buffer in self._futures:
             future.set_result(buffer)
-        settled = groups is self._found or [list(map(id, b)) for b in self._found] == [
+        is_final = buckets is self._found or [list(map(id, b)) for b in self._found] == [
             list(map(id, b)) for b in self._wanted
         ]
-        self._backwards = self.PATIENCE if settled else self._backwards + 1
+        self._backwards = self.PATIENCE if is_final else self._backwards + 1
         self._begin()
 
 
 class HookState:
-    """What the hook needs to know; the strategy changes ``local`` and ``gradients_ready`` between batches."""
+    """What the hook needs to know; the phase controller changes ``local`` and ``gradients_ready`` between batches."""
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
