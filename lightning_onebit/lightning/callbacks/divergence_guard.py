@@ -19,8 +19,8 @@ class DivergenceGuard(Callback):
     which names the ranks, the step, the first parameter that differs and the last step at which all was equal.
 
     What is compared is a checksum: one pass over memory, and 16 bytes from each rank. A change within one element is
-    always found, any other is missed once in 2^32 times (:mod:`lightning_onebit.consistency.checksum`). The end of training is
-    checked as well. The strategy adds one with the default interval if the Trainer has none.
+    always found, any other is missed once in 2^32 times (:mod:`lightning_onebit.consistency.checksum`). The end of training
+    is checked as well. The strategy adds one with the default interval if the Trainer has none.
 
     Args:
         every_n_steps: optimizer steps between comparisons, those of all optimizers added up; ``None``: never.
