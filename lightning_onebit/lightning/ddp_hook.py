@@ -123,9 +123,14 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
             state.regrouping = None
     params = bucket.parameters()
     state.buckets.append(params)
-    gradients = dict(zip(params, bucket.gradients(), strict=True)) if state.local or state.regrouping else {}
-    dense = {p: gradient for p, gradient in gradients.items() if p not in state.local}
-    local_numel = sum(gradient.numel() for p, gradient in gradients.items() if p in state.local)
+    dense: dict[Tensor, Tensor] = {}
+    local_numel = 0
+    if state.local or state.regrouping is not None:
+        for p, gradient in zip(params, bucket.gradients(), strict=True):
+            if p in state.local:
+                local_numel += gradient.numel()
+            else:
+                dense[p] = gradient
     counters.dense_equivalent_bytes += (
         ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size) // state.local_world_size
     )  # of a ring, one hop in so many leaves the node: only those count as sent

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -20,13 +19,11 @@ from typing_extensions import override
 
 from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
-from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
-    checkpoint_settings,
     criterion_settings,
     module_settings,
     optimizer_settings,
@@ -38,14 +35,12 @@ from lightning_onebit.freeze.criteria import Criterion
 from lightning_onebit.lightning.callbacks.divergence_guard import DivergenceGuard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.lightning.fabric_checkpoints import FabricCheckpoints
 from lightning_onebit.lightning.failures import explain_
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.phase_controller import PhaseController
 from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.phase import Phase
-
-POSITION = "position"
-"""In an optimizer's saved state: which one of all it was."""
 
 
 class OneBitDDPFabricStrategy(DDPStrategy):
@@ -104,13 +99,12 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             self, config, overlap=False, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps
         )
         self._checkpoints = CheckpointManager(self, self._phases)
+        self._loading = FabricCheckpoints(self._phases, self._checkpoints)
         self.switch = PhaseSwitch(criterion)
         self.guard = guard if guard is not None else DivergenceGuard()
         self.total_steps = total_steps
         self._first_step = True
         self._modules: list[nn.Module] = []
-        self._loaded: dict[Optimizer, Mapping[str, Any]] = {}
-        self._loading_from: str | None = None
 
     # What a user reads and calls, as of :class:`~lightning_onebit.OneBitDDPStrategy`
 
@@ -189,8 +183,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             warn_if_alone(self)
         self._phases.steps.add(optimizer, self.precision, can_be_compressed=True)
         self._phases.optimizers = CompressibleOptimizers(compressed=self.optimizers)
-        optimizer.register_load_state_dict_pre_hook(self._before_loading)
-        optimizer.register_load_state_dict_post_hook(self._after_loading)
+        self._loading.watch(optimizer)
         return super().setup_optimizer(optimizer)
 
     def _check_still_warming_up(self, what: str) -> None:
@@ -302,66 +295,22 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """
         snapshot = self._checkpoints.snapshot() if any(isinstance(value, Optimizer) for value in state.values()) else None
         if snapshot is not None:
-            state = {key: self._with_header(value, snapshot.header) for key, value in state.items()}
+            state = {
+                key: self._loading.with_header(value, self.get_optimizer_state(value), snapshot.header)
+                if isinstance(value, Optimizer) and value in self.optimizers
+                else value
+                for key, value in state.items()
+            }
         write = partial(super().save_checkpoint, path, state, *args, **kwargs)
         in_background = isinstance(self.checkpoint_io, AsyncCheckpointIO)
         self._checkpoints.save(path, snapshot, write, in_background=in_background)
 
-    def _with_header(self, value: Any, header: dict[str, Any]) -> Any:
-        if not (isinstance(value, Optimizer) and value in self.optimizers):
-            return value
-        position = self.optimizers.index(value)
-        own = {**header, "optimizers": header["optimizers"][position : position + 1], POSITION: position}
-        return {**self.get_optimizer_state(value), CHECKPOINT_KEY: own}
-
     @override
     def load_checkpoint(self, path: Any, state: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Fabric's; all that this rank reads is in place before it is compared with the others'. Collective."""
+        """As Fabric's; goes on as the checkpoint says if ``state`` holds all optimizers. Collective."""
         objects = list(state.values()) if isinstance(state, dict) else [state]
-        loaded = [optimizer for optimizer in self.optimizers if any(optimizer is each for each in objects)]
-        if loaded and self.phase is Phase.COMPRESSED:
-            if len(loaded) != len(self.optimizers):
-                raise ValueError(
-                    f"Cannot load {len(loaded)} of {len(self.optimizers)} optimizers in the compressed phase: they change"
-                    " phase together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
-                )
-            self._phases.drop_compressed_state()
-        if not loaded:
-            return super().load_checkpoint(path, state, *args, **kwargs)
-        self._loading_from = os.fspath(path)
-        try:
-            with agreement(Communicator(), self.root_device, about="the checkpoint that they load") as settings:
-                remainder = super().load_checkpoint(path, state, *args, **kwargs)
-                header = next(iter(self._loaded.values()), None)
-                settings.update(checkpoint_settings(self._phases.steps.made.values(), header))
-            self._resume_when_all_are_loaded()
-        finally:
-            self._loading_from = None
-        return remainder
-
-    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        if self.phase is Phase.COMPRESSED:
-            raise RuntimeError(
-                "`load_state_dict` was called on an optimizer in the compressed phase, whose state is held in another form."
-                " HINT: use `fabric.load`, or call `fabric.strategy.resume_warmup()` first."
-            )
-        self._loaded.pop(optimizer, None)
-        if CHECKPOINT_KEY in state_dict:
-            self._loaded[optimizer] = read_header(state_dict[CHECKPOINT_KEY])
-
-    def _after_loading(self, optimizer: Optimizer) -> None:
-        self._phases.steps.count_loaded()
-        if self._loading_from is None:
-            self._resume_when_all_are_loaded()
-
-    def _resume_when_all_are_loaded(self) -> None:
-        if len(self._loaded) == len(self.optimizers):  # they change phase together
-            headers = [self._loaded[each] for each in self.optimizers]
-            self._loaded.clear()
-            optimizers = [entry for header in headers for entry in header["optimizers"]]
-            positions = [header[POSITION] for header in headers]
-            self._checkpoints.resume(headers[0], optimizers, positions, self._loading_from)
-            self._checkpoints.put_back_gradients()
+        read = partial(super().load_checkpoint, path, state, *args, **kwargs)
+        return self._loading.load(path, objects, read, self.root_device)
 
     @override
     def teardown(self) -> None:
