@@ -213,7 +213,7 @@ def identifiers(module, tree):
 
 
 def forbidden_words(module, tree):
-    """Forbidden words in the names of ``tree``, in lower case; words are separated by ``_`` or begin with a capital letter."""
+    """Forbidden words in the names of ``tree``, in lower case. A word ends at ``_`` or before a capital letter."""
     words = {word for name in identifiers(module, tree) for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
     return {word.lower() for word in words if FORBIDDEN_WORDS.fullmatch(word)}
 
