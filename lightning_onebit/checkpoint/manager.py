@@ -37,7 +37,6 @@ from lightning_onebit.phase import Phase
 class Phases(Protocol):
     """What the manager asks of :class:`~lightning_onebit.lightning.phase_controller.PhaseController`; see there."""
 
-    config: CompressionConfig
     names: dict[Tensor, str]
     topology: Topology
     is_pending: bool
@@ -53,15 +52,21 @@ class Phases(Protocol):
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None: ...
 
 
+class ConfiguredStrategy(Ranks, Protocol):
+    """What the manager asks of the strategy that has it."""
+
+    config: CompressionConfig
+
+
 class CheckpointManager:
     """Takes snapshots of a run, writes them with its checkpoints, and has a run go on from one.
 
     Args:
-        strategy: says where this process is.
+        strategy: the one that has this manager; says where this process is.
         phases: of the run that is saved and resumed.
     """
 
-    def __init__(self, strategy: Ranks, phases: Phases) -> None:
+    def __init__(self, strategy: ConfiguredStrategy, phases: Phases) -> None:
         self._strategy = strategy
         self._phases = phases
         self._loaded_gradients: dict[Tensor, Tensor] = {}
@@ -119,7 +124,7 @@ class CheckpointManager:
             "has_gradients": has_gradients,
             "world_size": topology.world_size,
             "local_world_size": topology.local_world_size,
-            "block_size": phases.config.block_size,
+            "block_size": self._strategy.config.block_size,
             "space": phases.space,
             "ddp_buckets": phases.ddp_buckets(),
             "optimizers": shared_state(list(phases.compressed.values())) if self._strategy.is_global_zero else [],

@@ -30,6 +30,7 @@ from lightning_onebit.consistency.settings import (
     precision_settings,
     strategy_settings,
 )
+from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.freeze.criteria import Criterion
 from lightning_onebit.lightning.callbacks.divergence_guard import DivergenceGuard
@@ -93,11 +94,12 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         # Never overlapped: a training loop may do anything to gradients between backward and step.
-        self._phases = PhaseController(
-            self, config, overlap=False, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps
-        )
+        self.overlap: bool | Literal["auto"] = False
+        self.hierarchical = hierarchical
+        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
+        self._phases = PhaseController(self)
         self._checkpoints = CheckpointManager(self, self._phases)
         self._loading = FabricCheckpoints(self._phases, self._checkpoints)
         self.switch = PhaseSwitch(criterion)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, Protocol
 from weakref import ref
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,7 +27,6 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
-from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
@@ -42,43 +41,36 @@ NOT_RUNNING = (
 )
 
 
+class ConfiguredStrategy(Ranks, Protocol):
+    """What the controller asks of the DDP strategy that has it: settings, and where this process is."""
+
+    config: CompressionConfig
+    overlap: bool | Literal["auto"]
+    hierarchical: bool | Literal["auto"]
+    max_skipped_steps: int | None
+
+
 class PhaseController:
     """Owns the phase, the state of the DDP hook, the compressed optimizers, the process groups and the exchanger.
 
     Creating it starts no thread and no process group, and takes no lock: spawning processes pickles it with its strategy.
 
     Args:
-        strategy: the DDP strategy that has this controller: asked for its ranks and device when they are needed.
-        config: settings of the compression.
-        overlap: whether buckets are sent during backward; what comes of ``"auto"`` is set as ``overlaps``.
-        hierarchical: whether ranks of a node average their gradients first.
-        max_skipped_steps: how many skipped steps in a row end the run.
+        strategy: the DDP strategy that has this controller. It is asked whenever an answer is needed.
 
     Raises:
-        ValueError: if an argument is outside its domain.
+        ValueError: if a setting of the strategy is outside its domain.
     """
 
-    def __init__(
-        self,
-        strategy: Ranks,
-        config: CompressionConfig,
-        *,
-        overlap: bool | Literal["auto"],
-        hierarchical: bool | Literal["auto"],
-        max_skipped_steps: int | None,
-    ) -> None:
-        for name, value in (("overlap", overlap), ("hierarchical", hierarchical)):
-            if value not in (True, False, "auto"):
+    def __init__(self, strategy: ConfiguredStrategy) -> None:
+        for name in ("overlap", "hierarchical"):
+            if (value := getattr(strategy, name)) not in (True, False, "auto"):
                 raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
         self._strategy = strategy
-        self.config = config
-        self.overlap = overlap
-        self.hierarchical = hierarchical
-        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
         self.comm_stats = CommStats()
         self.names: dict[Tensor, str] = {}
         """Parameter names for messages and checkpoints; the strategy fills it."""
-        self.steps = OptimizerSteps(self.names, self.max_skipped_steps, self.comm_stats[Phase.WARMUP])
+        self.steps = OptimizerSteps(self.names, strategy.max_skipped_steps, self.comm_stats[Phase.WARMUP])
         self.optimizers = CompressibleOptimizers()
         self.is_pending = False
         """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
@@ -112,23 +104,24 @@ class PhaseController:
     @property
     def space(self) -> str:
         """What errors are kept in; a single rank decides for itself."""
-        return self.config.space if self._strategy.world_size > 1 else "update"
+        return self._strategy.config.space if self._strategy.world_size > 1 else "update"
 
     @property
     def options(self) -> dict[str, object]:
         """The strategy's own arguments, by name."""
-        options = {**vars(self.config), "overlap": self.overlap, "hierarchical": self.hierarchical}
-        return {**options, "max_skipped_steps": self.max_skipped_steps}
+        strategy = self._strategy
+        options = {**vars(strategy.config), "overlap": strategy.overlap, "hierarchical": strategy.hierarchical}
+        return {**options, "max_skipped_steps": strategy.max_skipped_steps}
 
     def __repr__(self) -> str:
-        overlap, hierarchical = repr(self.overlap), repr(self.hierarchical)
+        overlap, hierarchical = repr(self._strategy.overlap), repr(self._strategy.hierarchical)
         if self.hook_state is not None:  # what was chosen is known
             overlap += " (during backward)" if self.overlaps else " (in the optimizer step)"
         t = self.topology
         if t.world_size > 1:
             ranks = f"flat, {t.world_size} ranks" if t.is_flat else f"{t.num_nodes} nodes of {t.local_world_size} ranks"
             hierarchical += f" ({ranks})"
-        c = self.config
+        c = self._strategy.config
         return (
             f"{type(self._strategy).__name__}(phase={self.phase.name}, optimizer_steps={self.optimizer_steps},"
             f" block_size={c.block_size}, scale={c.scale!r}, space={c.space!r}, bucket_cap_mb={c.bucket_cap_mb},"
@@ -178,7 +171,7 @@ class PhaseController:
             self.steps.compressed = {
                 optimizer: CompressedOptimizer(
                     optimizer,
-                    self.config,
+                    self._strategy.config,
                     self.hook_state.communicator,
                     self.names,
                     groups=self.groups,
@@ -263,7 +256,9 @@ class PhaseController:
         if self.hook_state is None:
             communicator = Communicator()
             self.hook_state = HookState(communicator)
-            self.topology, self.groups = make_process_groups(self._strategy, self.hierarchical, communicator, timeout)
+            self.topology, self.groups = make_process_groups(
+                self._strategy, self._strategy.hierarchical, communicator, timeout
+            )
             self.hook_state.local_world_size = self.topology.local_world_size
             self._set_phase(self.phase)
         model.register_comm_hook(self.hook_state, phase_hook)

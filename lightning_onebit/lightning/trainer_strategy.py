@@ -36,6 +36,7 @@ from lightning_onebit.consistency.settings import (
     strategy_settings,
     trainer_settings,
 )
+from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
 from lightning_onebit.lightning.compressible import compressible, listed
@@ -93,10 +94,11 @@ class OneBitDDPStrategy(DDPStrategy):
     ) -> None:
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
-        self._phases = PhaseController(
-            self, config, overlap=overlap, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps
-        )
+        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.overlap = overlap
+        self.hierarchical = hierarchical
+        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
+        self._phases = PhaseController(self)
         self._checkpoints = CheckpointManager(self, self._phases)
         self._final_snapshot: Snapshot | None = None
         self._has_stated_model = False
@@ -237,7 +239,7 @@ class OneBitDDPStrategy(DDPStrategy):
         for optimizer in found.compressed:
             check_optimizer(optimizer, self._phases.names)
         self._phases.steps.made.clear()
-        self._phases.overlaps = choose_overlap(self, self._phases.overlap, trainer, module)
+        self._phases.overlaps = choose_overlap(self, self.overlap, trainer, module)
         for optimizer in self.optimizers:
             self._phases.steps.add(optimizer, self.precision_plugin, can_be_compressed=optimizer not in found.dense)
         self._phases.optimizers = found
