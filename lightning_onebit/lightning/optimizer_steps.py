@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.engine.flat import all_finite
 from lightning_onebit.engine.nonfinite import Found, SkippedSteps
@@ -57,6 +58,7 @@ class OptimizerSteps:
     def add(self, optimizer: Optimizer, precision: Precision, *, can_be_compressed: bool) -> None:
         """Count the steps of ``optimizer``; if it can be compressed, also guard them and count those that are skipped."""
         self.made[optimizer] = 0
+        self.is_alone = Communicator().world_size == 1
         self._precision, self.scales_losses = precision, uses_loss_scaling(precision)
         if can_be_compressed:
             self._skipped[optimizer] = SkippedSteps(self._max_skipped_steps, optimizer=type(optimizer).__name__)

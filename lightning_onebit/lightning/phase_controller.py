@@ -264,7 +264,6 @@ class PhaseController:
         model.register_comm_hook(self.hook_state, phase_hook)
         self.hook_state.regrouping = None
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
-        self.steps.is_alone = self._strategy.world_size == 1
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
         self._replicas.update(replicas(model))
