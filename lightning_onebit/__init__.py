@@ -13,7 +13,7 @@ from lightning_onebit.consistency.divergence import DivergenceError
 from lightning_onebit.freeze.criteria import FixedStep, VarianceStability
 from lightning_onebit.lightning.callbacks import CommMonitor, DivergenceGuard, PhaseSwitch
 from lightning_onebit.lightning.fabric_strategy import OneBitDDPFabricStrategy
-from lightning_onebit.lightning.pytorch_lightning import explain_to_twin
+from lightning_onebit.lightning.pytorch_lightning import register_refusals
 from lightning_onebit.lightning.trainer_strategy import OneBitDDPStrategy
 from lightning_onebit.phase import Phase
 from lightning_onebit.version import __version__
@@ -36,4 +36,4 @@ __all__ = [
 
 OneBitDDPStrategy.register_strategies(StrategyRegistry)
 OneBitDDPFabricStrategy.register_strategies(STRATEGY_REGISTRY)
-explain_to_twin([name for name in StrategyRegistry if name.startswith("onebit_")])
+register_refusals([name for name in StrategyRegistry if name.startswith("onebit_")])

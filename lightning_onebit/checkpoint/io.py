@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
 from lightning_onebit.checkpoint.parts import durable_file
@@ -28,3 +29,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
         with durable_file(path, filesystem) as file:
             torch.save(checkpoint, file)
+
+
+def durable_io(of_user: CheckpointIO | None) -> CheckpointIO:
+    """What writes checkpoints: the user's, or else :class:`DurableCheckpointIO`; also inside one that wraps another."""
+    if of_user is None:
+        return DurableCheckpointIO()
+    if isinstance(of_user, _WrappingCheckpointIO):
+        of_user.checkpoint_io = DurableCheckpointIO()  # without effect if it wraps one already
+    return of_user

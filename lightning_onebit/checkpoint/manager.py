@@ -1,18 +1,20 @@
-"""Saving and resuming a run with two phases, whoever runs it."""
+"""Saving and resuming a run: the ``.ckpt`` that Lightning writes, with a header of ours, and one part per rank beside it.
+
+The strategies for Trainer and Fabric each have a :class:`CheckpointManager`. What is saved is in
+:mod:`lightning_onebit.checkpoint.state`, the files of the parts are in :mod:`lightning_onebit.checkpoint.parts`.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_onebit.checkpoint.io import DurableCheckpointIO
 from lightning_onebit.checkpoint.parts import PROBLEMS, SPACE, Parts
 from lightning_onebit.checkpoint.state import (
     VERSION,
@@ -24,94 +26,139 @@ from lightning_onebit.checkpoint.state import (
     shared_state,
 )
 from lightning_onebit.comm.primitives import Communicator
-from lightning_onebit.lightning.ddp_hook import Regrouping
-from lightning_onebit.lightning.phases import TwoPhases
+from lightning_onebit.comm.topology import Topology
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.consistency.agreement import agreement
+from lightning_onebit.consistency.ranks import Ranks
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.phase import Phase
 
 
-class SavedPhases(TwoPhases):
-    """Mixed into a DDP strategy: what is saved with a checkpoint beside the stock state, and how a run resumes from it."""
+class Phases(Protocol):
+    """What the manager asks of :class:`~lightning_onebit.lightning.phase_controller.PhaseController`; see there."""
 
-    if TYPE_CHECKING:  # what the strategy brings
-        _checkpoint_io: CheckpointIO | None
+    names: dict[Tensor, str]
+    topology: Topology
+    is_pending: bool
+    has_waiting_gradients: bool
 
     @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """The user's, or else one that never leaves half a file behind."""
-        durable = DurableCheckpointIO()
-        if self._checkpoint_io is None:
-            self._checkpoint_io = durable
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = durable  # without effect if it wraps another already
-        return self._checkpoint_io
+    def phase(self) -> Phase: ...
+    @property
+    def space(self) -> str: ...
+    @property
+    def compressed(self) -> dict[Optimizer, CompressedOptimizer]: ...
+    def ddp_buckets(self, *, of_next_backward: bool = False) -> list[list[str]]: ...
+    def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None: ...
 
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
 
-    def _snapshot(self) -> Snapshot | None:
+class ConfiguredStrategy(Ranks, Protocol):
+    """What the manager asks of the strategy that has it."""
+
+    config: CompressionConfig
+
+
+class CheckpointManager:
+    """Takes snapshots of a run, writes them with its checkpoints, and has a run go on from one.
+
+    Args:
+        strategy: the one that has this manager; says where this process is.
+        phases: of the run that is saved and resumed.
+    """
+
+    def __init__(self, strategy: ConfiguredStrategy, phases: Phases) -> None:
+        self._strategy = strategy
+        self._phases = phases
+        self._loaded_gradients: dict[Tensor, Tensor] = {}
+
+    # Saving
+
+    def snapshot(self) -> Snapshot | None:
         """What a checkpoint is to hold beside the stock state; ``None`` if nothing. Collective."""
-        in_warmup = self._phase is Phase.WARMUP
-        if self._hook_state is not None and self.world_size > 2:
-            self._hook_state.look_ahead()
-        waiting = {name: p.grad for p, name in self._names.items() if self._has_waiting_gradients and p.grad is not None}
-        wants_parts = not (in_warmup or self._is_pending) or bool(waiting)
-        # Rank 0 decides, and names the save. Nobody begins before all others have ended what they did with files.
-        named = torch.tensor(secrets.randbits(62) if wants_parts and self.is_global_zero else 0, device=self.root_device)
-        Communicator().all_reduce_max_(named)
-        number = int(named)
-        if in_warmup and not number and not self._ddp_buckets:
+        phases = self._phases
+        in_warmup = phases.phase is Phase.WARMUP
+        ddp_buckets = phases.ddp_buckets(of_next_backward=True)
+        waiting: dict[str, Tensor] = {}
+        if phases.has_waiting_gradients:
+            waiting = {name: p.grad for p, name in phases.names.items() if p.grad is not None}
+        wants_parts = not (in_warmup or phases.is_pending) or bool(waiting)
+        # Rank 0 decides, and names the save. Wait here until all ranks have closed the files of the last one.
+        name = secrets.randbits(62) if wants_parts and self._strategy.is_global_zero else 0
+        number = torch.tensor(name, device=self._strategy.root_device)
+        Communicator().all_reduce_max_(number)
+        save_id = f"{int(number):016x}" if number else None
+        if in_warmup and save_id is None and not ddp_buckets:
             return None
-        save_id = f"{number:016x}" if number else None
         header = self._header(save_id=save_id, has_gradients=bool(waiting))
         if save_id is None:
             return Snapshot(header=header, content=None)
         content = PartContent()
-        for compressed in self._compressed.values():
+        for compressed in phases.compressed.values():
             content.add_optimizer(compressed)
         content.add_gradients(waiting)
         return Snapshot(header=header, content=content)
 
+    def header_after_exception(self, *, is_torn: bool) -> dict[str, Any]:
+        """What goes into a checkpoint that this rank saves without the others, so without parts; says so. Not collective.
+
+        Args:
+            is_torn: whether the exception came within a step.
+        """
+        torn = (
+            " It came within a step: some parameters may be those of the next one already. HINT: rather resume from an"
+            " earlier checkpoint."
+        )
+        rank_zero_warn(
+            f"Saving after an exception: the checkpoint does not hold the errors of error feedback.{torn if is_torn else ''}"
+        )
+        return self._header(save_id=None, has_gradients=False)
+
     def _header(self, *, save_id: str | None, has_gradients: bool) -> dict[str, Any]:
         """What all ranks know. Not collective; the optimizers' entries on rank 0 only, which writes them."""
-        topology = self._topology
+        phases, topology = self._phases, self._phases.topology
         return {
             "version": VERSION,
-            "phase": self._phase.name,
-            "is_pending": self._is_pending,
+            "phase": phases.phase.name,
+            "is_pending": phases.is_pending,
             "save_id": save_id,
             "has_gradients": has_gradients,
             "world_size": topology.world_size,
             "local_world_size": topology.local_world_size,
-            "block_size": self.config.block_size,
-            "space": self._space,
-            "ddp_buckets": self._ddp_buckets,
-            "optimizers": shared_state(list(self._compressed.values())) if self.is_global_zero else [],
+            "block_size": self._strategy.config.block_size,
+            "space": phases.space,
+            "ddp_buckets": phases.ddp_buckets(),
+            "optimizers": shared_state(list(phases.compressed.values())) if self._strategy.is_global_zero else [],
         }
 
-    @property
-    def _ddp_buckets(self) -> list[list[str]]:
-        """Names of the parameters in DDP's buckets, if the result depends on them: not for two ranks."""
-        if self._hook_state is None or self.world_size <= 2:
-            return []
-        return [[self._names.get(p, "") for p in params] for params in self._hook_state.buckets]
+    def save(self, path: Any, snapshot: Snapshot | None, write: Callable[[], None], *, in_background: bool = False) -> None:
+        """Save a checkpoint, and before that this rank's part. Collective; what fails on one rank fails on all.
 
-    def _save_with_parts(self, path: Any, snapshot: Snapshot | None, save: Callable[[], None]) -> None:
-        """Save the checkpoint, and before that this rank's part. Collective; what fails on one rank fails on all."""
+        Args:
+            path: where the checkpoint goes.
+            snapshot: of :meth:`snapshot`.
+            write: writes the checkpoint, which holds the snapshot's header.
+            in_background: whether ``write`` may return before the checkpoint is on disk.
+        """
+        device = self._strategy.root_device
         if snapshot is None or snapshot.content is None:
-            with self._agreement(f"the checkpoint {path}"):
-                save()
+            with agreement(Communicator(), device, about=f"the checkpoint {path}"):
+                write()
             return
         parts, save_id, content = Parts(path), snapshot.header["save_id"], snapshot.content
-        with self._agreement(f"the parts of the checkpoint {path}"):
-            parts.write(save_id, self.global_rank, content.meta, content.arrays)
-        with self._agreement(f"the checkpoint {path}"):
-            save()
+        with agreement(Communicator(), device, about=f"the parts of the checkpoint {path}"):
+            parts.write(save_id, self._strategy.global_rank, content.meta, content.arrays)
+        with agreement(Communicator(), device, about=f"the checkpoint {path}"):
+            write()
         # One that is written in the background may not be there yet: until it is, the last one counts.
-        keep_others = int(isinstance(self.checkpoint_io, AsyncCheckpointIO))
-        parts.remove(self.global_rank, self.world_size, keep=save_id, keep_others=keep_others)
+        parts.remove(self._strategy.global_rank, self._strategy.world_size, keep=save_id, keep_others=int(in_background))
 
-    def _resume(
+    def remove_parts(self, path: Any) -> None:
+        """Remove this rank's parts of a checkpoint that is removed."""
+        Parts(path).remove(self._strategy.global_rank, self._strategy.world_size)
+
+    # Resuming
+
+    def resume(
         self,
         header: Mapping[str, Any],
         optimizers: Sequence[Mapping[str, Any]],
@@ -126,37 +173,36 @@ class SavedPhases(TwoPhases):
             positions: their places in the parts.
             path: where the checkpoint is; ``None`` if unknown.
         """
-        topology = self._topology
+        phases, topology = self._phases, self._phases.topology
         parts = None if path is None else Parts(path, follow_link=True)
         problems: dict[int, str] = {}
-        named_parameters = {name: p for p, name in self._names.items()}
-        if header["world_size"] == self.world_size and header["ddp_buckets"] and self._hook_state is not None:
-            buckets = [[named_parameters.get(name) for name in names] for names in header["ddp_buckets"]]
-            self._hook_state.regrouping = Regrouping([[p for p in params if p is not None] for params in buckets])
-        if header["phase"] == Phase.COMPRESSED.name:
-            self._enter_compressed_phase()
-            if not header["is_pending"]:
-                self._begin_compressing()
-                compressed = list(self._compressed.values())
-                if header["space"] == self._space:
-                    restore(compressed, optimizers, block_size=header["block_size"])
-                    problems = load_errors(compressed, positions, header, parts, topology)
-                else:
-                    problems = dict.fromkeys(range(header["world_size"]), SPACE)
+        phase = Phase.COMPRESSED if header["phase"] == Phase.COMPRESSED.name else Phase.WARMUP
+        same_world_size = header["world_size"] == self._strategy.world_size
+        ddp_buckets = header["ddp_buckets"] if same_world_size else []
+        phases.resume(phase, is_pending=header["is_pending"], ddp_buckets=ddp_buckets)
+        if phase is Phase.COMPRESSED and not header["is_pending"]:
+            compressed = list(phases.compressed.values())
+            if header["space"] == phases.space:
+                restore(compressed, optimizers, block_size=header["block_size"])
+                problems = load_errors(compressed, positions, header, parts, topology)
+            else:
+                problems = dict.fromkeys(range(header["world_size"]), SPACE)
         if header["has_gradients"]:
+            named_parameters = {name: p for p, name in phases.names.items()}
             self._loaded_gradients, more = load_gradients(named_parameters, header, parts, topology)
             problems |= more
-        self._tell_problems(problems, header, parts)
+        self._warn_of_problems(problems, header, parts)
 
-    def _put_back_gradients(self) -> None:
-        """What waited for a step when the checkpoint was saved does so again."""
+    def put_back_gradients(self) -> None:
+        """Gradients that waited for a step when the checkpoint was saved do so again, in ``p.grad``."""
         for p, gradient in self._loaded_gradients.items():
             p.grad = torch.empty_like(p, memory_format=torch.preserve_format).copy_(gradient)
-            self._has_waiting_gradients = True
+            self._phases.has_waiting_gradients = True
         self._loaded_gradients = {}
 
-    def _tell_problems(self, problems: Mapping[int, str], header: Mapping[str, Any], parts: Parts | None) -> None:
-        codes = torch.zeros(header["world_size"], dtype=torch.int32, device=self.root_device)
+    def _warn_of_problems(self, problems: Mapping[int, str], header: Mapping[str, Any], parts: Parts | None) -> None:
+        """Say once which parts any rank found unusable. Collective."""
+        codes = torch.zeros(header["world_size"], dtype=torch.int32, device=self._strategy.root_device)
         for rank, problem in problems.items():
             codes[rank] = 1 + PROBLEMS.index(problem)
         Communicator().all_reduce_max_(codes)

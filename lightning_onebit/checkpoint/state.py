@@ -1,14 +1,14 @@
 """What a checkpoint of the compressed phase holds beside the stock state of the optimizers.
 
 The ``.ckpt`` stays an ordinary Lightning checkpoint: ``optimizer_states`` is what stock optimizers would have written (see
-:class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes to go on
-bit for bit is in two places:
+:class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes
+to go on bit for bit is in two places:
 
 * **Under a key of its own**, what all ranks know: the phase, the last average as bits, and what the stock second moment
   has lost in rounding. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
-* **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker errors, the
-  server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank ever holds
-  those of another.
+* **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
+  errors, the server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank
+  ever holds those of another.
 
 With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors and all server
 errors are the same afterwards: nodes take over the worker errors of some of the old ones, weighted, and everyone looks for
@@ -87,10 +87,10 @@ class PartContent:
         """Its errors and private variances. On the CPU no copy is made."""
         position = len(self.meta["optimizers"])
         entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
-        for name, runs in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
-            entry[name] = [[run.start, run.values.numel(), _dtype_name(run.values.dtype)] for run in runs]
-            for index, run in enumerate(runs):
-                self.arrays[f"{position}/{name}/{index}"] = run.values.cpu().numpy()
+        for name, errors in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
+            entry[name] = [[error.start, error.values.numel(), _dtype_name(error.values.dtype)] for error in errors]
+            for index, error in enumerate(errors):
+                self.arrays[f"{position}/{name}/{index}"] = error.values.cpu().numpy()
         places, values = compressed.private_variances()
         entry["late"] = places.numel()
         self.arrays[f"{position}/late/places"] = places.cpu().numpy()
@@ -198,7 +198,7 @@ def load_errors(
         for c, content in zip(compressed, contents, strict=True):
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
-                c.add_errors_([Run(run.start, run.values * (weight or 1.0)) for run in worker], content.server)
+                c.add_errors_([Run(error.start, error.values * (weight or 1.0)) for error in worker], content.server)
             elif topology.world_size == 1:  # which have no errors: it is the momentum
                 c.add_momentum_(content.worker)
             if rank // old.local_world_size == min(weights):
@@ -267,7 +267,7 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         if entry["numels"] != [p.numel() for p in parameters_of(compressed.optimizer)]:
             raise PartError(FOREIGN, "its parameters have other sizes")
 
-        def runs(name: str, targets: Sequence[Run] | None = None) -> list[Run]:
+        def read_errors(name: str, targets: Sequence[Run] | None = None) -> list[Run]:
             found = []
             for index, (start, numel, dtype) in enumerate(entry[name]):
                 if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
@@ -285,10 +285,10 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         if not np.isfinite(values).all():
             raise ValueError("second moments of late coordinates are not finite")
         return _Content(
-            worker=runs("worker"),
-            server=runs("server", chunks),
+            worker=read_errors("worker"),
+            server=read_errors("server", chunks),
             private=(torch.from_numpy(places), torch.from_numpy(values)),
-            same_chunks=[[c.start, c.values.numel()] for c in chunks] == [run[:2] for run in entry["server"]],
+            same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],
         )
 
 

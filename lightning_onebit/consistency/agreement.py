@@ -1,8 +1,8 @@
-"""Whether all ranks say the same: one small all-reduce if they do, and otherwise what each of them said.
+"""Whether all ranks have the same settings: one small all-reduce if they do, else an exchange of all settings.
 
-A rank describes something by *facts*, strings by name. Ranks compare digests, whose size does not depend on the facts, so it
-does no harm if one rank has more of them than another. Only where digests differ are the facts themselves exchanged,
-and then every rank has those of all, and can say what differs instead of waiting for somebody who does something else.
+Settings are strings by name. The ranks compare digests of them, whose size does not depend on the settings: one rank may
+have more of them than another. Only if the digests differ, the settings themselves are exchanged; then every rank names the
+difference, and none waits in a collective that another rank never calls.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from lightning_onebit.comm.primitives import Communicator
 
-Facts: TypeAlias = Mapping[str, str]
+Settings: TypeAlias = Mapping[str, str]
+"""What a rank states, by name. The order of the names matters to the digest only."""
 
 FAILURE = "failure"
-"""Name of the fact that a rank could not do its part, and why."""
+"""The name under which a rank states that it could not do its part, and why."""
 
 ADVISORY = "version of "
-"""How the names of facts begin that may differ, with a warning."""
+"""Settings whose names begin so may differ: that is a warning."""
 
 DIFFERENCES_SHOWN = 5
 DIGEST_WORDS = 2
@@ -38,7 +39,9 @@ class RanksDisagree(RuntimeError):
 
 @contextmanager
 def agreement(communicator: Communicator, device: torch.device, *, about: str) -> Iterator[dict[str, str]]:
-    """Within, every rank states its facts, and does only what concerns no other rank. Afterwards they are the same on all.
+    """Within, every rank states its settings, and does nothing collective. Afterwards they are the same on all ranks.
+
+    Yields a dict, to be filled with this rank's settings. Collective: one all-reduce of 32 bytes if all is well.
 
     Args:
         communicator: the ranks.
@@ -46,18 +49,18 @@ def agreement(communicator: Communicator, device: torch.device, *, about: str) -
         about: what has to be the same, for messages.
 
     Raises:
-        RanksDisagree: on all ranks, if facts differ; on all others, if there was an exception on some.
+        RanksDisagree: on all ranks, if settings differ; on all others, if there was an exception on some.
         Exception: what was raised within, after the others have been told.
     """
-    facts: dict[str, str] = {}
+    settings: dict[str, str] = {}
     failure = None
     try:
-        yield facts
+        yield settings
     except Exception as error:
         failure = error
-        facts = {FAILURE: f"{type(error).__name__}: {error}"}
+        settings = {FAILURE: f"{type(error).__name__}: {error}"}
     try:
-        everybodys = facts_if_different(communicator, facts, device)
+        of_all = exchange_if_different(communicator, settings, device)
     except RuntimeError as error:
         if failure is not None:
             raise failure from None
@@ -67,24 +70,24 @@ def agreement(communicator: Communicator, device: torch.device, *, about: str) -
         ) from error
     if failure is not None:
         raise failure
-    if everybodys is not None:
-        raise_disagreement([_without_advisory(each) for each in everybodys], about=about)
+    if of_all is not None:
+        raise_disagreement([_without_advisory(each) for each in of_all], about=about)
         if communicator.rank == 0:
-            warnings.warn(f"The ranks differ in software: {'; '.join(differences(everybodys))}.", stacklevel=3)
+            warnings.warn(f"The ranks differ in software: {'; '.join(differences(of_all))}.", stacklevel=3)
 
 
-def facts_if_different(communicator: Communicator, facts: Facts, device: torch.device) -> list[Facts] | None:
-    """``None`` if the facts of all ranks are the same, else those of every rank, in rank order. Collective."""
-    words = _digest(facts)
+def exchange_if_different(communicator: Communicator, settings: Settings, device: torch.device) -> list[Settings] | None:
+    """``None`` if all ranks have the same settings, else those of every rank, in rank order. Collective."""
+    words = _digest(settings)
     extremes = torch.tensor([*words, *(-word for word in words)], dtype=torch.int64, device=device)
     communicator.all_reduce_max_(extremes)
     largest, minus_smallest = extremes.view(2, -1)
-    return None if torch.equal(largest, -minus_smallest) else exchange(communicator, facts, device)
+    return None if torch.equal(largest, -minus_smallest) else exchange(communicator, settings, device)
 
 
-def exchange(communicator: Communicator, facts: Facts, device: torch.device) -> list[Facts]:
-    """The facts of every rank, in rank order. Collective."""
-    text = json.dumps(dict(facts)).encode()
+def exchange(communicator: Communicator, settings: Settings, device: torch.device) -> list[Settings]:
+    """The settings of every rank, in rank order. Collective."""
+    text = json.dumps(dict(settings)).encode()
     longest = torch.tensor(len(text), dtype=torch.int64, device=device)
     communicator.all_reduce_max_(longest)
     numel = int(longest)
@@ -94,14 +97,14 @@ def exchange(communicator: Communicator, facts: Facts, device: torch.device) -> 
     return [json.loads(_bytes(part)) for part in gathered.view(communicator.world_size, numel)]
 
 
-def raise_disagreement(everybodys: Sequence[Facts], *, about: str) -> None:
+def raise_disagreement(of_all: Sequence[Settings], *, about: str) -> None:
     """Raise :class:`RanksDisagree` with the failures of ranks, or else the first few differences, if there are any."""
-    failures = [f"rank {rank}: {facts[FAILURE]}" for rank, facts in enumerate(everybodys) if FAILURE in facts]
+    failures = [f"rank {rank}: {settings[FAILURE]}" for rank, settings in enumerate(of_all) if FAILURE in settings]
     if failures:
         raise RanksDisagree(
             f"All ranks stop, because some of them failed ({about}):\n  " + "\n  ".join(failures[:DIFFERENCES_SHOWN])
         )
-    lines = differences(everybodys)
+    lines = differences(of_all)
     if not lines:
         return
     shown = "\n  ".join(lines[:DIFFERENCES_SHOWN])
@@ -112,13 +115,13 @@ def raise_disagreement(everybodys: Sequence[Facts], *, about: str) -> None:
     )
 
 
-def differences(everybodys: Sequence[Facts]) -> list[str]:
-    """One line for each fact that is not the same everywhere: who says what."""
+def differences(of_all: Sequence[Settings]) -> list[str]:
+    """One line for each setting that is not the same everywhere: its values, and whose they are."""
     lines = []
-    for name in dict.fromkeys(name for facts in everybodys for name in facts):
+    for name in dict.fromkeys(name for settings in of_all for name in settings):
         ranks_by_value: dict[str, list[int]] = {}
-        for rank, facts in enumerate(everybodys):
-            ranks_by_value.setdefault(facts.get(name) or "none", []).append(rank)
+        for rank, settings in enumerate(of_all):
+            ranks_by_value.setdefault(settings.get(name) or "none", []).append(rank)
         if len(ranks_by_value) > 1:
             said = (f"{value} on {listed_ranks(ranks)}" for value, ranks in ranks_by_value.items())
             lines.append(f"{name}: {', but '.join(said)}")
@@ -131,17 +134,17 @@ def listed_ranks(ranks: Sequence[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
 
 
-def short_digest(facts: Facts) -> int:
+def short_digest(settings: Settings) -> int:
     """31 bits, for messages of int32."""
-    return _digest(facts)[0] % 2**31
+    return _digest(settings)[0] % 2**31
 
 
-def _without_advisory(facts: Facts) -> Facts:
-    return {name: value for name, value in facts.items() if not name.startswith(ADVISORY)}
+def _without_advisory(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if not name.startswith(ADVISORY)}
 
 
-def _digest(facts: Facts) -> list[int]:
-    digest = hashlib.sha256(json.dumps(list(facts.items())).encode()).digest()
+def _digest(settings: Settings) -> list[int]:
+    digest = hashlib.sha256(json.dumps(list(settings.items())).encode()).digest()
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") % 2**BITS_OF_WORD for i in range(DIGEST_WORDS)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,16 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.checksum import Checksum
-from lightning_onebit.engine.frozen import Replicated
-from lightning_onebit.engine.optimizer import CompressedOptimizer
 
 KINDS = ("value", "momentum", "second moment")
 """Of what belongs to a parameter, the parts that are told apart."""
+
+
+class HasReplicatedState(Protocol):
+    """An optimizer of the compressed phase, which holds what a stock one has in ``state``."""
+
+    def replicated_state(self) -> Iterator[tuple[Tensor, str, Iterable[Tensor]]]:
+        """A parameter, one of :data:`KINDS`, and tensors that must have the same bits on all ranks."""
 
 
 class DivergenceError(RuntimeError):
@@ -49,8 +55,8 @@ def replicas(model: DistributedDataParallel) -> dict[Tensor, str]:
 
 
 def replicated_state(
-    optimizers: Iterable[Optimizer], compressed: Mapping[Optimizer, CompressedOptimizer]
-) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
+    optimizers: Iterable[Optimizer], compressed: Mapping[Optimizer, HasReplicatedState]
+) -> Iterator[tuple[Tensor, str, Iterable[Tensor]]]:
     """What the optimizers keep of their parameters, alike on all ranks, in either phase."""
     for optimizer in optimizers:
         if optimizer in compressed:
@@ -64,13 +70,14 @@ def replicated_state(
 
 def difference_between_ranks(
     parameters: Mapping[Tensor, str],
-    state: Iterable[tuple[Tensor, Replicated, Iterable[Tensor]]],
+    state: Iterable[tuple[Tensor, str, Iterable[Tensor]]],
     communicator: Communicator,
     device: torch.device,
 ) -> str | None:
     """Which ranks hold other bits than the rest, and where the first difference is; ``None`` if there is none. Collective.
 
-    Ranks compare checksums (see :mod:`lightning_onebit.consistency.checksum`), 16 bytes each; only if these differ, those of all parts.
+    Ranks compare checksums (:mod:`lightning_onebit.consistency.checksum`), 16 bytes each; only if these differ, those of all
+    parameters and kinds.
 
     Args:
         parameters: with their names, in the same order on all ranks.
@@ -92,7 +99,7 @@ def difference_between_ranks(
 
 def _checksums(
     parameters: Mapping[Tensor, str],
-    state: Iterable[tuple[Tensor, Replicated, Iterable[Tensor]]],
+    state: Iterable[tuple[Tensor, str, Iterable[Tensor]]],
     checksum: Checksum,
 ) -> Tensor:
     """``[parameters, kinds]``, int64."""

@@ -73,7 +73,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def plan(self, *, total_steps: float, beta2: float) -> Plan:
-        """Settle the settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
+        """The settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
 
     @abstractmethod
     def judge(self, history: Sequence[Observation], plan: Plan) -> Verdict:

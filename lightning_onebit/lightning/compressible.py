@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,20 +14,12 @@ NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
-    """The optimizers of a run, each in Lightning's order."""
+class CompressibleOptimizers:
+    """The optimizers of a run, each in Lightning's order: those that can be compressed, and the others."""
 
-    compressed: Sequence[Optimizer]
-    dense: Mapping[Optimizer, str]
+    compressed: Sequence[Optimizer] = ()
+    dense: Mapping[Optimizer, str] = field(default_factory=dict)
     """Those that cannot be compressed, and why."""
-
-    def local_parameters(self) -> set[Tensor]:
-        """Whose gradients stay local in the compressed phase; DDP goes on averaging all others.
-
-        A parameter that a dense optimizer has as well is averaged: that one needs the mean, and the compressed one can do
-        with it.
-        """
-        return set(parameters_of(*self.compressed)) - set(parameters_of(*self.dense))
 
     def remarks(self, module: nn.Module) -> list[str]:
         """What a user should know: which part of the gradients is not going to be compressed, and why."""
@@ -55,7 +47,7 @@ class Division:
         return remarks
 
 
-def divide(optimizers: Sequence[Optimizer]) -> Division:
+def compressible(optimizers: Sequence[Optimizer]) -> CompressibleOptimizers:
     """Tell the optimizers that can be compressed from the others.
 
     Raises:
@@ -70,7 +62,7 @@ def divide(optimizers: Sequence[Optimizer]) -> Division:
             dense[optimizer] = str(error)
     if not compressed:
         raise ValueError(" ".join(dict.fromkeys(dense.values())) or "There is no optimizer: nothing can be compressed.")
-    return Division(compressed=compressed, dense=dense)
+    return CompressibleOptimizers(compressed=compressed, dense=dense)
 
 
 def listed(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> str:

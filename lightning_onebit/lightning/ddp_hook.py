@@ -58,8 +58,8 @@ class Regrouping:
 
     def _average_all(self, communicator: Communicator) -> None:
         found, wanted = ([p for params in buckets for p in params] for buckets in (self._found, self._wanted))
-        groups = self._wanted if set(found) == set(wanted) else self._found
-        for params in groups:
+        buckets = self._wanted if set(found) == set(wanted) else self._found
+        for params in buckets:
             gradients = [self._gradients[p] for p in params if p in self._gradients]
             if gradients:
                 message = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -67,15 +67,15 @@ class Regrouping:
                 _put_back(message, gradients)
         for future, buffer in self._futures:
             future.set_result(buffer)
-        settled = groups is self._found or [list(map(id, b)) for b in self._found] == [
+        is_final = buckets is self._found or [list(map(id, b)) for b in self._found] == [
             list(map(id, b)) for b in self._wanted
         ]
-        self._backwards = self.PATIENCE if settled else self._backwards + 1
+        self._backwards = self.PATIENCE if is_final else self._backwards + 1
         self._begin()
 
 
 class HookState:
-    """What the hook needs to know; the strategy changes ``local`` and ``gradients_ready`` between batches."""
+    """What the hook needs to know; the phase controller changes ``local`` and ``gradients_ready`` between batches."""
 
     def __init__(self, communicator: Communicator) -> None:
         self.communicator = communicator
@@ -123,9 +123,14 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
             state.regrouping = None
     params = bucket.parameters()
     state.buckets.append(params)
-    gradients = dict(zip(params, bucket.gradients(), strict=True)) if state.local or state.regrouping else {}
-    dense = {p: gradient for p, gradient in gradients.items() if p not in state.local}
-    local_numel = sum(gradient.numel() for p, gradient in gradients.items() if p in state.local)
+    dense: dict[Tensor, Tensor] = {}
+    local_numel = 0
+    if state.local or state.regrouping is not None:
+        for p, gradient in zip(params, bucket.gradients(), strict=True):
+            if p in state.local:
+                local_numel += gradient.numel()
+            else:
+                dense[p] = gradient
     counters.dense_equivalent_bytes += (
         ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size) // state.local_world_size
     )  # of a ring, one hop in so many leaves the node: only those count as sent

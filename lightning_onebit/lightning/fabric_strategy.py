@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import Precision
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_onebit.checkpoint.manager import SavedPhases
-from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, read_header
+from lightning_onebit.checkpoint.io import durable_io
+from lightning_onebit.checkpoint.manager import CheckpointManager
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
-    checkpoint_facts,
-    criterion_facts,
-    module_facts,
-    optimizer_facts,
-    precision_facts,
-    strategy_facts,
+    criterion_settings,
+    module_settings,
+    optimizer_settings,
+    precision_settings,
+    strategy_settings,
 )
+from lightning_onebit.engine.nonfinite import check_max_skipped_steps
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.freeze.criteria import Criterion
 from lightning_onebit.lightning.callbacks.divergence_guard import DivergenceGuard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch
-from lightning_onebit.lightning.compressible import Division
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer
+from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.lightning.fabric_checkpoints import FabricCheckpoints
+from lightning_onebit.lightning.failures import explain_
+from lightning_onebit.lightning.optimizer_steps import unaveraged_error
+from lightning_onebit.lightning.phase_controller import PhaseController
+from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.phase import Phase
 
-POSITION = "position"
-"""In an optimizer's saved state: which one of all it was."""
 
-
-class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
+class OneBitDDPFabricStrategy(DDPStrategy):
     """:class:`~lightning_onebit.OneBitDDPStrategy` for :class:`lightning.fabric.Fabric`.
 
     Starts as Fabric's DDP, bitwise. After every step of an optimizer the criterion judges, as
@@ -89,54 +94,102 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
             raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         # Never overlapped: a training loop may do anything to gradients between backward and step.
-        self._set_up_phases(config, overlap=False, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps)
+        self.overlap: bool | Literal["auto"] = False
+        self.hierarchical = hierarchical
+        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
+        self._phases = PhaseController(self)
+        self._checkpoints = CheckpointManager(self, self._phases)
+        self._loading = FabricCheckpoints(self._phases, self._checkpoints)
         self.switch = PhaseSwitch(criterion)
         self.guard = guard if guard is not None else DivergenceGuard()
         self.total_steps = total_steps
         self._first_step = True
         self._modules: list[nn.Module] = []
-        self._loaded: dict[Optimizer, Mapping[str, Any]] = {}
-        self._loading_from: str | None = None
+
+    # What a user reads and calls, as of :class:`~lightning_onebit.OneBitDDPStrategy`
 
     @property
-    def optimizers(self) -> list[Optimizer]:  # type: ignore[override]
+    def phase(self) -> Phase:
+        """``Phase.WARMUP`` or ``Phase.COMPRESSED``."""
+        return self._phases.phase
+
+    @property
+    def comm_stats(self) -> CommStats:
+        """What was sent so far, by phase."""
+        return self._phases.comm_stats
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps of the optimizer that has made fewest."""
+        return self._phases.optimizer_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that all ranks skipped because a gradient was infinite or NaN, those of all optimizers added up."""
+        return self._phases.steps.skipped
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
         """Those that were set up, in that order."""
-        return list(self._steps)
+        return list(self._phases.steps.made)
+
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those whose gradients are compressed once the warm-up is over: all."""
+        return self._phases.optimizers.compressed
+
+    def freeze_variance(self) -> None:
+        """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
+        self._phases.freeze_variance()
+
+    def resume_warmup(self) -> None:
+        """Go back to plain DDP: what error feedback still holds is applied. Call on all ranks, between two steps."""
+        self._phases.resume_warmup()
+
+    def check_ranks_agree(self) -> None:
+        """Raise :class:`~lightning_onebit.DivergenceError` on all ranks if they hold different bits. Collective."""
+        self._phases.check_ranks_agree()
+
+    def broadcast_decision(self, decision: bool) -> bool:
+        """Rank 0's decision, on all ranks. Collective."""
+        return self._phases.broadcast_decision(decision)
+
+    def __repr__(self) -> str:
+        return repr(self._phases)
 
     # Set-up
 
     @override
     def setup_module(self, module: nn.Module) -> DistributedDataParallel:
-        with self._agreement("model or strategy") as facts:
+        with agreement(Communicator(), self.root_device, about="model or strategy") as settings:
             self._check_still_warming_up("a model")
             check_module(module)
-            facts.update({**strategy_facts(self), **module_facts(module), **precision_facts(self.precision)})
-            facts.update({**criterion_facts([self.switch.criterion]), "total_steps": repr(self.total_steps)})
+            settings.update(strategy_settings(self, self._phases.options, self._ddp_kwargs) | module_settings(module))
+            settings.update(precision_settings(self.precision) | criterion_settings([self.switch.criterion]))
+            settings["total_steps"] = repr(self.total_steps)
         model = super().setup_module(module)
         self._modules.append(module)
-        self._names.update({p: name for name, p in module.named_parameters()})
-        self._communicate_for(model)
+        self._phases.names.update({p: name for name, p in module.named_parameters()})
+        self._phases.communicate_for(model, self._timeout)
         return model
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        with self._agreement("optimizers") as facts:
+        with agreement(Communicator(), self.root_device, about="optimizers") as settings:
             self._check_still_warming_up("an optimizer")
-            check_optimizer(optimizer, self._names)
-            facts.update(optimizer_facts([optimizer], self._names))
-        if not self._steps:
-            self._warn_if_alone()
-        self._steps[optimizer] = 0
-        self._division = Division(compressed=self.optimizers, dense={})
-        self._watch(optimizer)
-        optimizer.register_load_state_dict_pre_hook(self._before_loading)
-        optimizer.register_load_state_dict_post_hook(self._after_loading)
+            check_optimizer(optimizer, self._phases.names)
+            settings.update(optimizer_settings([optimizer], self._phases.names))
+        if not self.optimizers:
+            warn_if_alone(self)
+        self._phases.steps.add(optimizer, self.precision, can_be_compressed=True)
+        self._phases.optimizers = CompressibleOptimizers(compressed=self.optimizers)
+        self._loading.watch(optimizer)
         return super().setup_optimizer(optimizer)
 
     def _check_still_warming_up(self, what: str) -> None:
-        if self._phase is Phase.COMPRESSED:
+        if self.phase is Phase.COMPRESSED:
             raise RuntimeError(
                 f"Cannot set up {what} in the compressed phase: it has had no warm-up. HINT: set up all of them before"
                 " training, or call `fabric.strategy.resume_warmup()` first."
@@ -150,51 +203,47 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         try:
             yield
         except RuntimeError as error:
-            self._explain_failure_(error, step=self.optimizer_steps)
+            rank, step, timeout = self.global_rank, self.optimizer_steps, self._timeout
+            explain_(error, rank=rank, phase=self.phase, step=step, timeout=timeout, checkpoint=None)
             raise
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with self._failures_explained():
             super().backward(*args, **kwargs)
-        self._has_waiting_gradients = True
+        self._phases.has_waiting_gradients = True  # until the next step
 
     @override
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
+        phases = self._phases
         with self._failures_explained():
-            return self._optimizer_step(optimizer, **kwargs)
-
-    def _optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
-        if self._first_step:
-            self._first_step = False
-            self.switch.start(self, total_steps=self.total_steps or math.inf)
-        self._check_all_averaged(
-            "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT: unfreeze"
-            " parameters before, or set the module up once more"
-        )
-        if self._compressed_of(optimizer) is None:
-            with self._counting_skips(optimizer):
-                output = super().optimizer_step(optimizer, **kwargs)
-            self.comm_stats[Phase.WARMUP].steps += 1
-        else:
+            if self._first_step:
+                self._first_step = False
+                self.switch.start(self, total_steps=self.total_steps or math.inf)
+            if unaveraged := phases.steps.unaveraged():
+                reason = (
+                    "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT:"
+                    " unfreeze parameters before, or set the module up once more"
+                )
+                raise unaveraged_error(unaveraged, phases.names, reason)
             self._agree_on_infinities(optimizer)
-            with self._counting_skips(optimizer), self._compressed_step(optimizer):
+            with phases.steps.step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)
-        self._has_waiting_gradients = False
-        self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
-        self.guard.after_step(self)
-        return output
+            phases.has_waiting_gradients = False
+            self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
+            self.guard.after_step(self)
+            return output
 
-    @property
-    @override
-    def _precision_in_use(self) -> Precision:
-        return self.precision
+    def _agree_on_infinities(self, optimizer: Optimizer) -> CompressedOptimizer | None:
+        """Before gradients are unscaled: see :mod:`lightning_onebit.lightning.loss_scaling`. Doing it twice is no harm.
 
-    def _agree_on_infinities(self, optimizer: Optimizer) -> None:
-        """Before gradients are unscaled: see :mod:`lightning_onebit.lightning.loss_scaling`. Collective; doing it twice is no harm."""
-        compressed = self._compressed_of(optimizer)
-        if self._scales_losses and compressed is not None:
+        Collective, if losses are scaled. Returns what steps ``optimizer``, ``None`` in warm-up.
+        """
+        self._phases.begin_compressing()
+        compressed = self._phases.compressed.get(optimizer)
+        if compressed is not None and self._phases.steps.scales_losses:
             compressed.spread_nonfinite_()
+        return compressed
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float) -> None:
@@ -211,7 +260,7 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
         error_if_nonfinite: bool = True,
     ) -> Tensor:
         """In the compressed phase by the norm of the mean gradient, as under DDP, estimated within about 1%."""
-        compressed = self._compressed_of(optimizer)
+        compressed = self._agree_on_infinities(optimizer)
         if compressed is None:
             return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
         if float(norm_type) != 2.0:
@@ -219,7 +268,6 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
                 f"Invalid norm_type: {norm_type}. Must be 2 in the compressed phase: no rank has the mean gradient, and"
                 " only its 2-norm can be estimated from what the ranks can tell each other."
             )
-        self._agree_on_infinities(optimizer)
         self.precision.unscale_gradients(optimizer)
         norm = compressed.clip_grad_norm_(float(max_norm))
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -231,75 +279,44 @@ class OneBitDDPFabricStrategy(SavedPhases, DDPStrategy):
 
     # State
 
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, or else one that never leaves half a file behind."""
+        self._checkpoint_io = durable_io(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
     @override
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """As Fabric's, plus this rank's part, in a folder beside ``path``. Collective.
 
         What is not in the part goes into the optimizers' state dicts, where a stock optimizer disregards it.
         """
-        snapshot = self._snapshot() if any(isinstance(value, Optimizer) for value in state.values()) else None
+        snapshot = self._checkpoints.snapshot() if any(isinstance(value, Optimizer) for value in state.values()) else None
         if snapshot is not None:
-            state = {key: self._with_header(value, snapshot.header) for key, value in state.items()}
-        save = partial(super().save_checkpoint, path, state, *args, **kwargs)
-        self._save_with_parts(path, snapshot, save)
-
-    def _with_header(self, value: Any, header: dict[str, Any]) -> Any:
-        if not (isinstance(value, Optimizer) and value in self.optimizers):
-            return value
-        position = self.optimizers.index(value)
-        own = {**header, "optimizers": header["optimizers"][position : position + 1], POSITION: position}
-        return {**self.get_optimizer_state(value), CHECKPOINT_KEY: own}
+            state = {
+                key: self._loading.with_header(value, self.get_optimizer_state(value), snapshot.header)
+                if isinstance(value, Optimizer) and value in self.optimizers
+                else value
+                for key, value in state.items()
+            }
+        write = partial(super().save_checkpoint, path, state, *args, **kwargs)
+        in_background = isinstance(self.checkpoint_io, AsyncCheckpointIO)
+        self._checkpoints.save(path, snapshot, write, in_background=in_background)
 
     @override
     def load_checkpoint(self, path: Any, state: Any | None = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Fabric's; all that this rank reads is in place before it is compared with the others'. Collective."""
+        """As Fabric's; goes on as the checkpoint says if ``state`` holds all optimizers. Collective."""
         objects = list(state.values()) if isinstance(state, dict) else [state]
-        loaded = [optimizer for optimizer in self.optimizers if any(optimizer is each for each in objects)]
-        if loaded and self._phase is Phase.COMPRESSED:
-            if len(loaded) != len(self._steps):
-                raise ValueError(
-                    f"Cannot load {len(loaded)} of {len(self._steps)} optimizers in the compressed phase: they change phase"
-                    " together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
-                )
-            self._leave_compressed_phase()
-        if not loaded:
-            return super().load_checkpoint(path, state, *args, **kwargs)
-        self._loading_from = os.fspath(path)
-        try:
-            with self._agreement("the checkpoint that they load") as facts:
-                remainder = super().load_checkpoint(path, state, *args, **kwargs)
-                facts.update(checkpoint_facts(self._steps.values(), next(iter(self._loaded.values()), None)))
-            self._resume_when_all_are_loaded()
-        finally:
-            self._loading_from = None
-        return remainder
-
-    def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        if self._phase is Phase.COMPRESSED:
-            raise RuntimeError(
-                "`load_state_dict` was called on an optimizer in the compressed phase, whose state is held in another form."
-                " HINT: use `fabric.load`, or call `fabric.strategy.resume_warmup()` first."
-            )
-        self._loaded.pop(optimizer, None)
-        if CHECKPOINT_KEY in state_dict:
-            self._loaded[optimizer] = read_header(state_dict[CHECKPOINT_KEY])
-
-    def _after_loading(self, optimizer: Optimizer) -> None:
-        self._count_loaded_steps()
-        if self._loading_from is None:
-            self._resume_when_all_are_loaded()
-
-    def _resume_when_all_are_loaded(self) -> None:
-        if len(self._loaded) == len(self._steps):  # they change phase together
-            headers = [self._loaded[each] for each in self.optimizers]
-            self._loaded.clear()
-            optimizers = [entry for header in headers for entry in header["optimizers"]]
-            self._resume(headers[0], optimizers, [header[POSITION] for header in headers], self._loading_from)
-            self._put_back_gradients()
+        read = partial(super().load_checkpoint, path, state, *args, **kwargs)
+        return self._loading.load(path, objects, read, self.root_device)
 
     @override
     def teardown(self) -> None:
-        self._release(after_failure=False)
+        self._phases.release(after_failure=False)
         super().teardown()
 
     @classmethod

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.lightning.loss_scaling import uses_loss_scaling
 
 MODULE_HOOKS = (
@@ -22,6 +26,28 @@ PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 """Exactly these are known to leave gradients alone, but for the loss scale."""
 
 CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
+
+
+def choose_overlap(
+    strategy: Ranks, overlap: bool | Literal["auto"], trainer: pl.Trainer, module: pl.LightningModule
+) -> bool:
+    """Whether exchanges start during backward; says so, and why.
+
+    Raises:
+        ValueError: if ``overlap`` is True and gradients may change after backward.
+    """
+    if strategy.world_size == 1 or overlap is False:
+        return False
+    obstacle = obstacle_to_overlap(trainer, module)
+    if overlap is True:
+        if obstacle is not None:
+            raise ValueError(f"overlap=True is not possible: {obstacle}. HINT: use overlap='auto' or False.")
+        return True
+    if obstacle is None and strategy.root_device.type == "cpu":
+        obstacle = "on CPU it costs more time than it hides"
+    when = "during backward" if obstacle is None else f"in the optimizer step, as {obstacle}"
+    rank_zero_info(f"{type(strategy).__name__}: once compressed, exchanges start {when} (overlap='auto').")
+    return obstacle is None
 
 
 def obstacle_to_overlap(trainer: pl.Trainer, module: pl.LightningModule) -> str | None:

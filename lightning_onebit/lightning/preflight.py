@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.flat import is_dense
 from lightning_onebit.methods import method_for
 
@@ -33,6 +35,15 @@ def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
                 f"{strategy} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
                 " HINT: leave it out, or use strategy='ddp'."
             )
+
+
+def warn_if_alone(strategy: Ranks) -> None:
+    """Say it if there is one process only."""
+    if strategy.world_size == 1:
+        rank_zero_warn(
+            f"{type(strategy).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
+            " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
+        )
 
 
 def check_module(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""What a user of ``pytorch_lightning``, the twin package of ``lightning``, is told.
+"""What a user of ``pytorch_lightning``, the other package with Lightning in it, is told.
 
-The twin has classes of the same names that are others, and a registry of its own: nothing made for the one works with the
-other. Its Trainer refuses our strategy as an object, and our strings as unknown names.
+It has other classes of the same names, and a registry of its own: nothing made for one package works with the other. Its
+Trainer refuses our strategy as an object, and our strings as unknown names.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import sys
 from typing import Any, NoReturn
 
 HINT = (
-    "lightning_onebit works with the package `lightning`, not with its twin `pytorch_lightning`. HINT: write `import"
+    "lightning_onebit works with the package `lightning`, not with `pytorch_lightning`. HINT: write `import"
     " lightning.pytorch as pl` instead of `import pytorch_lightning as pl`; all names stay the same."
 )
 
 
-def explain_to_twin(names: list[str]) -> None:
-    """Have the twin's Trainer say so if it is given one of our strings, provided that it has been imported before."""
-    twin = sys.modules.get("pytorch_lightning.strategies")
-    if twin is not None:
+def register_refusals(names: list[str]) -> None:
+    """Have the Trainer of ``pytorch_lightning``, if that has been imported before, refuse our strings with the remedy."""
+    strategies = sys.modules.get("pytorch_lightning.strategies")
+    if strategies is not None:
         for name in names:
-            if name not in twin.StrategyRegistry:
-                twin.StrategyRegistry.register(name, _refuse, description="Only with the package `lightning`")
+            if name not in strategies.StrategyRegistry:
+                strategies.StrategyRegistry.register(name, _refuse, description="Only with the package `lightning`")
 
 
-def comes_from_twin(thing: object) -> bool:
-    """Whether a Trainer, or anything else, is the twin's."""
+def is_pytorch_lightning(thing: object) -> bool:
+    """Whether a Trainer, or anything else, is of a class of ``pytorch_lightning``."""
     return any(kind.__module__.split(".")[0] == "pytorch_lightning" for kind in type(thing).__mro__)
 
 

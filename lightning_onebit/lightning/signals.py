@@ -45,7 +45,7 @@ class AgreedSignals:
         for name in _REPLACED:
             vars(self._connector).pop(name, None)
 
-    def settle(self) -> None:
+    def agree(self) -> None:
         """Before a batch: do on all ranks what any of them was asked for. Collective.
 
         A requeue is Lightning's: a checkpoint, and ``scontrol``. To end, this batch is trained, and Lightning raises
@@ -61,7 +61,7 @@ class AgreedSignals:
             rank_zero_info("SIGTERM reached this rank or another: all ranks end after this batch.")
             self._connector.received_sigterm = True
 
-    def settle_alone(self) -> None:
+    def end_alone(self) -> None:
         """Before an evaluation, which has no point where ranks meet: end at the next batch, without the others."""
         self._connector.received_sigterm |= self._terminate
 
@@ -72,7 +72,7 @@ class AgreedSignals:
             launcher.kill(number)
         self._terminate = True
         if not self._trainer.training:
-            self.settle_alone()
+            self.end_alone()
 
     def _on_requeue(self, number: int, frame: FrameType | None) -> None:
         self._requeue = number

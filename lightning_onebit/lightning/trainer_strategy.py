@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins import Precision
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_onebit.checkpoint.manager import SavedPhases
-from lightning_onebit.checkpoint.parts import Parts
+from lightning_onebit.checkpoint.io import durable_io
+from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
-    checkpoint_facts,
-    module_facts,
-    optimizer_facts,
-    strategy_facts,
-    trainer_facts,
+    checkpoint_settings,
+    criterion_settings,
+    module_settings,
+    optimizer_settings,
+    strategy_settings,
+    trainer_settings,
 )
-from lightning_onebit.lightning.compressible import divide, listed
-from lightning_onebit.lightning.failures import end_at_exit_, last_checkpoint
+from lightning_onebit.engine.nonfinite import check_max_skipped_steps
+from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
+from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
+from lightning_onebit.lightning.compressible import compressible, listed
+from lightning_onebit.lightning.failures import end_at_exit_, explain_, last_checkpoint
 from lightning_onebit.lightning.loss_scaling import with_agreement
-from lightning_onebit.lightning.overlap import obstacle_to_overlap
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer
-from lightning_onebit.lightning.pytorch_lightning import HINT, comes_from_twin
+from lightning_onebit.lightning.optimizer_steps import unaveraged_error
+from lightning_onebit.lightning.overlap import choose_overlap
+from lightning_onebit.lightning.phase_controller import PhaseController
+from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.lightning.signals import AgreedSignals
 from lightning_onebit.phase import Phase
 
 ABOUT_MODEL = "model or strategy"
+START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+"""How processes are started, by the end of the strategy's registered name."""
 
 
-class OneBitDDPStrategy(SavedPhases, DDPStrategy):
+class OneBitDDPStrategy(DDPStrategy):
     """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
 
     Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
@@ -83,12 +94,84 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     ) -> None:
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
-        self._set_up_phases(config, overlap=overlap, hierarchical=hierarchical, max_skipped_steps=max_skipped_steps)
+        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.overlap = overlap
+        self.hierarchical = hierarchical
+        self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
+        self._phases = PhaseController(self)
+        self._checkpoints = CheckpointManager(self, self._phases)
         self._final_snapshot: Snapshot | None = None
         self._has_stated_model = False
         self._some_are_frozen = False
         self._signals: AgreedSignals | None = None
+
+    # What a user reads and calls
+
+    @property
+    def phase(self) -> Phase:
+        """``Phase.WARMUP`` or ``Phase.COMPRESSED``."""
+        return self._phases.phase
+
+    @property
+    def comm_stats(self) -> CommStats:
+        """What was sent so far, by phase."""
+        return self._phases.comm_stats
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
+        return self._phases.optimizer_steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that all ranks skipped because a gradient was infinite or NaN, those of all optimizers added up.
+
+        In warm-up, which is plain DDP, only a loss scaler skips steps.
+        """
+        return self._phases.steps.skipped
+
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
+        return self._phases.optimizers.compressed
+
+    def freeze_variance(self) -> None:
+        """Freeze the second moment and compress from the next optimizer step on.
+
+        Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
+        quantized: training goes on as exact Adam with a frozen second moment.
+
+        Raises:
+            ValueError: if a second moment is infinite or NaN.
+            RuntimeError: outside a running training, or before every optimizer that can be compressed has made a step.
+        """
+        self._phases.freeze_variance()
+
+    def resume_warmup(self) -> None:
+        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
+
+        :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
+        Call on all ranks, between two batches. Without effect in warm-up.
+        """
+        self._phases.resume_warmup()
+
+    def check_ranks_agree(self) -> None:
+        """Compare parameters, momentum and second moments of all ranks, bit for bit, by checksums. Collective.
+
+        :class:`~lightning_onebit.DivergenceGuard` calls it every so many steps. Call on all ranks, between two batches.
+
+        Raises:
+            DivergenceError: on all ranks, if they differ.
+            RuntimeError: outside a running training.
+        """
+        self._phases.check_ranks_agree()
+
+    def broadcast_decision(self, decision: bool) -> bool:
+        """Rank 0's decision, on all ranks. Collective."""
+        return self._phases.broadcast_decision(decision)
+
+    def __repr__(self) -> str:
+        return repr(self._phases)
 
     # Set-up
 
@@ -99,16 +182,12 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         trainer = self.lightning_module.trainer
         self._signals = AgreedSignals(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            # Here, as it is built on this module.
-            from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
-            from lightning_onebit.lightning.callbacks.phase_switch import ensure_phase_switch
-
             ensure_phase_switch(trainer)
             ensure_divergence_guard(trainer)
 
     @override
     def configure_ddp(self) -> None:
-        self._forget_run()
+        self._phases.forget_run()
         self._final_snapshot = None
         super().configure_ddp()  # calls :meth:`_setup_model`
 
@@ -119,63 +198,55 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
             super().setup(trainer)
         except Exception:
             if trainer.state.fn == TrainerFn.FITTING and not self._has_stated_model:
-                with self._agreement(ABOUT_MODEL):  # where the others are waiting
+                with agreement(Communicator(), self.root_device, about=ABOUT_MODEL):  # where the others are waiting
                     raise
             raise
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         self._has_stated_model = True
-        with self._agreement(ABOUT_MODEL) as facts:
-            facts.update({**strategy_facts(self), **module_facts(model)})
+        with agreement(Communicator(), self.root_device, about=ABOUT_MODEL) as settings:
+            settings.update(strategy_settings(self, self._phases.options, self._ddp_kwargs) | module_settings(model))
         self._some_are_frozen = not all(p.requires_grad for p in model.parameters())
         wrapped = super()._setup_model(model)
-        self._communicate_for(wrapped)
+        self._phases.communicate_for(wrapped, self._timeout)
         self._pl_static_graph_delay_done = False  # Lightning's note of what the first backward through it does
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._name_parameters(model)
         return wrapped
+
+    def _name_parameters(self, model: nn.Module) -> None:
+        self._phases.names.clear()
+        self._phases.names.update({p: name for name, p in model.named_parameters()})
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        with self._agreement("optimizers or Trainer") as facts:
+        with agreement(Communicator(), self.root_device, about="optimizers or Trainer") as settings:
             self._set_up_optimizers(trainer)
-            facts.update({**optimizer_facts(self.optimizers, self._names), **trainer_facts(trainer)})
-            facts["exchanges start during backward"] = repr(self._overlaps)
+            settings.update(optimizer_settings(self.optimizers, self._phases.names) | trainer_settings(trainer))
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            settings.update(criterion_settings(c.criterion for c in callbacks if isinstance(c, PhaseSwitch)))
+            settings["exchanges start during backward"] = repr(self._phases.overlaps)
 
     def _set_up_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         # `configure_optimizers` may return Lightning's wrappers, which are made anew here.
         self.optimizers = [o.optimizer if isinstance(o, LightningOptimizer) else o for o in self.optimizers]
-        assert self.lightning_module is not None
-        self._names = {p: name for name, p in self.lightning_module.named_parameters()}
-        check_module(self.lightning_module)
-        self._division = divide(self.optimizers)
-        self._steps = dict.fromkeys(self.optimizers, 0)
-        for optimizer in self._division.compressed:
-            check_optimizer(optimizer, self._names)
-        self._overlaps = self._choose_overlap(trainer)
-        for optimizer in self._division.compressed:
-            self._watch(optimizer)
-        self._warn_if_alone()
+        module = self.lightning_module
+        assert module is not None
+        self._name_parameters(module)
+        check_module(module)
+        found = compressible(self.optimizers)
+        for optimizer in found.compressed:
+            check_optimizer(optimizer, self._phases.names)
+        self._phases.steps.made.clear()
+        self._phases.overlaps = choose_overlap(self, self.overlap, trainer, module)
+        for optimizer in self.optimizers:
+            self._phases.steps.add(optimizer, self.precision_plugin, can_be_compressed=optimizer not in found.dense)
+        self._phases.optimizers = found
+        warn_if_alone(self)
         if self.world_size > 1:
-            for remark in self._division.remarks(self.lightning_module):
+            for remark in found.remarks(module):
                 rank_zero_warn(f"{type(self).__name__}: {remark}")
-
-    def _choose_overlap(self, trainer: pl.Trainer) -> bool:
-        """Whether exchanges start during backward; says so, and why."""
-        assert self.lightning_module is not None
-        if self.world_size == 1 or self.overlap is False:
-            return False
-        obstacle = obstacle_to_overlap(trainer, self.lightning_module)
-        if self.overlap is True:
-            if obstacle is not None:
-                raise ValueError(f"overlap=True is not possible: {obstacle}. HINT: use overlap='auto' or False.")
-            return True
-        if obstacle is None and self.root_device.type == "cpu":
-            obstacle = "on CPU it costs more time than it hides"
-        when = "during backward" if obstacle is None else f"in the optimizer step, as {obstacle}"
-        rank_zero_info(f"{type(self).__name__}: once compressed, exchanges start {when} (overlap='auto').")
-        return obstacle is None
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -192,66 +263,52 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
     def on_validation_start(self) -> None:
         super().on_validation_start()
         if self._signals is not None:
-            self._signals.settle_alone()
+            self._signals.end_alone()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         assert self._signals is not None
-        self._signals.settle()
-        added = self._added_parameters()
-        unaveraged = self._unaveraged()
+        self._signals.agree()
+        phases = self._phases
+        added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
-            with self._agreement("which parameters are trained from this batch on") as facts:
-                facts["begin to train"] = ", ".join(
-                    self._names.get(p, "a parameter") for p in dict.fromkeys([*unaveraged, *added])
-                )
+            about = "which parameters are trained from this batch on"
+            with agreement(Communicator(), self.root_device, about=about) as settings:
+                named = (phases.names.get(p, "a parameter") for p in dict.fromkeys([*unaveraged, *added]))
+                settings["begin to train"] = ", ".join(named)
         if unaveraged:
-            self._averaged.clear()
+            phases.steps.averaged.clear()
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))
-            self._check_all_averaged("it belongs to no submodule of the LightningModule. HINT: register it there")
+            if unaveraged := phases.steps.unaveraged():
+                reason = "it belongs to no submodule of the LightningModule. HINT: register it there"
+                raise unaveraged_error(unaveraged, phases.names, reason)
         if added:
             rank_zero_warn(
                 f"{type(self).__name__}: new parameters are trained, which have no second moment yet:"
-                f" {listed(added, self._names)}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
+                f" {listed(added, phases.names)}. All go back to warm-up, that is plain DDP, until PhaseSwitch freezes the"
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
-            self.resume_warmup()
-        self._begin_compressing()
-
-    @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        self._check_all_averaged(
-            "it began to require gradients within `training_step`. HINT: unfreeze it in a hook that runs before, such as"
-            " `on_train_batch_start`"
-        )
-        super().pre_backward(closure_loss)
+            phases.resume_warmup()
+        phases.begin_compressing()
 
     # Steps
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._put_back_gradients()  # now, as the Trainer has set all to None after loading
+        self._checkpoints.put_back_gradients()  # now, as the Trainer has set all to None after loading
 
     @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        super().post_backward(closure_loss)
-        self._has_waiting_gradients = True
-
-    @property
-    @override
-    def _precision_in_use(self) -> Precision:
-        return self.precision_plugin
-
-    def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
-        """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
-        compressed = self._compressed_of(optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
-        if compressed is None:
-            plugin = self.precision_plugin
-            type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
-        else:
-            compressed.clip_grad_norm_(float(clip_val))
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        if unaveraged := self._phases.steps.unaveraged():
+            reason = (
+                "it began to require gradients within `training_step`. HINT: unfreeze it in a hook that runs before, such as"
+                " `on_train_batch_start`"
+            )
+            raise unaveraged_error(unaveraged, self._phases.names, reason)
+        super().pre_backward(closure_loss)
+        self._phases.has_waiting_gradients = True  # until the next step
 
     @override
     def optimizer_step(
@@ -261,59 +318,66 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         model: pl.LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        if optimizer not in self._steps:
+        phases = self._phases
+        if optimizer not in phases.steps.made:
             raise RuntimeError(
                 f"The optimizer ({type(optimizer).__name__}) is not one of those that this run began with, so its gradients"
                 " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
                 " groups instead of replacing them."
             )
-        compressed = self._compressed_of(optimizer)
-        if compressed is None:
-            with self._counting_skips(optimizer):
-                output = super().optimizer_step(optimizer, closure, model, **kwargs)
-            self.comm_stats[self._phase].steps += 1
-        else:
-            if self._scales_losses:
-                closure = with_agreement(closure, compressed)
-            with self._counting_skips(optimizer), self._compressed_step(optimizer):
-                output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._has_waiting_gradients = False
+        if phases.is_pending:
+            phases.begin_compressing()
+        if phases.steps.scales_losses and optimizer in phases.steps.compressed:
+            closure = with_agreement(closure, phases.steps.compressed[optimizer])
+        with phases.steps.step(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        phases.has_waiting_gradients = False
         return output
 
+    def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
+        self._phases.begin_compressing()
+        stock = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        compressed = self._phases.compressed.get(stock)
+        if compressed is None:
+            plugin = self.precision_plugin
+            type(plugin).clip_grad_by_norm(plugin, optimizer, clip_val)
+        else:
+            compressed.clip_grad_norm_(float(clip_val))
+
     # State
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, or else one that never leaves half a file behind."""
+        self._checkpoint_io = durable_io(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """As Lightning's, plus this rank's part, in a folder beside it. Collective, unless there was an exception."""
-        save = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
         if "optimizer_states" not in checkpoint:  # weights only
-            save()
-        elif self._interrupted:
-            self._save_interrupted(checkpoint, save)
+            write()
+        elif self._interrupted:  # without the others, so without parts
+            if self.phase is Phase.COMPRESSED:
+                checkpoint[CHECKPOINT_KEY] = self._checkpoints.header_after_exception(is_torn=self._phases.steps.is_torn)
+            write()
         else:
-            snapshot = self._final_snapshot or self._snapshot()
+            snapshot = self._final_snapshot or self._checkpoints.snapshot()
             if snapshot is not None:
                 checkpoint[CHECKPOINT_KEY] = snapshot.header
-            self._save_with_parts(filepath, snapshot, save)
-
-    def _save_interrupted(self, checkpoint: dict[str, Any], save: Callable[[], None]) -> None:
-        """Without the others, so without parts."""
-        if self._phase is Phase.COMPRESSED:
-            torn = (
-                " It came within a step: some parameters may be those of the next one already. HINT: rather resume from an"
-                " earlier checkpoint."
-            )
-            rank_zero_warn(
-                "Saving after an exception: the checkpoint does not hold the errors of error feedback."
-                f"{torn if self._is_torn else ''}"
-            )
-            checkpoint[CHECKPOINT_KEY] = self._header(save_id=None, has_gradients=False)
-        save()
+            in_background = isinstance(self.checkpoint_io, AsyncCheckpointIO)
+            self._checkpoints.save(filepath, snapshot, write, in_background=in_background)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
-        Parts(filepath).remove(self.global_rank, self.world_size)
+        self._checkpoints.remove_parts(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -324,15 +388,16 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        self._leave_compressed_phase()
-        with self._agreement("the checkpoint that they resume from") as facts:
+        steps = self._phases.steps
+        self._phases.drop_compressed_state()
+        with agreement(Communicator(), self.root_device, about="the checkpoint that they resume from") as settings:
             super().load_optimizer_state_dict(checkpoint)
-            self._count_loaded_steps()
+            steps.count_loaded()
             header = read_header(checkpoint[CHECKPOINT_KEY]) if CHECKPOINT_KEY in checkpoint else None
-            facts.update(checkpoint_facts(self._steps.values(), header))
+            settings.update(checkpoint_settings(steps.made.values(), header))
         if header is not None:
             optimizers = header["optimizers"]
-            self._resume(header, optimizers, range(len(optimizers)), header.get(PATH))
+            self._checkpoints.resume(header, optimizers, range(len(optimizers)), header.get(PATH))
 
     # The end
 
@@ -354,8 +419,9 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
         for old, new in advice.items():
             exception.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in exception.args)
         if self._trainer is not None:
-            checkpoint = last_checkpoint(self._trainer)
-            self._explain_failure_(exception, step=self._trainer.global_step, checkpoint=checkpoint)
+            step, checkpoint = self._trainer.global_step, last_checkpoint(self._trainer)
+            rank, timeout = self.global_rank, self._timeout
+            explain_(exception, rank=rank, phase=self.phase, step=step, timeout=timeout, checkpoint=checkpoint)
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             end_at_exit_(self.launcher.procs)
 
@@ -367,49 +433,22 @@ class OneBitDDPStrategy(SavedPhases, DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._hook_state is not None and not self._interrupted:
+        if self._phases.hook_state is not None and not self._interrupted:
             # Lightning takes the model off the device now, so errors must leave it, too: a user may still save a checkpoint.
-            self._final_snapshot = self._snapshot()
-            for compressed in self._compressed.values():
-                compressed.retire_()
-            self._compressed.clear()
+            self._final_snapshot = self._checkpoints.snapshot()
+            self._phases.retire()
         if self._signals is not None:
             self._signals.close()
-        self._release(after_failure=self._interrupted)
+        self._phases.release(after_failure=self._interrupted)
         super().teardown()
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-            name = f"onebit_ddp{suffix}"
-            variants: dict[str, dict[str, Any]] = {
-                name: {},
-                f"{name}_find_unused_parameters_false": {"find_unused_parameters": False},
-                f"{name}_find_unused_parameters_true": {"find_unused_parameters": True},
-            }
-            for variant, init_params in variants.items():
-                if variant not in strategy_registry:
-                    strategy_registry.register(
-                        variant,
-                        cls,
-                        description=f"1-bit DDP strategy with `start_method` '{start_method}'",
-                        start_method=start_method,
-                        **init_params,
-                    )
-
-
-def strategy_of(trainer: pl.Trainer) -> OneBitDDPStrategy:
-    """The Trainer's strategy, if it is this one.
-
-    Raises:
-        TypeError: if it is another, or the Trainer is that of ``pytorch_lightning``.
-    """
-    if comes_from_twin(trainer):
-        raise TypeError(HINT)
-    if not isinstance(trainer.strategy, OneBitDDPStrategy):
-        raise TypeError(
-            f"This callback belongs to OneBitDDPStrategy, but the Trainer uses {type(trainer.strategy).__name__}. HINT: use"
-            " Trainer(strategy='onebit_ddp')."
-        )
-    return trainer.strategy
+        for suffix, start_method in START_METHODS.items():
+            for unused in (None, False, True):
+                name = f"onebit_ddp{suffix}" + ("" if unused is None else f"_find_unused_parameters_{unused}".lower())
+                init_params = {} if unused is None else {"find_unused_parameters": unused}
+                if name not in strategy_registry:
+                    description = f"1-bit DDP strategy with `start_method` '{start_method}'"
+                    strategy_registry.register(name, cls, description=description, start_method=start_method, **init_params)

@@ -22,22 +22,22 @@ from lightning_onebit import (
     OneBitDDPStrategy,
     Phase,
     PhaseSwitch,
-    facts,
-    two_phases,
 )
-from lightning_onebit.consistency import agreement as module
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.consistency import agreement as module
+from lightning_onebit.consistency import settings
 from lightning_onebit.consistency.agreement import ADVISORY, RanksDisagree, agreement, differences
+from lightning_onebit.lightning import phase_controller
 
 CPU = torch.device("cpu")
 
 
-# The exchange of facts
+# The exchange of settings
 
 
-def agree(facts, failure=None):
+def agree(stating, failure=None):
     with agreement(Communicator(), CPU, about="things") as stated:
-        stated.update(facts)
+        stated.update(stating)
         if failure is not None:
             raise failure
 
@@ -46,7 +46,7 @@ def test_ranks_that_say_the_same_need_one_small_all_reduce():
     def fn(rank):
         communicator = Communicator()
         with agreement(communicator, CPU, about="things") as stated:
-            stated.update({f"fact {i}": "x" * 100 for i in range(100)})
+            stated.update({f"setting {i}": "x" * 100 for i in range(100)})
         return communicator.counters.collectives, communicator.counters.bytes_sent
 
     for collectives, bytes_sent in run_ranks(3, fn):
@@ -54,7 +54,7 @@ def test_ranks_that_say_the_same_need_one_small_all_reduce():
         assert bytes_sent < 50
 
 
-def test_differences_are_named_on_all_ranks_whatever_the_number_of_facts():
+def test_differences_are_named_on_all_ranks_whatever_the_number_of_settings():
     def fn(rank):
         stated = {"colour": "red" if rank != 1 else "grün", "size": str(min(rank, 1)), "same": "1"}
         if rank == 2:
@@ -75,7 +75,7 @@ def test_differences_are_named_on_all_ranks_whatever_the_number_of_facts():
     assert "\n  and 7 more\nHINT: start all ranks with the same code" in messages[0]
 
 
-def test_the_order_of_facts_matters_to_no_message_and_a_fact_that_is_missing_is_named():
+def test_the_order_of_settings_matters_to_no_message_and_one_that_is_missing_is_named():
     assert differences([{"a": "1", "b": "2"}, {"b": "2", "a": "1"}]) == []
     assert differences([{"a": "1"}, {"a": "1"}, {"a": "2"}, {}] + [{"a": "3"}] * 5) == [
         "a: 1 on ranks 0, 1, but 2 on rank 2, but none on rank 3, but 3 on ranks 4, 5, 6 and 2 more"
@@ -87,9 +87,9 @@ def test_the_failure_of_a_rank_ends_all_and_its_own_error_is_kept():
         failing = {0: None, 1: KeyError("lost"), 2: ValueError("worse")}[rank]
         expected = RanksDisagree if failing is None else type(failing)
         with pytest.raises(expected) as raised:
-            agree({"fact": str(rank)}, failing)
+            agree({"setting": str(rank)}, failing)
         with pytest.raises(ZeroDivisionError):  # of all alike
-            agree({"fact": str(rank)}, ZeroDivisionError("no"))
+            agree({"setting": str(rank)}, ZeroDivisionError("no"))
         return str(raised.value)
 
     messages = run_ranks(3, fn)
@@ -102,9 +102,9 @@ def test_the_failure_of_a_rank_ends_all_and_its_own_error_is_kept():
 def test_other_versions_of_what_we_stand_on_are_only_worth_a_warning():
     def fn(rank):
         with Messages() as messages:
-            agree({f"{ADVISORY}torch": f"2.{rank}", "fact": "same"})
+            agree({f"{ADVISORY}torch": f"2.{rank}", "setting": "same"})
         with pytest.raises(RanksDisagree) as raised:
-            agree({f"{ADVISORY}torch": f"2.{rank}", "fact": str(rank)})
+            agree({f"{ADVISORY}torch": f"2.{rank}", "setting": str(rank)})
         assert "torch" not in str(raised.value)
         return [text for text in messages.texts if "software" in text]
 
@@ -250,8 +250,8 @@ def test_every_mismatch_at_set_up_is_named_on_all_ranks_and_none_hangs():
 def test_what_may_differ_is_not_refused(monkeypatch):
     def fn(rank):
         if rank == 1:
-            monkeypatch.setattr(facts.torch, "__version__", "2.99")
-            monkeypatch.setattr(facts.platform, "python_version", lambda: "3.99")
+            monkeypatch.setattr(settings.torch, "__version__", "2.99")
+            monkeypatch.setattr(settings.platform, "python_version", lambda: "3.99")
         torch.manual_seed(rank)
         with Messages() as messages:
             recorder = start({**strategy(gradient_as_bucket_view=bool(rank)), "val_check_interval": 2 if rank else 1.0})[1]
@@ -265,7 +265,7 @@ def test_what_may_differ_is_not_refused(monkeypatch):
 def test_another_version_of_this_package_is_refused(monkeypatch):
     def fn(rank):
         if rank == 1:
-            monkeypatch.setattr(facts, "__version__", "99.0")
+            monkeypatch.setattr(settings, "__version__", "99.0")
         with pytest.raises(RanksDisagree, match=r"lightning_onebit: \d.* on rank 0, but 99.0 on rank 1"):
             start({})
 
@@ -275,14 +275,14 @@ def test_another_version_of_this_package_is_refused(monkeypatch):
 def test_a_run_costs_four_small_all_reduces_beside_training(monkeypatch):
     """For the model, for optimizers, and two at the switch; none in ordinary batches."""
     compared = []
-    original = module.facts_if_different
+    original = module.exchange_if_different
 
     def counting(*args):
         compared.append(args)
         return original(*args)
 
     def fn(rank):
-        monkeypatch.setattr(module, "facts_if_different", counting)
+        monkeypatch.setattr(module, "exchange_if_different", counting)
         trainer, _ = start({}, batches=12)
         assert trainer.strategy.phase is Phase.COMPRESSED
         return len(compared)
@@ -350,7 +350,7 @@ def test_a_rank_that_cannot_switch_ends_all(monkeypatch, where):
 
     def fn(rank):
         if rank == 1:
-            monkeypatch.setattr(two_phases, where, full)
+            monkeypatch.setattr(phase_controller, where, full)
         with pytest.raises(MemoryError if rank else RanksDisagree, match="no room for errors"):
             start({})
 

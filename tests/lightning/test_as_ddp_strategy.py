@@ -98,7 +98,7 @@ def test_arguments_that_ask_for_another_communication_are_refused(kind):
 def test_the_timeout_and_backend_are_those_of_all_process_groups():
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            groups = [dist.group.WORLD, trainer.strategy._groups.peers.group]
+            groups = [dist.group.WORLD, trainer.strategy._phases.groups.peers.group]
             assert groups[0] is not groups[1]
             backends = [group._get_backend(torch.device("cpu")) for group in groups]
             self.timeouts = [backend.options._timeout for backend in backends]
@@ -469,7 +469,7 @@ def test_saving_after_the_run_is_saving_at_its_last_batch(tmp_path):
 
     def fn(rank):
         trainer, _ = run(callbacks=[SaveLast()])
-        assert not trainer.strategy._compressed
+        assert not trainer.strategy._phases.compressed
         state = trainer.optimizers[0].state
         assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in state.values())
         trainer.save_checkpoint(tmp_path / "after.ckpt")

@@ -92,7 +92,7 @@ class Late(Stepwise):
 def everything(strategy):
     """All that a compressed step reads and writes, on this rank."""
     state = []
-    for optimizer, compressed in strategy._compressed.items():
+    for optimizer, compressed in strategy._phases.compressed.items():
         state += [run.values for run in (*compressed.worker_errors(), *compressed.server_errors())]
         state += [value for p in parameters_of(optimizer) for value in optimizer.state[p].values()]
         for pipeline in compressed._pipelines:
@@ -226,7 +226,7 @@ class Errors(pl.Callback):
     """Errors of this rank at the start of a run, dense, in a common order; zero where it has none."""
 
     def on_train_start(self, trainer, pl_module):
-        (compressed,) = trainer.strategy._compressed.values()
+        (compressed,) = trainer.strategy._phases.compressed.values()
         self.errors = dense_errors(compressed)
 
 
@@ -249,7 +249,7 @@ def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tm
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             if batch_idx + 1 == self.batch:
-                self.errors = dense_errors(trainer.strategy._compressed[trainer.optimizers[0]])
+                self.errors = dense_errors(trainer.strategy._phases.compressed[trainer.optimizers[0]])
 
     def first(rank, world_size, path, ckpt_path):
         save = KeepErrors(path, 20)

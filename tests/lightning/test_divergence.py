@@ -268,7 +268,7 @@ class Probe(pl.Callback):
         if trainer.strategy.phase is WARMUP:
             return
         names = {p: name for name, p in module.named_parameters()}
-        for pipeline in trainer.strategy._compressed[optimizer]._pipelines:
+        for pipeline in trainer.strategy._phases.compressed[optimizer]._pipelines:
             for bucket, pieces in zip(pipeline._buckets, pipeline._pieces, strict=True):
                 for piece in pieces:
                     name = names[pipeline.parameters[piece.parameter]]

@@ -25,8 +25,9 @@ from ranks import _rank_main, free_port, run_trainers
 from test_launchers import start
 from trainers import Classifier, Recorder, adam, data, make_trainer
 
-from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase, failures
+from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase
 from lightning_onebit.engine.pipeline import Pipeline
+from lightning_onebit.lightning import failures
 from lightning_onebit.lightning.failures import explain_, is_communication_failure
 
 SCRIPT = Path(__file__).parents[1] / "support" / "fault_script.py"

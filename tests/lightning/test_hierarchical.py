@@ -35,7 +35,7 @@ from test_engine import (
 from torch import nn
 from trainers import CLASSES, FEATURES, fit, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, frozen
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.comm.compressed_allreduce import CompressedBucket
 from lightning_onebit.comm.exchanger import Lane
 from lightning_onebit.comm.groups import flat_groups, new_groups
@@ -43,6 +43,7 @@ from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine import frozen
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 
 TWO_BY_TWO, THREE_BY_TWO, TWO_BY_THREE = (2, 2), (3, 2), (2, 3)
@@ -599,7 +600,7 @@ class ThereAndBack(pl.Callback):
 
 
 def topology_of(trainer):
-    return trainer.strategy._topology
+    return trainer.strategy._phases.topology
 
 
 def test_auto_is_hierarchical_with_several_nodes_of_several_processes():
@@ -698,7 +699,7 @@ class Resumed(pl.Callback):
 
     def on_train_start(self, trainer, pl_module):
         assert trainer.strategy.phase is Phase.COMPRESSED
-        self.outstanding = list(trainer.strategy._compressed[trainer.optimizers[0]].outstanding().values())
+        self.outstanding = list(trainer.strategy._phases.compressed[trainer.optimizers[0]].outstanding().values())
 
 
 def test_a_checkpoint_fits_any_topology(tmp_path):

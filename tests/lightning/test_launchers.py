@@ -96,23 +96,23 @@ def test_notebooks_and_python_c(tmp_path):
     assert "`Trainer(strategy='onebit_ddp')` is not compatible with an interactive environment" in interactive
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="the twin is not installed")
-def test_the_twin_package_says_that_it_is_the_wrong_one():
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
+def test_pytorch_lightning_says_that_it_is_the_wrong_package():
     """Whatever is passed to it: a name, a strategy, a callback. In a process of its own: importing it silences Lightning."""
 
     def fn(rank):
-        import pytorch_lightning as twin
+        import pytorch_lightning
         from pytorch_lightning.demos.boring_classes import BoringModel
 
-        from lightning_onebit.lightning.pytorch_lightning import explain_to_twin
+        from lightning_onebit.lightning.pytorch_lightning import register_refusals
 
         options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "fast_dev_run": 1}
         with pytest.raises(ValueError, match=r"must be either a string or an instance of `pytorch_lightning.strategies"):
-            twin.Trainer(strategy=OneBitDDPStrategy(), **options)
+            pytorch_lightning.Trainer(strategy=OneBitDDPStrategy(), **options)
         with pytest.raises(TypeError, match=r"HINT: write `import lightning.pytorch as pl`"):
-            twin.Trainer(callbacks=[PhaseSwitch()], **options).fit(BoringModel())
-        explain_to_twin(["onebit_ddp"])  # as importing the package does if the twin was imported first
-        with pytest.raises(TypeError, match="works with the package `lightning`, not with its twin"):
-            twin.Trainer(strategy="onebit_ddp", **options)
+            pytorch_lightning.Trainer(callbacks=[PhaseSwitch()], **options).fit(BoringModel())
+        register_refusals(["onebit_ddp"])  # as importing ours does if that was imported first
+        with pytest.raises(TypeError, match="works with the package `lightning`, not with `pytorch_lightning`"):
+            pytorch_lightning.Trainer(strategy="onebit_ddp", **options)
 
     run_trainers(1, fn)

@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 from trainers import Classifier, adam, fit, make_trainer, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, frozen
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.comm.compressed_allreduce import CompressedBucket
 from lightning_onebit.comm.exchanger import Lane
 from lightning_onebit.comm.groups import new_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine import frozen
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.quantize.reference import ReferenceCodec
 
@@ -235,7 +236,7 @@ def test_overlapped_training_equals_deferred_bitwise(make_model, options, traine
             switch = PhaseSwitch(FixedStep(4))
             trainer, recorder = fit(strategy, 2, batches=36, model=make_model(), callbacks=[switch], **trainer_options)
             assert recorder.phases[-1] is Phase.COMPRESSED
-            assert trainer.strategy._overlaps is overlap
+            assert trainer.strategy._phases.overlaps is overlap
             return recorder.params
 
         assert same_params(run(True), run(False))
@@ -338,7 +339,7 @@ def test_overlap_is_refused_where_gradients_may_change_and_auto_does_without(opt
             fit(OneBitDDPStrategy(overlap=True), 2, **options_of_run)
         trainer, recorder = fit(OneBitDDPStrategy(), 2, **options_of_run)
         assert recorder.phases[-1] is Phase.COMPRESSED
-        assert not trainer.strategy._overlaps
+        assert not trainer.strategy._phases.overlaps
 
     run_trainers(2, fn)
 

@@ -33,11 +33,11 @@ class Tied(Classifier):
 
     def __init__(self):
         super().__init__()
-        self.body[2].weight = self.body_twin = nn.Parameter(torch.randn(16, 16) / 4)
+        self.body[2].weight = self.tied = nn.Parameter(torch.randn(16, 16) / 4)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return F.cross_entropy(self.head(self.body(x) @ self.body_twin), y)
+        return F.cross_entropy(self.head(self.body(x) @ self.tied), y)
 
 
 class Odd(Classifier):
@@ -395,7 +395,7 @@ def test_a_parameter_outside_the_module_is_an_error():
         with pytest.raises(RuntimeError, match=r"drift apart.*one of shape \(3, 2\).*no submodule.*HINT: register"):
             compress(model)
         trainer = fit("onebit_ddp", 2, batches=1, model=Classifier())[0]
-        assert trainer.strategy._averaged == set(trainer.lightning_module.parameters())
+        assert trainer.strategy._phases.steps.averaged == set(trainer.lightning_module.parameters())
 
     run_trainers(2, fn)
 

@@ -128,7 +128,7 @@ def test_ranks_agree_bitwise_and_learn_in_the_compressed_phase(precision, fused)
         options = {"batches": 60, "callbacks": [PhaseSwitch(FixedStep(8))], **precision_options(precision)}
         trainer, recorder = fit("onebit_ddp", 2, model=model, **options)
         assert recorder.phases[-40:] == [COMPRESSED] * 40
-        assert not trainer.strategy._overlaps
+        assert not trainer.strategy._phases.overlaps
         assert trainer.callback_metrics["train_loss"] < 1.2  # from 1.7
         return recorder.params
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_onebit.config import MEBIBYTE
-from lightning_onebit.lightning.trainer_strategy import strategy_of
+from lightning_onebit.lightning.callbacks.strategy import strategy_of
 from lightning_onebit.phase import Phase
 
 

@@ -8,8 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from typing_extensions import override
 
-from lightning_onebit.lightning.phases import TwoPhases
-from lightning_onebit.lightning.trainer_strategy import strategy_of
+from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 
 
 class DivergenceGuard(Callback):
@@ -20,8 +19,8 @@ class DivergenceGuard(Callback):
     which names the ranks, the step, the first parameter that differs and the last step at which all was equal.
 
     What is compared is a checksum: one pass over memory, and 16 bytes from each rank. A change within one element is
-    always found, any other is missed once in 2^32 times; see :mod:`lightning_onebit.consistency.checksum`. The end of training is
-    checked as well. The strategy adds one with the default interval if the Trainer has none.
+    always found, any other is missed once in 2^32 times (:mod:`lightning_onebit.consistency.checksum`). The end of training
+    is checked as well. The strategy adds one with the default interval if the Trainer has none.
 
     Args:
         every_n_steps: optimizer steps between comparisons, those of all optimizers added up; ``None``: never.
@@ -50,7 +49,7 @@ class DivergenceGuard(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.after_step(strategy_of(trainer), is_last=True)
 
-    def after_step(self, strategy: TwoPhases, *, is_last: bool = False) -> None:
+    def after_step(self, strategy: TwoPhaseStrategy, *, is_last: bool = False) -> None:
         """Compare, if enough steps have been made since the last time. Collective.
 
         Args:

@@ -16,8 +16,7 @@ from typing_extensions import override
 
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
-from lightning_onebit.lightning.phases import TwoPhases
-from lightning_onebit.lightning.trainer_strategy import strategy_of
+from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 from lightning_onebit.phase import Phase
 
 
@@ -67,8 +66,8 @@ class PhaseSwitch(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.after_step(strategy_of(trainer), pl_module)
 
-    def start(self, strategy: TwoPhases, *, total_steps: float) -> None:
-        """Settle the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
+    def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
+        """Fix the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
         if strategy.world_size == 1:
             return
         self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
@@ -76,7 +75,7 @@ class PhaseSwitch(Callback):
             for remark in self._plan.remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
-    def after_step(self, strategy: TwoPhases, module: nn.Module) -> None:
+    def after_step(self, strategy: TwoPhaseStrategy, module: nn.Module) -> None:
         """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
         if strategy.world_size == 1:
             return
@@ -147,11 +146,11 @@ class PhaseSwitch(Callback):
 def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
     """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it."""
     name_of = {p: name for name, p in module.named_parameters()}
-    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    param_groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     names: list[str] = []
     norms: list[Tensor] = []
     corrections: list[float] = []
-    for optimizer, group in groups:
+    for optimizer, group in param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if "exp_avg_sq" in state and float(state["step"]) > 0:
@@ -162,12 +161,12 @@ def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Ob
     return Observation(
         step=step,
         variances={n: value / correction for n, value, correction in zip(names, values, corrections, strict=True)},
-        learning_rate=max((float(group["lr"]) for _, group in groups), default=0.0),
+        learning_rate=max((float(group["lr"]) for _, group in param_groups), default=0.0),
     )
 
 
 def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
-    """The decay of the second moment that takes longest to settle."""
+    """The decay of the second moment that averages over most steps."""
     return max((float(group["betas"][1]) for o in optimizers for group in o.param_groups), default=0.0)
 
 

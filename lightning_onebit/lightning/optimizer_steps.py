@@ -1,0 +1,179 @@
+"""A step of an optimizer in either phase: who makes it, whether it was made, and what would let the ranks drift apart."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import Precision
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.stats import PhaseCounters
+from lightning_onebit.engine.flat import all_finite
+from lightning_onebit.engine.nonfinite import Found, SkippedSteps
+from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.lightning.compressible import listed
+from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
+from lightning_onebit.methods import parameters_of
+from lightning_onebit.phase import Phase
+
+
+class OptimizerSteps:
+    """Steps of the optimizers of a run. The phase controller owns it, and sets ``phase``, ``counters`` and ``compressed``.
+
+    Args:
+        names: parameter names for messages; read whenever there is one, so the owner may fill it later.
+        max_skipped_steps: how many skipped steps in a row end the run; ``None``: none do.
+        counters: where dense steps are counted.
+    """
+
+    def __init__(self, names: Mapping[Tensor, str], max_skipped_steps: int | None, counters: PhaseCounters) -> None:
+        self.phase = Phase.WARMUP
+        self.counters = counters
+        self.compressed: dict[Optimizer, CompressedOptimizer] = {}
+        """What steps an optimizer in the compressed phase: empty in warm-up, and without those that cannot be compressed."""
+        self.made: dict[Optimizer, int] = {}
+        """Steps that each optimizer of the run has made; skipped ones do not count."""
+        self.averaged: set[Tensor] = set()
+        """Parameters whose gradients DDP knows, and averages unless they are to stay local."""
+        self.is_alone = False
+        """Whether there is one process only."""
+        self.is_torn = False
+        """Whether an exception came within a compressed step, when some parameters may be those of the next one."""
+        self.scales_losses = False
+        """Whether a loss scaler decides which steps are made."""
+        self._precision: Precision | None = None
+        self._names = names
+        self._max_skipped_steps = max_skipped_steps
+        self._skipped: dict[Optimizer, SkippedSteps] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._stepping = False
+
+    def add(self, optimizer: Optimizer, precision: Precision, *, can_be_compressed: bool) -> None:
+        """Count the steps of ``optimizer``; if it can be compressed, also guard them and count those that are skipped."""
+        self.made[optimizer] = 0
+        self.is_alone = Communicator().world_size == 1
+        self._precision, self.scales_losses = precision, uses_loss_scaling(precision)
+        if can_be_compressed:
+            self._skipped[optimizer] = SkippedSteps(self._max_skipped_steps, optimizer=type(optimizer).__name__)
+            self._hooks.append(optimizer.register_step_pre_hook(self._refuse_raw_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._count_dense_step))
+
+    def forget(self) -> None:
+        """Forget the optimizers of an earlier run."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._skipped.clear()
+        self.made.clear()
+        self.averaged.clear()
+
+    @property
+    def skipped(self) -> int:
+        """Steps that all ranks skipped because a gradient was infinite or NaN, those of all optimizers added up."""
+        return sum(skipped.total for skipped in self._skipped.values())
+
+    @contextmanager
+    def step(self, optimizer: Optimizer) -> Iterator[None]:
+        """Within, ask the optimizer for one step: in the compressed phase ``optimizer.step`` is the compressed step.
+
+        The object stays the same, as schedulers are bound to it; only its ``step`` is another one for the duration.
+
+        Raises:
+            FloatingPointError: on all ranks, at the end, after too many skipped steps in a row.
+        """
+        compressed, made_before = self.compressed.get(optimizer), self.made.get(optimizer, 0)
+        if compressed is None:
+            yield
+        else:
+
+            def compressed_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+                loss = None
+                if closure is not None:
+                    with torch.enable_grad():
+                        loss = closure()  # leaves local gradients in `p.grad`
+                self.is_torn = True
+                # Only a fused optimizer has the attribute, while a loss scaler calls it.
+                skip = hasattr(optimizer, "found_inf") and found_inf_after_unscaling_(optimizer)
+                self.made[optimizer] += compressed.step(skip=skip)  # steps 1 to 6 of the algorithm
+                self.is_torn = False
+                return loss
+
+            step_of_user = optimizer.__dict__.get("step")  # a scheduler's wrapper
+            # The decorator runs the step hooks, as for every torch optimizer.
+            optimizer.step = types.MethodType(Optimizer.profile_hook_step(compressed_step), optimizer)  # type: ignore[method-assign]
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+            self._stepping = True
+            try:
+                yield
+            finally:
+                self._stepping = False
+                if step_of_user is None:
+                    del optimizer.step
+                else:
+                    optimizer.step = step_of_user  # type: ignore[method-assign]
+        if (skipped := self._skipped.get(optimizer)) is not None:
+            if self.made[optimizer] > made_before:
+                skipped.made()
+            else:
+                self._count_skipped(optimizer, skipped)
+        if compressed is None:
+            self.counters.steps += 1  # the engine counts compressed ones
+
+    def _count_skipped(self, optimizer: Optimizer, skipped: SkippedSteps) -> None:
+        """No step was made. In warm-up only a loss scaler refuses one, for averaged gradients."""
+        compressed = self.compressed.get(optimizer)
+        scale = None if self._precision is None else loss_scale(self._precision)
+        if compressed is not None:
+            if compressed.consensus.found_nonfinite:
+                skipped.skipped(compressed.consensus.nonfinite_gradients, self._names, scale=scale)
+                compressed.consensus.forget_nonfinite()
+        elif self.scales_losses:
+            found: Found = {p: () for p in parameters_of(optimizer) if p.grad is not None and not all_finite([p.grad])}
+            if found:
+                skipped.skipped(lambda: found, self._names, scale=scale)
+
+    def _refuse_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
+        if self.phase is Phase.COMPRESSED and not self._stepping:
+            raise RuntimeError(
+                "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
+                " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the"
+                " optimizer that `fabric.setup` returned."
+            )
+
+    def _count_dense_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
+        if self.phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
+            has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            self.made[optimizer] += has_gradient
+
+    def count_loaded(self) -> None:
+        """Go on counting where the state that was loaded into the optimizers stopped."""
+        for optimizer in self.made:
+            steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
+            self.made[optimizer] = int(max(steps, default=0))
+
+    def unaveraged(self) -> list[Tensor]:
+        """Parameters that are trained, but that DDP does not know. A single process need not average any."""
+        unaveraged = []
+        if not self.is_alone:
+            for optimizer in self.made:
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        if p.requires_grad and p not in self.averaged:
+                            unaveraged.append(p)
+        return unaveraged
+
+
+def unaveraged_error(unaveraged: Sequence[Tensor], names: Mapping[Tensor, str], reason: str) -> RuntimeError:
+    """The error for what :meth:`OptimizerSteps.unaveraged` found, with the ``reason`` why DDP does not know it."""
+    return RuntimeError(
+        f"The ranks would drift apart: DDP does not average the gradient of {listed(unaveraged, names)}, as {reason}."
+    )

@@ -1,0 +1,330 @@
+"""The two phases of a run and the switch between them, for the Trainer's strategy and Fabric's alike.
+
+In warm-up DDP averages all gradients, and the optimizers are the user's own. :meth:`PhaseController.freeze_variance` ends
+the warm-up in two moves. At once, gradients of compressed optimizers stay local from the next backward on. Before that
+backward, each such optimizer hands its state to a :class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`; until
+then ("pending") that state can be saved as what it is, the warm-up's last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Literal, Protocol
+from weakref import ref
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_onebit.comm.exchanger import AnyLane, InlineLane, make_lane
+from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.comm.topology import ALONE, Topology
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.consistency.agreement import agreement
+from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
+from lightning_onebit.consistency.ranks import Ranks
+from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
+from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
+from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
+from lightning_onebit.lightning.process_groups import make_process_groups
+from lightning_onebit.methods import parameters_of
+from lightning_onebit.phase import Phase
+from lightning_onebit.quantize.reference import ReferenceCodec
+
+NOT_RUNNING = (
+    "needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a callback, or from the training loop."
+)
+
+
+class ConfiguredStrategy(Ranks, Protocol):
+    """What the controller asks of the DDP strategy that has it: settings, and where this process is."""
+
+    config: CompressionConfig
+    overlap: bool | Literal["auto"]
+    hierarchical: bool | Literal["auto"]
+    max_skipped_steps: int | None
+
+
+class PhaseController:
+    """Owns the phase, the state of the DDP hook, the compressed optimizers, the process groups and the exchanger.
+
+    Creating it starts no thread and no process group, and takes no lock: spawning processes pickles it with its strategy.
+
+    Args:
+        strategy: the DDP strategy that has this controller. It is asked whenever an answer is needed.
+
+    Raises:
+        ValueError: if a setting of the strategy is outside its domain.
+    """
+
+    def __init__(self, strategy: ConfiguredStrategy) -> None:
+        for name in ("overlap", "hierarchical"):
+            if (value := getattr(strategy, name)) not in (True, False, "auto"):
+                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
+        self._strategy = strategy
+        self.comm_stats = CommStats()
+        self.names: dict[Tensor, str] = {}
+        """Parameter names for messages and checkpoints; the strategy fills it."""
+        self.steps = OptimizerSteps(self.names, strategy.max_skipped_steps, self.comm_stats[Phase.WARMUP])
+        self.optimizers = CompressibleOptimizers()
+        self.is_pending = False
+        """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
+        self.overlaps = False
+        """Whether buckets are sent during backward, once compressed."""
+        self.has_waiting_gradients = False
+        """Whether there was a backward since the last step."""
+        self.hook_state: HookState | None = None
+        """Of the DDP hook; ``None`` while no run is set up."""
+        self.topology: Topology = ALONE
+        self.groups: ExchangeGroups | None = None
+        self._exchanger: AnyLane = InlineLane()
+        self._frozen: set[Tensor] = set()
+        self._replicas: dict[Tensor, str] = {}
+        self._agreed_after: int | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self.steps.phase
+
+    @property
+    def compressed(self) -> dict[Optimizer, CompressedOptimizer]:
+        """What steps the optimizers in the compressed phase, unless it is pending."""
+        return self.steps.compressed
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
+        return min((self.steps.made[optimizer] for optimizer in self.optimizers.compressed), default=0)
+
+    @property
+    def space(self) -> str:
+        """What errors are kept in; a single rank decides for itself."""
+        return self._strategy.config.space if self._strategy.world_size > 1 else "update"
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The strategy's own arguments, by name."""
+        strategy = self._strategy
+        options = {**vars(strategy.config), "overlap": strategy.overlap, "hierarchical": strategy.hierarchical}
+        return {**options, "max_skipped_steps": strategy.max_skipped_steps}
+
+    def __repr__(self) -> str:
+        overlap, hierarchical = repr(self._strategy.overlap), repr(self._strategy.hierarchical)
+        if self.hook_state is not None:  # what was chosen is known
+            overlap += " (during backward)" if self.overlaps else " (in the optimizer step)"
+        t = self.topology
+        if t.world_size > 1:
+            ranks = f"flat, {t.world_size} ranks" if t.is_flat else f"{t.num_nodes} nodes of {t.local_world_size} ranks"
+            hierarchical += f" ({ranks})"
+        c = self._strategy.config
+        return (
+            f"{type(self._strategy).__name__}(phase={self.phase.name}, optimizer_steps={self.optimizer_steps},"
+            f" block_size={c.block_size}, scale={c.scale!r}, space={c.space!r}, bucket_cap_mb={c.bucket_cap_mb},"
+            f" overlap={overlap}, hierarchical={hierarchical})"
+        )
+
+    # The switch
+
+    def freeze_variance(self) -> None:
+        """Freeze the second moment and compress from the next optimizer step on. Collective; see the strategies."""
+        if self.phase is Phase.COMPRESSED:
+            return
+        if self.hook_state is None:
+            raise RuntimeError(f"freeze_variance() {NOT_RUNNING}")
+        if self.optimizer_steps == 0:
+            waiting = [type(o).__name__ for o in self.optimizers.compressed if not self.steps.made[o]]
+            raise RuntimeError(
+                f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
+                " yet. HINT: call it after a step."
+            )
+        with agreement(Communicator(), self._strategy.root_device, about="the second moments to be frozen"):
+            for optimizer in self.optimizers.compressed:
+                check_second_moments(optimizer, self.names)
+        self.enter_compressed_phase()
+
+    def enter_compressed_phase(self) -> None:
+        """Gradients stay local from the next backward on; :meth:`begin_compressing` freezes the optimizers' state."""
+        assert self.hook_state is not None
+        compressed, dense = parameters_of(*self.optimizers.compressed), parameters_of(*self.optimizers.dense)
+        # What a dense optimizer has as well is averaged: that one needs the mean, and the compressed one can do with it.
+        self.hook_state.local = set(compressed) - set(dense)
+        have_state = {p for optimizer in self.optimizers.compressed for p, state in optimizer.state.items() if state}
+        self._frozen = {p for p in compressed if p.requires_grad or p in have_state}
+        self.is_pending = True
+        self._set_phase(Phase.COMPRESSED)
+
+    def begin_compressing(self) -> None:
+        """Freeze the optimizers' state, if that is pending. Before the first backward that overlaps. Collective then."""
+        if not self.is_pending:
+            return
+        assert self.hook_state is not None
+        self.is_pending = False
+        world_size, device = self._strategy.world_size, self._strategy.root_device
+        self._exchanger.close()
+        self._exchanger = make_lane(device) if world_size > 1 else InlineLane()
+        with agreement(Communicator(), device, about="the switch to compression"):
+            self.steps.compressed = {
+                optimizer: CompressedOptimizer(
+                    optimizer,
+                    self._strategy.config,
+                    self.hook_state.communicator,
+                    self.names,
+                    groups=self.groups,
+                    lane=self._exchanger,
+                    overlap=self.overlaps,
+                )
+                for optimizer in self.optimizers.compressed
+            }
+        if self.overlaps:
+            (compressed,) = self.compressed.values()
+            self.hook_state.gradients_ready = compressed.gradients_ready
+        if world_size == 1:
+            return
+        codecs = sorted({name for compressed in self.compressed.values() for name in compressed.codec_names})
+        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the codec {' and '.join(map(repr, codecs))}.")
+        if ReferenceCodec.name in codecs:
+            rank_zero_warn(
+                "There is no fast codec for this device, so compression runs as plain torch operations, many times slower."
+                " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
+            )
+
+    def resume_warmup(self) -> None:
+        """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
+        if self.phase is Phase.WARMUP:
+            return
+        self.begin_compressing()  # gradients may be local already
+        for compressed in self.compressed.values():
+            compressed.thaw_()
+        self.compressed.clear()
+        self._set_phase(Phase.WARMUP)
+
+    def drop_compressed_state(self) -> None:
+        """Back to warm-up because the optimizers' state is about to be replaced: drop what error feedback holds."""
+        for compressed in self.compressed.values():
+            compressed.close()
+        self.compressed.clear()
+        self._set_phase(Phase.WARMUP)
+
+    def retire(self) -> None:
+        """Give the optimizers their own state back, without what error feedback holds. Not collective."""
+        for compressed in self.compressed.values():
+            compressed.retire_()
+        self.compressed.clear()
+
+    def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None:
+        """Be in the phase in which a checkpoint was saved; errors start at zero. Collective.
+
+        Args:
+            phase: of then; the optimizers have loaded their stock state.
+            is_pending: whether their state was still that of the warm-up's end.
+            ddp_buckets: names of the parameters in DDP's buckets of then, to average in the same order; empty: no matter.
+        """
+        if ddp_buckets and self.hook_state is not None:
+            by_name = {name: p for p, name in self.names.items()}
+            self.hook_state.regrouping = Regrouping([[by_name[n] for n in names if n in by_name] for names in ddp_buckets])
+        if phase is Phase.COMPRESSED:
+            self.enter_compressed_phase()
+            if not is_pending:
+                self.begin_compressing()
+
+    def _set_phase(self, phase: Phase) -> None:
+        counters = self.comm_stats[phase]
+        self.steps.phase, self.steps.counters = phase, counters
+        self.is_pending = self.is_pending and phase is Phase.COMPRESSED
+        if self.hook_state is not None:
+            self.hook_state.communicator.counters = counters
+            if phase is Phase.WARMUP:
+                self.hook_state.local = frozenset()
+                self.hook_state.gradients_ready = None
+        if self.groups is not None:
+            self.groups.count_into(counters)
+
+    # A run's beginning and end
+
+    def communicate_for(self, model: DistributedDataParallel, timeout: timedelta | None) -> None:
+        """Take over DDP's communication of gradients. Collective for the first model of a run.
+
+        Args:
+            model: whose hook is registered here.
+            timeout: for collectives of the new process groups; ``None``: the library's default.
+        """
+        if self.hook_state is None:
+            communicator = Communicator()
+            self.hook_state = HookState(communicator)
+            self.topology, self.groups = make_process_groups(
+                self._strategy, self._strategy.hierarchical, communicator, timeout
+            )
+            self.hook_state.local_world_size = self.topology.local_world_size
+            self._set_phase(self.phase)
+        model.register_comm_hook(self.hook_state, phase_hook)
+        self.hook_state.regrouping = None
+        self.hook_state.model, self.hook_state.backwards = ref(model), 0
+        # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
+        self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
+        self._replicas.update(replicas(model))
+
+    def forget_run(self) -> None:
+        """Forget an earlier run, but not the process groups."""
+        self.drop_compressed_state()
+        self.steps.forget()
+        self.optimizers = CompressibleOptimizers()
+        self._replicas.clear()
+        self._agreed_after = None
+        self.comm_stats = CommStats()
+        self._set_phase(Phase.WARMUP)
+
+    def release(self, *, after_failure: bool) -> None:
+        """End the thread and the process groups. What was trained can still be saved.
+
+        Args:
+            after_failure: whether the other ranks may be anywhere.
+        """
+        self._exchanger.close()
+        self.hook_state = None
+        # NCCL's way of ending a group waits for the other ranks.
+        if self.groups is not None and not (after_failure and self._strategy.root_device.type == "cuda"):
+            self.groups.destroy()
+        self.groups = None
+
+    # What the ranks know of each other
+
+    def check_ranks_agree(self) -> None:
+        """Compare parameters, momentum and second moments of all ranks, bit for bit. Collective; see the strategies."""
+        if self.hook_state is None:
+            raise RuntimeError(f"check_ranks_agree() {NOT_RUNNING}")
+        if self._strategy.world_size == 1:
+            return
+        state = replicated_state(self.optimizers.compressed, self.compressed)
+        communicator, device = self.hook_state.communicator, self._strategy.root_device
+        difference = difference_between_ranks(self._replicas, state, communicator, device)
+        if difference is not None:
+            raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
+        self._agreed_after = self.optimizer_steps
+
+    def broadcast_decision(self, decision: bool) -> bool:
+        """Rank 0's decision, on all ranks. Collective."""
+        assert self.hook_state is not None
+        return bool(self.hook_state.communicator.broadcast_int(int(decision), device=self._strategy.root_device))
+
+    def added_parameters(self) -> list[Tensor]:
+        """In the compressed phase, parameters that are trained since it began, but were not before."""
+        if self.phase is Phase.WARMUP:
+            return []
+        return [p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad and p not in self._frozen]
+
+    def ddp_buckets(self, *, of_next_backward: bool = False) -> list[list[str]]:
+        """Names of the parameters in DDP's buckets, if the result depends on them: not for two ranks.
+
+        Args:
+            of_next_backward: whether DDP may still have to cut them; that is done now. Collective then.
+        """
+        if self.hook_state is None or self._strategy.world_size <= 2:
+            return []
+        if of_next_backward:
+            self.hook_state.look_ahead()
+        return [[self.names.get(p, "") for p in params] for params in self.hook_state.buckets]
