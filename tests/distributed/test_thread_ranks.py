@@ -69,7 +69,9 @@ def compressed_run(communicator, groups=None, **config):
 def test_compressed_steps_are_bitwise_those_of_gloo(config):
     forked = run_ranks(WORLD_SIZE, lambda rank: compressed_run(Communicator(), **config))
     threads = run_threads(WORLD_SIZE, lambda communicator: compressed_run(communicator, **config))
-    for (exact, outstanding, counted), (expected, expected_outstanding, expected_counts) in zip(threads, forked, strict=True):
+    for (exact, outstanding, counted), (expected, expected_outstanding, expected_counts) in zip(
+        threads, forked, strict=True
+    ):
         assert all(torch.equal(a, b) for a, b in zip(exact, expected, strict=True))
         # A dense mean of three in an order that gloo chooses.
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outstanding, expected_outstanding, strict=True))
@@ -181,7 +183,7 @@ def test_other_sizes_and_other_collectives_are_named_on_both_sides(large):
         else:
             communicator.all_reduce_mean_(torch.zeros(1))
 
-    with pytest.raises(RuntimeError, match="different collectives: .*all_(gather|reduce).* on rank .*all_(reduce|gather)"):
+    with pytest.raises(RuntimeError, match=r"different collectives: .*all_(gather|reduce).* on rank .*all_(reduce|gather)"):
         run_threads(3, kinds)
 
     def parts(communicator):
