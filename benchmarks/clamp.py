@@ -317,8 +317,8 @@ def report(settings: argparse.Namespace, displacements: list[Displacement], rare
             ],
         ),
         f"Rare coordinates: {RARE_PER_BLOCK} of the {BLOCK_SIZE} of a block, {settings.windows:g} / (1 - beta2) steps, 1000"
-        " at least. Scale (of a block on a rank in a step with a rare gradient there; mean, largest) and squared worker error"
-        " of the ordinary coordinates: over those of the same block without rare gradients and clamp.",
+        " at least. Scale (of a block on a rank in a step with a rare gradient there; mean, largest) and squared worker"
+        " error of the ordinary coordinates: over those of the same block without rare gradients and clamp.",
         table(
             ("K", "beta2", "n", "kappa", "speed over Adam's", "scale", "largest", "squared error", "ordinary"),
             [
