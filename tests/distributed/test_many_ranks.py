@@ -99,9 +99,9 @@ def drift(world_size):
 def test_displacement_is_that_of_adam(world_size):
     """Invariant 11: within 3% of exact frozen Adam with the same D on the same mean gradient, beta2 0.95 and 0.999.
 
-    Gradients are N(drift_j, 1) on each rank, |drift_j| the same for all j. The estimator is the ratio of sum_j sign(drift_j)
-    D_j dx_j to the same sum of the exact displacement. Both have the same noise in them, so the standard error is that of the
-    difference alone, and taken from its scatter over coordinates: about 0.5%.
+    Gradients are N(drift_j, 1) on each rank, |drift_j| the same for all j. The estimator is the ratio of
+    sum_j sign(drift_j) D_j dx_j to the same sum of the exact displacement. Both have the same noise in them, so the
+    standard error is that of the difference alone, and taken from its scatter over coordinates: about 0.4%.
     """
     sign, common = drift(world_size)
     groups = [{"x": torch.zeros(NUMEL), "lr": LR, "betas": (BETA1, beta2)} for beta2 in BETA2S]
@@ -152,12 +152,12 @@ INTERVAL = 200
 OFTEN = 4
 FIRST_FREQUENT = 5
 LONGEST_WAIT = 64
-LATE_STEPS = 2 * INTERVAL
+LATE_STEPS = 340
 
 
 def rare_event(coordinate, step, world_size):
     """The rank on which this rare coordinate has a gradient in this step, or ``None``: one every INTERVAL steps."""
-    phase = (coordinate * INTERVAL) // (RARE.stop - RARE.start)
+    phase = (coordinate * INTERVAL // 2) // (RARE.stop - RARE.start)  # so that errors have time to follow the second one
     count, rest = divmod(step - phase, INTERVAL)
     return (7 * coordinate + 3 * count) % world_size if rest == 0 and count >= 0 else None
 
@@ -234,7 +234,7 @@ def test_late_coordinates_train_on_all_ranks_at_the_speed_of_adam(world_size):
 # Invariants 2, 3 and 4 at many ranks
 
 SHAPES = [(37, 11), (5,), (), (300,), (20, 24)]
-FEW_STEPS = 10
+FEW_STEPS = 6
 
 
 def some_gradients(rank, step, dtype):
