@@ -12,8 +12,8 @@ infinity would stay in it for ever."""
 class Coefficients(NamedTuple):
     """What steps 1 and 6 of the algorithm need of one parameter::
 
-        1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
-        6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
+    1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
+    6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
     """
 
     beta: float

@@ -30,7 +30,7 @@ from torch import Tensor
 from lightning_onebit.checkpoint.parts import FOREIGN, MISSING, WORLD_SIZE, Part, PartError, Parts, part_errors
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.runs import Run
+from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.methods import parameters_of
 
 CHECKPOINT_KEY = "lightning_onebit"
@@ -91,7 +91,7 @@ class PartContent:
             entry[name] = [[error.start, error.values.numel(), _dtype_name(error.values.dtype)] for error in errors]
             for index, error in enumerate(errors):
                 self.arrays[f"{position}/{name}/{index}"] = error.values.cpu().numpy()
-        places, values = compressed.private_variances()
+        places, values = compressed.late_second_moments()
         entry["late"] = places.numel()
         self.arrays[f"{position}/late/places"] = places.cpu().numpy()
         self.arrays[f"{position}/late/values"] = values.cpu().double().numpy()  # holds all dtypes exactly
@@ -198,11 +198,13 @@ def load_errors(
         for c, content in zip(compressed, contents, strict=True):
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
-                c.add_errors_([Run(error.start, error.values * (weight or 1.0)) for error in worker], content.server)
+                c.add_errors_(
+                    [ElementRange(error.start, error.values * (weight or 1.0)) for error in worker], content.server
+                )
             elif topology.world_size == 1:  # which have no errors: it is the momentum
                 c.add_momentum_(content.worker)
             if rank // old.local_world_size == min(weights):
-                c.set_private_variances_(*content.private)
+                c.set_late_second_moments_(*content.private)
         return all(content.same_chunks for content in contents)
 
     same = (old.num_nodes, old.local_world_size) == (topology.num_nodes, topology.local_world_size)
@@ -254,8 +256,8 @@ def load_gradients(
 class _Content:
     """What a part holds of one optimizer."""
 
-    worker: list[Run]
-    server: list[Run]
+    worker: list[ElementRange]
+    server: list[ElementRange]
     """Those that touch this rank's chunks."""
     private: tuple[Tensor, Tensor]
     same_chunks: bool
@@ -267,14 +269,14 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         if entry["numels"] != [p.numel() for p in parameters_of(compressed.optimizer)]:
             raise PartError(FOREIGN, "its parameters have other sizes")
 
-        def read_errors(name: str, targets: Sequence[Run] | None = None) -> list[Run]:
+        def read_errors(name: str, targets: Sequence[ElementRange] | None = None) -> list[ElementRange]:
             found = []
             for index, (start, numel, dtype) in enumerate(entry[name]):
                 if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
                     array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
                     if not np.isfinite(array).all():
                         raise ValueError(f"{name} {index} is not finite")
-                    found.append(Run(int(start), torch.from_numpy(array)))
+                    found.append(ElementRange(int(start), torch.from_numpy(array)))
             return found
 
         chunks = compressed.server_errors()

@@ -13,9 +13,9 @@ from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
-from lightning_onebit.quantize2 import Kernels, make_kernels
-from lightning_onebit.quantize2.layout import plan_buckets
-from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize import Kernels, make_kernels
+from lightning_onebit.quantize.layout import plan_buckets
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 
 
 def exchange_(memory: BucketMemory, groups: ExchangeGroups, kernels: Kernels, step: StepInputs, *, commit: bool) -> None:

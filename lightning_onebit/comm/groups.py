@@ -18,7 +18,7 @@ class ExchangeGroups:
     peers: Communicator
     """Across nodes: signs."""
     node: Communicator | None = None
-    """Inside the node: the results of the other shards. ``None`` on a flat network."""
+    """Inside the node: the results of the other shares. ``None`` on a flat network."""
     averaging: Communicator | None = None
     """Inside the node, used by the training thread: gradients. ``None`` on a flat network."""
 
@@ -52,8 +52,8 @@ def new_groups(topology: Topology, timeout: timedelta | None) -> ExchangeGroups:
         own = next(group for group, ranks in groups if topology.rank in ranks)
         return Communicator(own, waits=waits, within_node=within_node)
 
-    shards = [replace(topology, local_rank=r).peers for r in range(topology.local_world_size)]
-    peers = communicator(shards, waits=False, within_node=False)
+    shares = [replace(topology, local_rank=r).peers for r in range(topology.local_world_size)]
+    peers = communicator(shares, waits=False, within_node=False)
     if topology.is_flat:
         return ExchangeGroups(topology=topology, peers=peers)
     nodes = [replace(topology, node_rank=r).node for r in range(topology.num_nodes)]

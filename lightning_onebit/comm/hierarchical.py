@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_onebit.comm.groups import ExchangeGroups
-from lightning_onebit.quantize2.memory import BucketMemory
+from lightning_onebit.quantize.memory import BucketMemory
 
 
 class NodeAverage:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Topology:
     """One rank among ``num_nodes * local_world_size``. Ranks are numbered node by node.
 
-    Ranks with the same ``local_rank`` are *peers*: they exchange signs with each other, about their *shard*, the
+    Ranks with the same ``local_rank`` are *peers*: they exchange signs with each other, about their *share*, the
     ``1 / local_world_size`` of every bucket that they stand for. On a flat network each rank is a node of its own.
     """
 
@@ -32,12 +32,12 @@ class Topology:
 
     @property
     def chunk(self) -> int:
-        """The chunk of every bucket that this rank serves. Chunks are numbered shard by shard."""
+        """The chunk of every bucket that this rank serves. Chunks are numbered share by share."""
         return self.local_rank * self.num_nodes + self.node_rank
 
     @property
-    def shard(self) -> range:
-        """The chunks of this rank's shard, one for each peer, in the order of the nodes."""
+    def share(self) -> range:
+        """The chunks of this rank's share, one for each peer, in the order of the nodes."""
         first = self.local_rank * self.num_nodes
         return range(first, first + self.num_nodes)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_onebit.engine.flat import flat_view, is_dense
+from lightning_onebit.flat import flat_view, is_dense
 
 MULTIPLIER = 6364136223846793005
 """A: Knuth's, of the random number generator MMIX."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.checksum import Checksum
+from lightning_onebit.methods import method_for
 
 KINDS = ("value", "momentum", "second moment")
 """Of what belongs to a parameter, the parts that are told apart."""
@@ -62,10 +63,15 @@ def replicated_state(
         if optimizer in compressed:
             yield from compressed[optimizer].replicated_state()
             continue
-        for p, state in optimizer.state.items():
-            if "exp_avg" in state and "exp_avg_sq" in state:
-                yield p, "momentum", [state["exp_avg"]]
-                yield p, "second moment", [state["exp_avg_sq"]]
+        method = method_for(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                momentum, second_moment = method.momentum(state), method.second_moment(state, group)
+                if momentum is not None:
+                    yield p, "momentum", [momentum]
+                if second_moment is not None:
+                    yield p, "second moment", [second_moment]
 
 
 def difference_between_ranks(

@@ -115,9 +115,7 @@ class StepAgreement:
         The first look at them counts: what comes after it, as clipping, makes others so.
         """
         if self._nonfinite_here is None:
-            self._nonfinite_here = [
-                p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self._parameters
-            ]
+            self._nonfinite_here = [p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self._parameters]
 
     def forget_nonfinite(self) -> None:
         """What was found concerned a step that is over."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,14 @@ from torch.optim import Optimizer
 from lightning_onebit.comm.compressed_allreduce import error_dtype
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.flat import flat_view, unflatten_like
 from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places
+from lightning_onebit.flat import flat_view, unflatten_like
 from lightning_onebit.methods.base import Method
-from lightning_onebit.quantize2 import Kernels, make_kernels
-from lightning_onebit.quantize2.exact import ExactKernels
-from lightning_onebit.quantize2.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
-from lightning_onebit.quantize2.memory import BucketMemory, Encoded
-from lightning_onebit.quantize2.reference import ReferenceKernels, pack_bits, unpack_bits
-
-Replicated = Literal["momentum", "second moment"]
-"""What an optimizer keeps of a parameter, alike on all ranks."""
+from lightning_onebit.quantize import Kernels, make_kernels
+from lightning_onebit.quantize.exact import ExactKernels
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
+from lightning_onebit.quantize.memory import BucketMemory, Encoded
+from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class Buckets:
             # Bucket by bucket, as the stock state is freed: no second copy of all of it.
             memory = BucketMemory(
                 layout,
-                share=self.topology.shard,
+                share=self.topology.share,
                 chunk=self.topology.chunk if self.is_quantized else None,
                 has_rms=method.has_second_moment,
                 keeps_before=keeps_before,
@@ -441,8 +438,8 @@ class Buckets:
             if name in expected and not bool((entry[name].isfinite() & (entry[name] >= 0)).all()):
                 raise ValueError(f"`{name}` holds infinite, NaN or negative values")
 
-    def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
-        """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
+    def replicated_state(self) -> Iterator[tuple[Tensor, str, Iterable[Tensor]]]:
+        """See :class:`~lightning_onebit.consistency.divergence.HasReplicatedState`."""
         for part in (part for parts in self.parts for part in parts):
             p, memory = self.params[part.parameter], part.memory
             if self.is_quantized:

@@ -26,20 +26,20 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from lightning_onebit.coefficients import Coefficients
-from lightning_onebit.comm.compressed_allreduce import error_dtype, exchange_
+from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.exchanger import Exchange, Exchanger, InlineExchanger
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.step import Outcome, StepAgreement
-from lightning_onebit.engine.buckets import Buckets, Replicated
+from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, sketch_numel
-from lightning_onebit.engine.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
+from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.methods import method_for, parameters_of
-from lightning_onebit.quantize2.memory import StepInputs
+from lightning_onebit.quantize.memory import StepInputs
 
 
 class CompressedOptimizer:
@@ -227,7 +227,9 @@ class CompressedOptimizer:
         for each in self._sets:
             each.set_active_(outcome, self._params)
             if outcome.counts:
-                each.count_step_(refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups)
+                each.count_step_(
+                    refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups
+                )
             elif self._num_sent:
                 for memory in each.buckets.memories:
                     memory.turn_results_()  # back to the last average that counts
@@ -423,7 +425,7 @@ class CompressedOptimizer:
         for each in self._sets:
             each.buckets.add_momentum_(momentum)
 
-    def replicated_state(self) -> Iterator[tuple[Tensor, Replicated, Iterable[Tensor]]]:
+    def replicated_state(self) -> Iterator[tuple[Tensor, str, Iterable[Tensor]]]:
         """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
         for each in self._sets:
             yield from each.buckets.replicated_state()

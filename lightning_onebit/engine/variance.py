@@ -24,8 +24,8 @@ from torch import Tensor
 
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.engine.buckets import Buckets, Part, square_root_
-from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
-from lightning_onebit.quantize2.reference import pack_bits, unpack_bits
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference import pack_bits, unpack_bits
 
 REFRESH_STEPS = 64
 """Steps between refreshes: with a full one, later, 1/8 bit per element and step."""
@@ -159,7 +159,9 @@ class LateCoordinates:
         """v = mean_i v_i of all coordinates of the bucket; those of this rank's share are written to ``second_moment``."""
         own, peers = self._own, groups.peers
         numel = own.stop - own.start
-        flags = torch.zeros(-(-numel // COORDINATES_PER_FLAG) * COORDINATES_PER_FLAG, dtype=torch.uint8).to(self.places.device)
+        flags = torch.zeros(-(-numel // COORDINATES_PER_FLAG) * COORDINATES_PER_FLAG, dtype=torch.uint8).to(
+            self.places.device
+        )
         flags[:numel] = self.second_moment > 0
         touched = flags.view(-1, COORDINATES_PER_FLAG).amax(dim=1) if numel else flags
         if numel:
@@ -178,7 +180,10 @@ class LateCoordinates:
 
     def _share_sizes(self) -> list[int]:
         topology, layout = self._buckets.topology, self.memory.layout
-        starts = [layout.flat_of(range(r * topology.num_nodes, r * topology.num_nodes + 1))[0] for r in range(topology.local_world_size)]
+        starts = [
+            layout.flat_of(range(r * topology.num_nodes, r * topology.num_nodes + 1))[0]
+            for r in range(topology.local_world_size)
+        ]
         cuts = torch.searchsorted(self.places, torch.tensor(starts, dtype=torch.int32, device=self.places.device)).tolist()
         return [stop - start for start, stop in zip(cuts, [*cuts[1:], len(self)], strict=True)]
 
@@ -254,8 +259,10 @@ class LateCoordinates:
                 continue
             elements, live_since = entry["late"].to(self.places), entry["live_since"].to(self.live_since)
             numel = self._buckets.params[part.parameter].numel()
-            if elements.shape != live_since.shape or elements.dim() != 1 or not bool(
-                ((elements >= 0) & (elements < numel)).all() & (elements.diff() > 0).all()
+            if (
+                elements.shape != live_since.shape
+                or elements.dim() != 1
+                or not bool(((elements >= 0) & (elements < numel)).all() & (elements.diff() > 0).all())
             ):
                 raise ValueError("`late` or `live_since` does not fit the parameter")
             inside = (elements >= part.start) & (elements < part.start + part.numel)

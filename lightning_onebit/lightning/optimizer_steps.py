@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import PhaseCounters
-from lightning_onebit.engine.flat import all_finite
 from lightning_onebit.engine.nonfinite import Found, SkippedSteps
 from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.flat import all_finite
 from lightning_onebit.lightning.compressible import listed
 from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
 from lightning_onebit.methods import parameters_of
@@ -131,9 +131,9 @@ class OptimizerSteps:
         compressed = self.compressed.get(optimizer)
         scale = None if self._precision is None else loss_scale(self._precision)
         if compressed is not None:
-            if compressed.consensus.found_nonfinite:
-                skipped.skipped(compressed.consensus.nonfinite_gradients, self._names, scale=scale)
-                compressed.consensus.forget_nonfinite()
+            if compressed.agreement.found_nonfinite:
+                skipped.skipped(compressed.agreement.nonfinite_gradients, self._names, scale=scale)
+                compressed.agreement.forget_nonfinite()
         elif self.scales_losses:
             found: Found = {p: () for p in parameters_of(optimizer) if p.grad is not None and not all_finite([p.grad])}
             if found:
@@ -157,6 +157,7 @@ class OptimizerSteps:
     def count_loaded(self) -> None:
         """Go on counting where the state that was loaded into the optimizers stopped."""
         for optimizer in self.made:
+            # torch's SGD does not count: then the number is in our own part of a checkpoint, or lost.
             steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
             self.made[optimizer] = int(max(steps, default=0))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_onebit.comm.exchanger import AnyLane, InlineLane, make_lane
+from lightning_onebit.comm.exchanger import Exchanger, InlineExchanger, make_exchanger
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
@@ -32,9 +32,9 @@ from lightning_onebit.lightning.compressible import CompressibleOptimizers
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
-from lightning_onebit.methods import parameters_of
+from lightning_onebit.methods import needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
-from lightning_onebit.quantize.reference import ReferenceCodec
+from lightning_onebit.quantize.reference import ReferenceKernels
 
 NOT_RUNNING = (
     "needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a callback, or from the training loop."
@@ -82,7 +82,7 @@ class PhaseController:
         """Of the DDP hook; ``None`` while no run is set up."""
         self.topology: Topology = ALONE
         self.groups: ExchangeGroups | None = None
-        self._exchanger: AnyLane = InlineLane()
+        self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
         self._replicas: dict[Tensor, str] = {}
         self._agreed_after: int | None = None
@@ -136,8 +136,8 @@ class PhaseController:
             return
         if self.hook_state is None:
             raise RuntimeError(f"freeze_variance() {NOT_RUNNING}")
-        if self.optimizer_steps == 0:
-            waiting = [type(o).__name__ for o in self.optimizers.compressed if not self.steps.made[o]]
+        waiting = [type(o).__name__ for o in self.optimizers.compressed if not self.steps.made[o] and needs_warmup(o)]
+        if waiting:
             raise RuntimeError(
                 f"freeze_variance() was called before the first optimizer step of {', '.join(waiting)}: no second moment"
                 " yet. HINT: call it after a step."
@@ -166,7 +166,7 @@ class PhaseController:
         self.is_pending = False
         world_size, device = self._strategy.world_size, self._strategy.root_device
         self._exchanger.close()
-        self._exchanger = make_lane(device) if world_size > 1 else InlineLane()
+        self._exchanger = make_exchanger(device) if world_size > 1 else InlineExchanger()
         with agreement(Communicator(), device, about="the switch to compression"):
             self.steps.compressed = {
                 optimizer: CompressedOptimizer(
@@ -175,7 +175,7 @@ class PhaseController:
                     self.hook_state.communicator,
                     self.names,
                     groups=self.groups,
-                    lane=self._exchanger,
+                    exchanger=self._exchanger,
                     overlap=self.overlaps,
                 )
                 for optimizer in self.optimizers.compressed
@@ -185,11 +185,11 @@ class PhaseController:
             self.hook_state.gradients_ready = compressed.gradients_ready
         if world_size == 1:
             return
-        codecs = sorted({name for compressed in self.compressed.values() for name in compressed.codec_names})
-        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the codec {' and '.join(map(repr, codecs))}.")
-        if ReferenceCodec.name in codecs:
+        kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
+        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}.")
+        if ReferenceKernels.name in kernels:
             rank_zero_warn(
-                "There is no fast codec for this device, so compression runs as plain torch operations, many times slower."
+                "There are no fast kernels for this device, so compression runs as plain torch operations, many times slower."
                 " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
             )
 
@@ -199,7 +199,7 @@ class PhaseController:
             return
         self.begin_compressing()  # gradients may be local already
         for compressed in self.compressed.values():
-            compressed.thaw_()
+            compressed.give_back_()
         self.compressed.clear()
         self._set_phase(Phase.WARMUP)
 

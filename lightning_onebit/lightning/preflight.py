@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_onebit.consistency.ranks import Ranks
-from lightning_onebit.engine.flat import is_dense
+from lightning_onebit.flat import is_dense
 from lightning_onebit.methods import method_for
 
 COMMUNICATION_ARGUMENTS = (

@@ -35,6 +35,11 @@ def method_for(optimizer: Optimizer) -> Method:
     )
 
 
+def needs_warmup(optimizer: Optimizer) -> bool:
+    """Whether there is a second moment, which must have settled before it can be frozen."""
+    return method_for(optimizer).has_second_moment
+
+
 def hyperparameters(optimizer: Optimizer) -> dict[str, str]:
     """What the ranks must agree on, by name: the values in the parameter groups, as a schedule has set them last."""
     return {

@@ -2,84 +2,52 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.momentum import LocalMomentum
-from lightning_onebit.quantize.cpu import CpuCodec
-from lightning_onebit.quantize.encoded import Encoded
-from lightning_onebit.quantize.layout import CUDA_SEGMENT_NUMEL, SEGMENT_NUMEL
-from lightning_onebit.quantize.reference import ReferenceCodec
-
-OLDEST_TRITON = (3, 7)
-"""How older ones round was never checked; 3.2, which was tried, does not even interpret the kernels."""
+from lightning_onebit.quantize.cpu import CpuKernels
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference import ReferenceKernels
 
 
-class Codec(Protocol):
-    """What every implementation offers; specified in :class:`~lightning_onebit.quantize.reference.ReferenceCodec`."""
+class Kernels(Protocol):
+    """What every implementation offers; specified in :class:`~lightning_onebit.quantize.reference.ReferenceKernels`."""
 
     name: str
+    reads_flags_on_device: bool
+    """Whether ``apply_`` looks up on the device whether the step counts, so that nobody has to wait for that."""
 
-    def encode_(self, values: Tensor, encoded: Encoded) -> None: ...
+    def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
 
-    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None: ...
+    def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None: ...
 
-    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None: ...
-
-    def encode_momentum_(
-        self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded
-    ) -> None: ...
-
-    def settle_momentum_(self, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded) -> None: ...
-
-    def encode_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None: ...
-
-    def settle_mean_(self, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None: ...
+    def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
 
 
-def segment_numel(device: torch.device) -> int:
-    """Elements that one call of a codec should work on, on ``device``. No result depends on it."""
-    return CUDA_SEGMENT_NUMEL if device.type == "cuda" else SEGMENT_NUMEL
+def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest quantizer for errors of ``dtype`` (float32 or float64) on ``device``; not to be shared by threads.
 
-
-def make_codec(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Codec:
-    """The fastest codec for tensors of ``dtype`` (float32 or float64) on ``device``, for up to a segment per call.
-
-    On a GPU that is Triton's, or plain torch where Triton is not installed, or too old, which it warns of; which one it is,
-    its ``name`` tells.
+    On a GPU that is Triton's, or plain torch where Triton is not installed, or does not compute there what the reference
+    does, which it warns of; which one it is, its ``name`` tells.
     """
+    settings = {"scale": config.scale, "space": config.space}
     if device.type == "cpu" and sys.byteorder == "little":
-        return CpuCodec(
-            block_size=config.block_size,
-            scale=config.scale,
-            max_numel=max(segment_numel(device), config.block_size),
-            dtype=dtype,
-        )
-    if device.type == "cuda" and _has_triton():
-        from lightning_onebit.quantize.triton import TritonCodec
+        return CpuKernels(**settings, block_size=config.block_size, dtype=dtype)  # type: ignore[arg-type]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from lightning_onebit.quantize.triton import TritonKernels, check_kernels
 
-        return TritonCodec(block_size=config.block_size, scale=config.scale)
-    return ReferenceCodec(block_size=config.block_size, scale=config.scale)
-
-
-def _has_triton() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    installed = importlib.metadata.version("triton")
-    if tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST_TRITON:
-        return True
-    wanted = ".".join(map(str, OLDEST_TRITON))
-    warnings.warn(
-        f"Triton {installed} is installed, but the kernels are only known to be right from {wanted} on: this GPU runs"
-        " plain torch instead, which takes longer. HINT: a newer torch brings a newer Triton.",
-        stacklevel=3,
-    )
-    return False
+        try:
+            check_kernels(device)
+            return TritonKernels(**settings)  # type: ignore[arg-type]
+        except Exception as error:
+            warnings.warn(
+                f"The Triton kernels do not work here, so this GPU runs plain torch, which takes longer: {error} HINT:"
+                " another version of torch brings another Triton.",
+                stacklevel=3,
+            )
+    return ReferenceKernels(**settings)  # type: ignore[arg-type]

@@ -1,156 +1,456 @@
-"""The sign quantizer for CPUs: vectorized passes over a segment that fits in cache, on memory allocated once.
+"""The sign quantizer for CPUs: vectorized passes over spans that fit in cache, on memory allocated once.
 
 Each pass is one torch or numpy call, whichever is faster: for 65536 elements of float32 on one core (Zen 4) from 3 us (in
-place) to 24 us (square root). On a small segment the calls themselves are what counts, 0.3 us (numpy) to 2 us (torch with a
-Python number): hence few of them, and views kept from step to step.
+place) to 24 us. On a small span the calls themselves are what counts, 0.3 us (numpy) to 2 us (torch with a Python number):
+hence few of them, views kept from step to step, and small parameters packed into spans of their own.
+
+The spans of one large parameter are matrices of whole blocks. Packed spans have blocks of any size: their norms are sums
+over ragged rows (``np.add.reduceat``), their scales are spread over bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import override
 
+from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
-from lightning_onebit.engine.momentum import LocalMomentum
-from lightning_onebit.quantize.encoded import Encoded
-from lightning_onebit.quantize.reference import ORDERS, ReferenceCodec, all_safe, block_scales, scale_divisors
-from lightning_onebit.quantize.workspace import Memory, Workspace
+from lightning_onebit.quantize.layout import SPAN_NUMEL, Span
+from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
+from lightning_onebit.quantize.workspace import Memory, SpanShape, Workspace, scale_divisors
 
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
+ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
+SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
+"""Between these a float32 norm loses nothing to under- or overflow of the squares."""
 
 
-class CpuCodec(ReferenceCodec):
-    """:class:`~lightning_onebit.quantize.reference.ReferenceCodec`, fast. Not thread-safe: it owns its workspace.
+@dataclass(eq=False)
+class _SpanViews:
+    """A span and its views of a bucket's memory, made once. What a span does not have on this rank is missing."""
+
+    span: Span
+    shape: SpanShape
+    flat: slice
+    """Its elements in the bucket's memory."""
+    members: list[tuple[int, slice, slice]]
+    """Of each parameter: index, elements of it, their place in the span."""
+    results: list[Encoded]
+    error: Tensor | None = None
+    sent: Encoded | None = None
+    server_error: Tensor | None = None
+    received: Sequence[Encoded] = ()
+    served: Encoded | None = None
+
+
+class CpuKernels:
+    """:class:`~lightning_onebit.quantize.reference.ReferenceKernels`, fast. Not thread-safe: it owns its workspace.
 
     Args:
-        block_size: elements per block, a multiple of 8.
         scale: ``"l2"`` or ``"l1"``.
-        max_numel: most elements of one call.
-        dtype: dtype of values, float32 or float64.
+        space: ``"update"`` or ``"momentum"``.
+        block_size: elements per block, a multiple of 8.
+        dtype: dtype of errors, float32 or float64.
     """
 
     name = "cpu"
+    reads_flags_on_device = False
 
-    def __init__(self, *, block_size: int, scale: Scale = "l2", max_numel: int, dtype: torch.dtype) -> None:
-        super().__init__(block_size=block_size, scale=scale)
-        self._memory = Memory(max_numel, block_size=block_size, scale=scale, dtype=dtype)
+    def __init__(self, *, scale: Scale = "l2", space: str = "update", block_size: int, dtype: torch.dtype) -> None:
+        self.scale: Scale = scale
+        self.space = space
+        self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
         self._mask_of_byte = BYTE_BITS.astype(self._real)
 
-    @override
-    def encode_(self, values: Tensor, encoded: Encoded) -> None:
-        if values.numel() == 0:
-            return
-        work = self._memory.cut(values.numel())
-        rows = work.rows(values)
-        if encoded.live is None:
-            self._measure_(encoded, rows, work.divisors, work)
-            np.greater_equal(values.numpy(), 0, out=work.bits)
-            work.pack_bits()
-            encoded.signs_array[:] = work.indices
-            np.negative(encoded.scales_array, out=work.factors)
-            self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
-        else:
-            self._expand_mask(encoded.live, work)
-            sizes = torch.cat([part.sum(dim=1) for part in work.mask_rows]).clamp_(min=1)
-            counted = torch.mul(values, work.mask, out=work.reals)
-            self._measure_(encoded, work.real_rows, scale_divisors(sizes, self.scale), work)
-            # Dead elements, zero here, get a bit, which stays where there is a value.
-            np.greater_equal(counted.numpy(), 0, out=work.bits)
-            work.pack_bits()
-            encoded.signs_array[:] = work.indices
-            np.not_equal(values.numpy(), 0, out=work.bits)
-            work.pack_bits()
-            np.bitwise_or(work.bytes, encoded.live.numpy(), out=work.bytes)
-            np.bitwise_and(work.bytes, encoded.signs_array, out=encoded.signs_array)
-            self._load(encoded, -1.0, work)
-        self._add_product_(rows, rows, work)
+    # Steps 1 and 2, on a worker
 
-    @override
-    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
-        if out.numel() == 0:
-            return
-        work = self._memory.cut(out.numel())
-        self._load(encoded, factor, work)
-        for rows, signs, factors in zip(work.rows(out), work.real_rows, work.factor_columns, strict=True):
-            torch.mul(signs, factors, out=rows)
+    def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
+        """As the reference. Without ``commit``, a bucket with a gradient that is not finite is not encoded."""
+        for view in _views(memory, memory.share):
+            for part in _active_parts(memory, view, step, check=commit):
+                work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
+                assert part.error is not None and part.sent is not None
+                gradient = self._gradient(memory, index, part, step, c, work)
+                if not commit and not bool(torch.isfinite(torch.linalg.vector_norm(gradient))):
+                    if not bool(torch.isfinite(gradient).all()):
+                        step.flags[0] = 1
+                        return
+                out = part.error if commit else work.out
+                self._add_local_momentum_(out, memory, part, _current(memory, part), gradient, c, work)
+                self._quantize_(out, part.sent, _live(memory.live, part), work)
 
-    @override
-    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
-        if target.numel() == 0:
-            return
-        work = self._memory.cut(target.numel())
-        rows = work.rows(target)
-        self._load(encoded, factor, work)
-        self._add_product_(rows, rows, work)
-
-    @override
-    def _add_momentum_(self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum) -> None:
-        work = self._memory.cut(out.numel())
-        out_rows = work.rows(out)
-        self._load(previous, momentum.decay, work)
-        self._add_product_(out_rows, out_rows if out is error else work.rows(error), work)
-        # As `momentum.add_gradient_`, whose calls cost more.
+    def _add_local_momentum_(
+        self,
+        out: Tensor,
+        memory: BucketMemory,
+        part: _SpanViews,
+        last: Encoded,
+        gradient: Tensor,
+        c: Coefficients,
+        work: Workspace,
+    ) -> None:
+        """Step 1: ``out = error + beta u + weight clamp(gradient / D, +-kappa)``."""
+        assert part.error is not None
+        self._add_decoded_(out, part.error, last, _live(memory.live_before, part), c.beta, work)
         term, array = work.reals, work.reals_array
-        if momentum.second_moment is None:
-            torch.clamp(momentum.gradient, -momentum.kappa, momentum.kappa, out=term)
+        if memory.rms is None or self.space == "momentum":
+            torch.clamp(gradient, -c.kappa, c.kappa, out=term)
         else:
-            moment = momentum.second_moment
-            np.sqrt(moment.numpy() if moment.dtype == term.dtype else term.copy_(moment).numpy(), out=array)
-            np.add(array, momentum.eps, out=array)
-            torch.div(momentum.gradient, term, out=term).clamp_(-momentum.kappa, momentum.kappa)
-        np.multiply(array, momentum.weight, out=array)
+            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], c.eps, out=array)
+            torch.div(gradient, term, out=term).clamp_(-c.kappa, c.kappa)
+            live = self._effective(_live(memory.live, part), work)
+            if live is not None:
+                self._expand_mask(live, work)
+                term.masked_fill_(work.mask == 0, 0.0)
+        np.multiply(array, c.weight, out=array)
         out.add_(term)
 
-    @override
-    def _add_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded]) -> None:
-        work = self._memory.cut(out.numel())
-        out_rows = work.rows(out)
-        rows = out_rows if out is error else work.rows(error)
-        for each in received:
-            self._load(each, 1 / len(received), work)
-            self._add_product_(out_rows, rows, work)
-            rows = out_rows
+    def _gradient(
+        self, memory: BucketMemory, index: int, part: _SpanViews, step: StepInputs, c: Coefficients, work: Workspace
+    ) -> Tensor:
+        """The gradient of a span, in the dtype of the errors: a view of it, if it can be."""
+        shared = step.share_gradients.get(index)
+        if shared is not None:
+            start = part.flat.start - memory.share_flat.start
+            gradient = shared[start : start + part.shape.numel]
+        elif part.shape.numels is None:
+            p, elements, _ = part.members[0]
+            whole = step.gradients[p]
+            gradient = work.values.zero_() if whole is None else whole[elements]
+        else:
+            gradient = _gather_(work.values, part, step.gradients)
+            gradient.numpy()[work.gaps] = 0.0
+        if c.sign < 0 or c.coupled_decay or gradient.dtype != memory.dtype:
+            gradient = work.values.copy_(gradient).mul_(c.sign)
+            if c.coupled_decay:
+                decay = _gather_(work.reals, part, step.params).mul_(c.coupled_decay)
+                if part.shape.numels is not None:
+                    decay.numpy()[work.gaps] = 0.0
+                # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+                gradient.add_(decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+        return gradient
 
-    def _load(self, encoded: Encoded, factor: float, work: Workspace) -> None:
-        """Put signs and ``factor * scales`` into the workspace, such that the product of a dead element is -0.0."""
-        np.multiply(encoded.scales_array, factor, out=work.factors, dtype=self._real)
-        if encoded.live is None:
+    # Step 4, on a server
+
+    def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None:
+        """As the reference."""
+        assert memory.chunk is not None
+        for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
+            if commit and not _all_active(view, step):
+                assert view.served is not None
+                view.served.signs.copy_(_current(memory, view).signs)
+                view.served.scales.copy_(_current(memory, view).scales)
+            for part in _active_parts(memory, view, step, check=commit):
+                work = self._memory.cut(part.shape)
+                assert part.server_error is not None and part.served is not None
+                out = part.server_error if commit else work.out
+                self._add_mean_(out, memory, part, work)
+                self._quantize_(out, part.served, _live(memory.live, part), work)
+
+    def _add_mean_(self, out: Tensor, memory: BucketMemory, part: _SpanViews, work: Workspace) -> None:
+        """``out = server error + sum_i q_i / n``, in the order of the ranks."""
+        assert part.server_error is not None
+        source, live = part.server_error, _live(memory.live, part)
+        for each in part.received:
+            self._add_decoded_(out, source, each, live, 1 / len(part.received), work)
+            source = out
+
+    # Step 6
+
+    def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
+        """As the reference."""
+        if commit:
+            if step.flags[0]:
+                return
+            self._commit_(memory, index, step)
+        for view in _views(memory, range(memory.layout.num_chunks)):
+            if commit and not _all_active(view, step):
+                for part in _parts_of(memory, view):
+                    if not _all_active(part, step):
+                        new, before = _current(memory, part), _before(memory, part)
+                        new.signs.copy_(before.signs)
+                        new.scales.copy_(before.scales)
+            for part in _active_parts(memory, view, step, check=True):
+                self._apply_part_(memory, part, step, self._memory.cut(part.shape))
+
+    def _apply_part_(self, memory: BucketMemory, part: _SpanViews, step: StepInputs, work: Workspace) -> None:
+        c = step.coefficients(part.members[0][0])
+        u, live = _current(memory, part), _live(memory.live, part)
+        is_view = part.shape.numels is None
+        factor = -c.step_size * (1 + c.nesterov)
+        if is_view:
+            p, elements, _ = part.members[0]
+            param = step.params[p][elements]
+            if c.shrink != 1.0:
+                param.mul_(c.shrink)
+            if param.dtype == memory.dtype and not c.nesterov and self.space == "update":
+                self._add_decoded_(param, param, u, live, factor, work)
+                return
+        move = self._decode(work.values, u, live, factor, work)
+        if c.nesterov:
+            before = _before(memory, part)
+            self._add_decoded_(move, move, before, _live(memory.live_before, part), c.step_size * c.nesterov, work)
+        if memory.rms is not None and self.space == "momentum":
+            denominator = torch.add(memory.rms[part.flat][: part.shape.numel], c.eps, out=work.reals)
+            live = self._effective(live, work)
+            if live is not None:
+                self._expand_mask(live, work)
+                denominator.masked_fill_(work.mask == 0, 1.0)
+            move.div_(denominator)
+        if is_view:
+            param.add_(move)
+            return
+        params = [step.params[p] if _is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
+        if c.shrink != 1.0:
+            torch._foreach_mul_(params, c.shrink)
+        torch._foreach_add_(params, [move[place] for _, _, place in part.members])
+
+    def _commit_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
+        """Write both errors, from the messages."""
+        assert memory.chunk is not None
+        for view in _views(memory, memory.share):
+            for part in _active_parts(memory, view, step, check=True):
+                work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
+                assert part.error is not None and part.sent is not None
+                gradient = self._gradient(memory, index, part, step, c, work)
+                self._add_local_momentum_(part.error, memory, part, _before(memory, part), gradient, c, work)
+                self._add_decoded_(part.error, part.error, part.sent, _live(memory.live, part), -1.0, work)
+        for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
+            for part in _active_parts(memory, view, step, check=True):
+                work = self._memory.cut(part.shape)
+                assert part.server_error is not None and part.served is not None
+                self._add_mean_(part.server_error, memory, part, work)
+                live = _live(memory.live, part)
+                self._add_decoded_(part.server_error, part.server_error, part.served, live, -1.0, work)
+
+    # The quantizer C
+
+    def _quantize_(self, values: Tensor, encoded: Encoded, live: Tensor | None, work: Workspace) -> None:
+        """Quantize ``values`` into ``encoded``, and leave the error in ``values``."""
+        live = self._effective(live, work)
+        if live is None:
+            self._measure_(encoded.scales, values, work.divisors, work)
+            np.greater_equal(values.numpy(), 0, out=work.bits)
+            work.pack_bits()
+        else:
+            self._expand_mask(live, work)
+            counted = torch.mul(values, work.mask, out=work.reals)
+            divisors = scale_divisors(self._sums(work.mask, work).clamp_(min=1), self.scale)
+            self._measure_(encoded.scales, counted, divisors, work)
+            np.greater_equal(values.numpy(), 0, out=work.bits)
+            work.pack_bits()
+            np.bitwise_and(work.bytes, live.numpy(), out=work.bytes)
+        encoded.signs.numpy()[:] = work.indices
+        self._add_decoded_(values, values, encoded, live, -1.0, work)
+
+    def _measure_(self, scales: Tensor, values: Tensor, divisors: Tensor, work: Workspace) -> None:
+        """Scales of all blocks, of values that are 0 where they do not count."""
+        if work.shape.numels is None:
+            for part, norms in zip(work.rows(values), work.norm_parts, strict=True):
+                torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=norms)
+        else:
+            terms = values.abs() if self.scale == "l1" else values.square()
+            np.add.reduceat(terms.numpy(), work.block_starts, out=work.norms.numpy())
+            if self.scale == "l2":
+                work.norms.sqrt_()
+        torch.div(work.norms, divisors, out=scales)
+        smallest, largest = torch.aminmax(work.norms)
+        if not (float(smallest) > SMALLEST_SAFE_NORM and float(largest) < LARGEST_SAFE_NORM):
+            self._measure_unsafe_(scales, values, divisors, work)
+
+    def _measure_unsafe_(self, scales: Tensor, values: Tensor, divisors: Tensor, work: Workspace) -> None:
+        """Once more in float64, where squares may have under- or overflowed; the other blocks keep their rounding."""
+        unsafe = ~((work.norms > SMALLEST_SAFE_NORM) & (work.norms < LARGEST_SAFE_NORM))
+        wide = values.double()
+        sums = self._sums(wide.abs() if self.scale == "l1" else wide.square(), work)
+        exact = (sums if self.scale == "l1" else sums.sqrt()) / divisors.double()
+        scales.copy_(torch.where(unsafe, exact.to(scales.dtype), scales))
+        if not bool(torch.isfinite(scales).all()):
+            raise FloatingPointError(
+                "Cannot quantize infinite or NaN values, or values beyond float32. HINT: a non-finite gradient has to be"
+                " skipped on all ranks before compression, or it would stay in the error feedback for ever."
+            )
+
+    def _sums(self, values: Tensor, work: Workspace) -> Tensor:
+        """Sum of each block, a new tensor."""
+        if work.shape.numels is None:
+            return torch.cat([part.sum(dim=1) for part in work.rows(values)])
+        return torch.from_numpy(np.add.reduceat(values.numpy(), work.block_starts))
+
+    def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace) -> Tensor:
+        """``factor q``, in ``out``."""
+        self._load(encoded, live, factor, work)
+        if work.shape.numels is None:
+            for rows, signs, factors in zip(work.rows(out), work.real_rows, work.factor_columns, strict=True):
+                torch.mul(signs, factors, out=rows)
+            return out
+        return out.copy_(work.reals)
+
+    def _add_decoded_(
+        self, out: Tensor, values: Tensor, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace
+    ) -> None:
+        """``out = values + factor q``. The product is exact: it makes no difference whether it is rounded first."""
+        self._load(encoded, live, factor, work)
+        if work.shape.numels is None:
+            rows = work.rows(out)
+            sources = rows if out is values else work.rows(values)
+            for into, each, signs, factors in zip(rows, sources, work.real_rows, work.factor_columns, strict=True):
+                torch.addcmul(each, signs, factors, out=into)
+        else:
+            torch.add(values, work.reals, out=out)
+
+    def _load(self, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace) -> None:
+        """Put signs and ``factor scales`` into the workspace, such that the product of an element not live is -0.0.
+
+        Of a packed span, the products themselves.
+        """
+        np.multiply(encoded.scales.numpy(), factor, out=work.factors, dtype=self._real)
+        live = self._effective(live, work)
+        if live is None:
             # `take` would make a copy of this type itself, and allocate it.
-            work.indices[:] = encoded.signs_array
+            work.indices[:] = encoded.signs.numpy()
             self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
         else:
-            self._expand_mask(encoded.live, work)
-            # Dead elements get the sign that, times the zero of the mask and the factor, gives -0.0.
+            self._expand_mask(live, work)
+            # Where an element is not live: the sign that, times the zero of the mask and the factor, gives -0.0.
+            signs = encoded.signs.numpy()
             if factor < 0:
                 np.invert(work.bytes, out=work.bytes)
-                np.bitwise_or(work.bytes, encoded.signs_array, out=work.bytes)
+                np.bitwise_or(work.bytes, signs, out=work.bytes)
             else:
-                np.bitwise_and(work.bytes, encoded.signs_array, out=work.bytes)
+                np.bitwise_and(work.bytes, signs, out=work.bytes)
             self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
             work.reals.mul_(work.mask)
+        if work.shape.numels is not None:
+            work.factors.take(work.block_of_byte, out=work.factor_of_byte[:, 0], mode="clip")
+            np.multiply(work.real_bytes, work.factor_of_byte, out=work.real_bytes)
 
     def _expand_mask(self, live: Tensor, work: Workspace) -> None:
         """Put 1 where an element is live and 0 elsewhere into the workspace, and the bytes of ``live``."""
         work.indices[:] = live.numpy()
         self._mask_of_byte.take(work.indices, axis=0, out=work.mask_bytes, mode="clip")
 
-    def _add_product_(self, out_rows: Sequence[Tensor], rows: Sequence[Tensor], work: Workspace) -> None:
-        """``out = rows + factors * signs``. The product is exact: it makes no difference whether it is rounded first."""
-        for out, each, signs, factors in zip(out_rows, rows, work.real_rows, work.factor_columns, strict=True):
-            torch.addcmul(each, signs, factors, out=out)
+    @staticmethod
+    def _effective(live: Tensor | None, work: Workspace) -> Tensor | None:
+        """Which elements take part in their block: the live ones without padding; ``None`` if all do."""
+        if live is None or work.inside is None:
+            return work.inside if live is None else live
+        return live & work.inside
 
-    def _measure_(self, encoded: Encoded, rows: Sequence[Tensor], divisors: Tensor, work: Workspace) -> None:
-        """Scales of all blocks, of values that are 0 where they do not count."""
-        for part, norms in zip(rows, work.norm_parts, strict=True):
-            torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=norms)
-        if all_safe(work.norms):
-            torch.div(work.norms, divisors, out=encoded.scales)
+
+def _views(memory: BucketMemory, chunks: range) -> list[_SpanViews]:
+    """The spans of neighbouring chunks, made at the first call."""
+    cache: dict[range, list[_SpanViews]] = memory.__dict__.setdefault("_span_views", {})
+    if chunks not in cache:
+        spans = memory.layout.spans(chunks, memory.parameter_numels, memory.param_group_of)
+        cache[chunks] = [_make_views(memory, span) for span in spans]
+    return cache[chunks]
+
+
+def _make_views(memory: BucketMemory, span: Span) -> _SpanViews:
+    layout, blocks = memory.layout, (span.first, span.last)
+    start, stop = int(layout.offset[span.first]), int(layout.offset[span.last])
+    members = []
+    for p, group in groupby(range(*blocks), key=lambda block: int(layout.parameter[block])):
+        own = list(group)
+        first, numel = int(layout.start[own[0]]), int(layout.numel[own].sum())
+        place = int(layout.offset[own[0]]) - start
+        members.append((p, slice(first, first + numel), slice(place, place + numel)))
+    numel = stop - start if span.is_packed else int(layout.numel[span.first : span.last].sum())
+    numels = tuple(layout.numel[span.first : span.last].tolist()) if span.is_packed else None
+    flat = slice(start, stop)
+    views = _SpanViews(
+        span=span,
+        shape=SpanShape(layout.block_size, numel, numels),
+        flat=flat,
+        members=members,
+        results=[memory.encoded(result, 0, blocks) for result in memory.results],
+    )
+    first, last = memory.share_blocks
+    if first <= span.first and span.last <= last:
+        shift = memory.share_flat.start
+        views.error = memory.error[start - shift :][:numel]
+        views.sent = memory.encoded(memory.sent, memory.share.start, blocks)
+    if memory.chunk is not None and memory.chunk_blocks[0] <= span.first and span.last <= memory.chunk_blocks[1]:
+        views.server_error = memory.server_error[start - memory.chunk_flat.start :][:numel]
+        messages = memory.received.view(len(memory.share), -1)
+        views.received = [memory.encoded(message, memory.chunk, blocks) for message in messages]
+        views.served = memory.encoded(memory.served, memory.chunk, blocks)
+    return views
+
+
+def _parts_of(memory: BucketMemory, view: _SpanViews) -> list[_SpanViews]:
+    """A packed span cut into its parameters, made at the first call."""
+    cache: dict[Span, list[_SpanViews]] = memory.__dict__.setdefault("_parts_of_spans", {})
+    if view.span not in cache:
+        parameter, first, parts = memory.layout.parameter, view.span.first, []
+        for block in range(view.span.first + 1, view.span.last + 1):
+            if block == view.span.last or parameter[block] != parameter[first]:
+                parts.append(_make_views(memory, Span(first, block, (int(parameter[first]),), view.span.is_packed)))
+                first = block
+        cache[view.span] = parts
+    return cache[view.span]
+
+
+def _active_parts(memory: BucketMemory, view: _SpanViews, step: StepInputs, *, check: bool) -> Iterator[_SpanViews]:
+    """What of a span is worked on with one set of numbers: all of it, if its parameters are alike.
+
+    Args:
+        memory: the bucket.
+        view: a span.
+        step: the numbers, and which parameters are active.
+        check: whether it is known which parameters are active: those that are not are left out.
+    """
+    if len(view.members) == 1:
+        alike = True
+    else:
+        indices = [p for p, _, _ in view.members]
+        numbers = step.numbers[indices]
+        alike = bool((numbers == numbers[0]).all()) and (not check or _all_active(view, step))
+    for part in [view] if alike else _parts_of(memory, view):
+        if not check or _all_active(part, step):
+            yield part
+
+
+def _all_active(view: _SpanViews, step: StepInputs) -> bool:
+    if step.active is None:
+        step.active = step.is_active.numpy()
+    return all(step.active[p] for p, _, _ in view.members)
+
+
+def _current(memory: BucketMemory, part: _SpanViews) -> Encoded:
+    return part.results[memory.current]
+
+
+def _before(memory: BucketMemory, part: _SpanViews) -> Encoded:
+    return part.results[memory.current - 1]
+
+
+def _live(live: Tensor | None, part: _SpanViews) -> Tensor | None:
+    return None if live is None else live[part.flat.start // 8 : part.flat.stop // 8]
+
+
+def _is_whole(param: Tensor, elements: slice) -> bool:
+    return elements.start == 0 and elements.stop == param.numel()
+
+
+def _gather_(out: Tensor, part: _SpanViews, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The elements of a span's parameters, in ``out``: those of ``None`` are zero."""
+    sources, targets = [], []
+    for p, elements, place in part.members:
+        tensor = tensors[p]
+        if tensor is None:
+            out[place].zero_()
         else:
-            parts = zip(rows, work.split_blocks(divisors), strict=True)
-            encoded.scales.copy_(torch.cat([block_scales(*part, self.scale) for part in parts]))
+            sources.append(tensor if _is_whole(tensor, elements) else tensor[elements])
+            targets.append(out[place])
+    if sources:
+        torch._foreach_copy_(targets, sources)
+    return out

@@ -4,22 +4,25 @@ Terms, from small to large:
 
 block
     Up to ``block_size`` neighbouring elements of one parameter that share a scale. Only the last block of a
-    parameter is short. A block starts on a byte of its own.
-segment
-    A run of whole blocks of one parameter, short enough to stay in cache while it is worked on.
+    parameter is short.
+span
+    Neighbouring blocks of one chunk that a CPU works on in one call: of one large parameter, or of several small ones.
 chunk
     The blocks of a bucket that one rank averages for everybody. On a flat network rank r serves chunk r.
-shard
-    The chunks of a bucket that ranks with one local rank serve: each rank compresses its shard. On a flat network
+share
+    The chunks of a bucket that ranks with one local rank serve: each rank compresses its share. On a flat network
     that is the bucket.
 bucket
     The blocks that travel in one exchange.
 
-One message carries one chunk. Its bytes, in this order::
+**Memory.** Everything that belongs to a bucket (errors, D, bits) lies flat, block after block, each block from a multiple of
+8 elements on. Up to 7 elements of padding after a block are zero in memory, and no part of the block.
+
+**Wire.** One message carries one chunk. Its bytes, in this order::
 
     scales   float32 x blocks of the chunk, in block order
-    signs    one bit per element, least significant bit first, each segment starting on a byte
-    padding  zeros, so that all chunks of a bucket have ``chunk_nbytes`` bytes
+    signs    one bit per element, in the order of memory, least significant bit first; 0 for padding
+    padding  so that all chunks of a bucket have ``chunk_nbytes`` bytes
 
 Nothing here influences a result, only its place: every block is quantized by itself.
 """
@@ -27,20 +30,26 @@ Nothing here influences a result, only its place: every block is quantized by it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
-from lightning_onebit.comm.topology import Topology
+import numpy as np
+from numpy.typing import NDArray
 
 SCALE_NBYTES = 4
 MESSAGE_ALIGNMENT = 8
-SEGMENT_NUMEL = 262144
-"""Elements per segment (1 MiB of float32): the working set stays in cache, the overhead of calls is amortized.
+BITS_PER_BYTE = 8
+SPAN_NUMEL = 262144
+"""Most elements of a span (1 MiB of float32): the working set stays in cache, the overhead of calls is amortized.
 
-A worker step of 32M elements on one core with segments of 32768 / 65536 / 131072 / 262144 / 524288: 1.3 / 1.6 / 1.9 / 2.1 /
+A worker step of 32M elements on one core with spans of 32768 / 65536 / 131072 / 262144 / 524288: 1.3 / 1.6 / 1.9 / 2.1 /
 2.2 GB/s of gradient.
 """
-CUDA_SEGMENT_NUMEL = 16777216
-"""The same on a GPU (64 MiB), which keeps nothing in cache: here what counts is that a launch has enough to do."""
+SMALL_NUMEL = 16384
+"""Parameters of up to so many elements share spans: alone, the calls would take longer than the work."""
+
+Integers = NDArray[np.int64]
 
 
 def num_blocks(numel: int, block_size: int) -> int:
@@ -50,7 +59,7 @@ def num_blocks(numel: int, block_size: int) -> int:
 
 def sign_nbytes(numel: int) -> int:
     """Bytes of the sign bits of ``numel`` elements."""
-    return -(-numel // 8)
+    return -(-numel // BITS_PER_BYTE)
 
 
 def encoded_nbytes(numel: int, block_size: int) -> int:
@@ -58,172 +67,175 @@ def encoded_nbytes(numel: int, block_size: int) -> int:
     return sign_nbytes(numel) + SCALE_NBYTES * num_blocks(numel, block_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A run of whole blocks of one parameter inside one chunk. All fields count elements or bytes."""
+@dataclass(frozen=True)
+class Span:
+    """Blocks ``[first, last)`` of a bucket, all of one chunk."""
 
-    parameter: int
-    """Index of the parameter, in the order given to :func:`plan_buckets`."""
-    start: int
-    """First element in the flattened parameter."""
-    numel: int
-    chunk: int
-    """Place of the chunk in the message buffer; who serves it is a matter of topology."""
-    offset: int
-    """First element in the bucket."""
-    blocks: int
-    scales_offset: int
-    """First byte of the scales in the bucket's ``world_size * chunk_nbytes`` message buffer."""
-    signs_offset: int
-    """First byte of the signs in the same buffer."""
-
-    @property
-    def scales_end(self) -> int:
-        return self.scales_offset + SCALE_NBYTES * self.blocks
-
-    @property
-    def signs_end(self) -> int:
-        return self.signs_offset + sign_nbytes(self.numel)
+    first: int
+    last: int
+    parameters: tuple[int, ...]
+    """Whose blocks they are, in order."""
+    is_packed: bool
+    """Whether its parameters are small: then a block's scale is computed in the way that suits those."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class BucketLayout:
-    """Places of one bucket's elements in memory and of its blocks on the wire."""
+    """Places of one bucket's blocks. Arrays are int64, ``[blocks]`` unless said otherwise."""
 
-    segments: tuple[Segment, ...]
-    """In element order, hence also grouped by chunk."""
-    numel: int
-    world_size: int
-    """Number of chunks."""
+    block_size: int
+    parameter: Integers
+    """Index of the block's parameter, in the order given to :func:`plan_buckets`."""
+    start: Integers
+    """First element in the flattened parameter."""
+    numel: Integers
+    """Elements, without padding."""
+    offset: Integers
+    """First element in flat memory, ``[blocks + 1]``: the last one is the end of memory."""
+    first_block: Integers
+    """First block of each chunk, ``[chunks + 1]``. A chunk may be empty, where there are fewer blocks than ranks."""
     chunk_nbytes: int
     """Bytes of one message, the same for every pair of ranks."""
 
     @property
+    def num_blocks(self) -> int:
+        return len(self.parameter)
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.first_block) - 1
+
+    @property
+    def flat_numel(self) -> int:
+        """Elements of the bucket's memory, padding included."""
+        return int(self.offset[-1])
+
+    @property
     def message_nbytes(self) -> int:
         """Bytes of the messages of all chunks."""
-        return self.world_size * self.chunk_nbytes
+        return self.num_chunks * self.chunk_nbytes
 
-    def chunk(self, chunk: int) -> tuple[Segment, ...]:
-        """Segments of one chunk; may be empty when there are fewer blocks than ranks."""
-        return tuple(segment for segment in self.segments if segment.chunk == chunk)
+    @cached_property
+    def scale_byte(self) -> Integers:
+        """First byte of each block's scale in the buffer of the messages of all chunks."""
+        chunk = np.repeat(np.arange(self.num_chunks), np.diff(self.first_block))
+        return chunk * self.chunk_nbytes + SCALE_NBYTES * (np.arange(self.num_blocks) - self.first_block[chunk])
 
-    def shard(self, topology: Topology) -> tuple[Segment, ...]:
-        """Segments of a rank's shard: all of them on a flat network."""
-        return tuple(segment for segment in self.segments if segment.chunk in topology.shard)
+    @cached_property
+    def sign_byte(self) -> Integers:
+        """First byte of each block's signs in the same buffer."""
+        blocks = np.diff(self.first_block)
+        chunk = np.repeat(np.arange(self.num_chunks), blocks)
+        in_chunk = (self.offset[:-1] - self.offset[self.first_block[chunk]]) // BITS_PER_BYTE
+        return chunk * self.chunk_nbytes + SCALE_NBYTES * blocks[chunk] + in_chunk
 
-    def shard_numel(self, topology: Topology) -> int:
-        """Elements of a rank's shard."""
-        return sum(segment.numel for segment in self.shard(topology))
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """Which elements of flat memory are no padding, ``[flat_numel]``."""
+        steps = np.zeros(self.flat_numel + 1, dtype=np.int8)
+        np.add.at(steps, self.offset[:-1], 1)
+        np.add.at(steps, self.offset[:-1] + self.numel, -1)
+        return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
 
-    def shard_numels(self, topology: Topology) -> list[int]:
-        """Elements of the shards of all ranks of a node, in their order."""
-        return [self.shard_numel(replace(topology, local_rank=r)) for r in range(topology.local_world_size)]
+    def blocks_of(self, chunks: range) -> tuple[int, int]:
+        """First block of neighbouring chunks, and the one after their last."""
+        return int(self.first_block[chunks.start]), int(self.first_block[chunks.stop])
+
+    def flat_of(self, chunks: range) -> tuple[int, int]:
+        """First element of neighbouring chunks in flat memory, and the one after their last."""
+        first, last = self.blocks_of(chunks)
+        return int(self.offset[first]), int(self.offset[last])
+
+    def flat_numel_of(self, chunks: range) -> int:
+        """Elements of neighbouring chunks in flat memory."""
+        start, stop = self.flat_of(chunks)
+        return stop - start
+
+    def parameter_blocks(self) -> list[tuple[int, int, int]]:
+        """Neighbouring blocks of one parameter in one chunk: the parameter, the first block, the one after the last."""
+        if not self.num_blocks:
+            return []
+        changes = np.flatnonzero(np.diff(self.parameter)) + 1
+        bounds = np.unique(np.concatenate([[0], changes, self.first_block, [self.num_blocks]])).tolist()
+        return [(int(self.parameter[first]), first, last) for first, last in pairwise(bounds)]
+
+    def spans(self, chunks: range, parameter_numels: Sequence[int], param_group_of: Sequence[int]) -> list[Span]:
+        """The blocks of ``chunks`` in spans.
+
+        A large parameter has spans of its own. Small ones share spans with small neighbours of the same parameter group.
+
+        Args:
+            chunks: neighbouring chunks.
+            parameter_numels: elements of each parameter.
+            param_group_of: each parameter's group.
+        """
+        most_blocks = max(1, SPAN_NUMEL // self.block_size)
+        spans: list[Span] = []
+        for chunk in chunks:
+            first, last = (int(block) for block in self.first_block[chunk : chunk + 2])
+            while first < last:
+                p = int(self.parameter[first])
+                packed = parameter_numels[p] <= SMALL_NUMEL
+                end = first
+                while end < last and (packed or end - first < most_blocks):
+                    q = int(self.parameter[end])
+                    fits = (
+                        parameter_numels[q] <= SMALL_NUMEL
+                        and param_group_of[q] == param_group_of[p]
+                        and self.offset[end + 1] - self.offset[first] <= SPAN_NUMEL
+                    )
+                    if q != p and not (packed and fits):
+                        break
+                    end += 1
+                members = tuple(dict.fromkeys(self.parameter[first:end].tolist()))
+                spans.append(Span(first, end, members, packed))
+                first = end
+        return spans
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """Neighbouring elements of one parameter, starting at a block."""
-
-    parameter: int
-    start: int
-    numel: int
-
-
-def plan_buckets(
-    numels: Sequence[int],
-    *,
-    block_size: int,
-    world_size: int,
-    bucket_numel: int,
-    segment_numel: int = SEGMENT_NUMEL,
-) -> list[BucketLayout]:
-    """Cut parameters into buckets, chunks and segments.
+def plan_buckets(numels: Sequence[int], *, block_size: int, num_chunks: int, bucket_numel: int) -> list[BucketLayout]:
+    """Cut parameters into buckets, chunks and blocks.
 
     Args:
         numels: elements of each parameter, in the order in which they shall travel; zeros are allowed.
         block_size: elements per block, a multiple of 8.
-        world_size: number of ranks.
+        num_chunks: number of ranks that serve.
         bucket_numel: most elements of one bucket, rounded down to whole blocks but at least one block.
-        segment_numel: most elements of one segment, rounded down likewise.
     """
-    if block_size <= 0 or block_size % 8:
-        raise ValueError(f"Invalid block_size: {block_size}. Must be a positive multiple of 8.")
-    segment_numel = max(block_size, segment_numel // block_size * block_size)
-    return [
-        _plan_bucket(runs, block_size, world_size, segment_numel) for runs in _fill_buckets(numels, block_size, bucket_numel)
-    ]
+    if block_size <= 0 or block_size % BITS_PER_BYTE:
+        raise ValueError(f"Invalid block_size: {block_size}. Must be a positive multiple of {BITS_PER_BYTE}.")
+    blocks = [num_blocks(numel, block_size) for numel in numels]
+    parameter = np.repeat(np.arange(len(numels), dtype=np.int64), blocks)
+    start = np.concatenate([np.arange(count, dtype=np.int64) * block_size for count in blocks] or [np.zeros(0, np.int64)])
+    numel = np.minimum(np.asarray(numels, dtype=np.int64)[parameter] - start, block_size) if len(start) else start
+
+    layouts, first = [], 0
+    ends = np.cumsum(numel)
+    while first < len(start):
+        before = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + bucket_numel, side="right")))
+        chosen = slice(first, last)
+        layouts.append(_plan_bucket(parameter[chosen], start[chosen], numel[chosen], block_size, num_chunks))
+        first = last
+    return layouts
 
 
-def _fill_buckets(numels: Sequence[int], block_size: int, bucket_numel: int) -> list[list[_Run]]:
-    """Distribute the parameters in order, splitting them only between blocks."""
-    buckets: list[list[_Run]] = []
-    room = 0
-    for parameter, numel in enumerate(numels):
-        start = 0
-        while start < numel:
-            remaining = numel - start
-            take = min(remaining, room // block_size * block_size) if remaining > room else remaining
-            if take == 0 or not buckets:
-                buckets.append([])
-                room = max(bucket_numel, block_size)
-                continue
-            buckets[-1].append(_Run(parameter=parameter, start=start, numel=take))
-            start += take
-            room -= take
-    return buckets
-
-
-def _plan_bucket(runs: list[_Run], block_size: int, world_size: int, segment_numel: int) -> BucketLayout:
-    chunks = _split_chunks(runs, block_size, world_size)
-    sizes = [sum(encoded_nbytes(run.numel, block_size) for run in chunk) for chunk in chunks]
-    chunk_nbytes = -(-max(sizes) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
-
-    segments: list[Segment] = []
-    offset = 0
-    for rank, chunk in enumerate(chunks):
-        scales_offset = rank * chunk_nbytes
-        signs_offset = scales_offset + SCALE_NBYTES * sum(num_blocks(run.numel, block_size) for run in chunk)
-        for run in chunk:
-            for start in range(run.start, run.start + run.numel, segment_numel):
-                numel = min(segment_numel, run.start + run.numel - start)
-                segment = Segment(
-                    parameter=run.parameter,
-                    start=start,
-                    numel=numel,
-                    chunk=rank,
-                    offset=offset,
-                    blocks=num_blocks(numel, block_size),
-                    scales_offset=scales_offset,
-                    signs_offset=signs_offset,
-                )
-                segments.append(segment)
-                offset += numel
-                scales_offset = segment.scales_end
-                signs_offset = segment.signs_end
-    return BucketLayout(segments=tuple(segments), numel=offset, world_size=world_size, chunk_nbytes=chunk_nbytes)
-
-
-def _split_chunks(runs: list[_Run], block_size: int, world_size: int) -> list[list[_Run]]:
-    """Give every rank neighbouring blocks that make about 1/world_size of the encoded bytes."""
-    total = sum(encoded_nbytes(run.numel, block_size) for run in runs)
-    chunks: list[list[_Run]] = [[] for _ in range(world_size)]
-    rank = 0
-    position = 0  # bytes before the next block
-    for run in runs:
-        start, end = run.start, run.start + run.numel
-        while start < end:
-            if rank == world_size - 1:
-                take = end - start
-            else:
-                # A block belongs to the rank in whose share its middle byte lies.
-                share_end = (rank + 1) * total / world_size
-                block_nbytes = encoded_nbytes(min(block_size, end - start), block_size)
-                fitting = int((share_end - position) / block_nbytes + 0.5)
-                if fitting <= 0:
-                    rank += 1
-                    continue
-                take = min(end - start, fitting * block_size)
-            chunks[rank].append(_Run(parameter=run.parameter, start=start, numel=take))
-            position += encoded_nbytes(take, block_size)
-            start += take
-    return chunks
+def _plan_bucket(parameter: Integers, start: Integers, numel: Integers, block_size: int, num_chunks: int) -> BucketLayout:
+    padded = -(-numel // BITS_PER_BYTE) * BITS_PER_BYTE
+    offset = np.concatenate([[0], np.cumsum(padded)])
+    # Every rank gets neighbouring blocks that make about 1 / num_chunks of the bytes: that of the block's middle byte.
+    nbytes = padded // BITS_PER_BYTE + SCALE_NBYTES
+    middle = np.cumsum(nbytes) - nbytes / 2
+    shares = np.arange(num_chunks + 1) * (nbytes.sum() / num_chunks)
+    first_block = np.searchsorted(middle, shares)
+    first_block[0], first_block[-1] = 0, len(numel)
+    sizes = [int(nbytes[a:b].sum()) for a, b in zip(first_block[:-1], first_block[1:], strict=True)]
+    return BucketLayout(
+        block_size=block_size,
+        parameter=parameter,
+        start=start,
+        numel=numel,
+        offset=offset,
+        first_block=first_block,
+        chunk_nbytes=-(-max(sizes) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT,
+    )

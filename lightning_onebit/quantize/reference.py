@@ -1,202 +1,278 @@
-"""The sign quantizer in plain torch, written to be read.
+"""The sign quantizer in plain torch, written to be read: what every other implementation has to compute.
 
-Every other codec does the same with other instructions: the bits are equal bit for bit.
+Each function works on a whole bucket at once. Bits are equal in all implementations, given equal values; scales to the
+rounding of a sum in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
-from lightning_onebit.engine.momentum import LocalMomentum
-from lightning_onebit.quantize.encoded import Encoded
-
-SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
-"""Between these a float32 norm loses nothing to under- or overflow of the squares."""
-
-ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 
 BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class ReferenceCodec:
+class ReferenceKernels:
     """One bit per element and one scale per block (Seide et al. 2014; 1-bit Adam, arXiv 2102.02888, section 4).
 
     The quantizer C maps a block c to ``+scale`` where ``c >= 0`` and ``-scale`` elsewhere, with
     ``scale = ||c||_2 / sqrt(size)`` (``"l2"``) or ``||c||_1 / size`` (``"l1"``). A block of zeros has scale 0.
 
-    **Live and dead elements.** An element of which no rank has seen a gradient yet is *dead*: it is no part of
-    its block (neither of norm nor of size) and decodes to exact zero. Its sign bit is then free, and carries a
-    wake-up call: set where the value is not zero. The value itself stays in the residual, unsent.
+    **Live elements.** An element of which no rank has seen a gradient yet is not *live*: it is no part of its block
+    (neither of norm nor of size), its bit is 0, and it decodes to -0.0, which added to anything leaves its bits alone. So
+    does padding.
+
+    **Committing.** Errors must not change before all ranks know that the step counts. Where that is known, they are
+    written at once (``commit=True``). Otherwise ``encode_`` and ``serve_`` write messages only, and ``commit_`` computes the
+    same errors later, from the messages: both ways lead to the same bits.
 
     Args:
-        block_size: elements per block, a multiple of 8.
         scale: ``"l2"`` or ``"l1"``.
-
-    All tensors are one-dimensional and contiguous: ``values``, ``out``, ``error`` and ``target`` float32 or float64
-    ``[numel]``, where element 0 starts a block. Arguments that a method ends in an underscore for are written: ``values``,
-    ``out``, ``error``, ``target``, and signs and scales of ``encoded``, ``sent`` and ``served``.
-
-    **Whole steps.** The ``encode_...`` methods of worker and server leave the new error in ``out``, which is ``error``
-    itself, unless the step may yet have to be taken back: then it is scratch, and the ``settle_...`` method computes the
-    same error from the message that was sent. Both ways lead to the same bits.
+        space: ``"update"``: values are divided by D before they are quantized; ``"momentum"``: afterwards.
     """
 
     name = "reference"
+    reads_flags_on_device = False
 
-    def __init__(self, *, block_size: int, scale: Scale = "l2") -> None:
-        self.block_size = block_size
+    def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
         self.scale: Scale = scale
+        self.space = space
 
-    def encode_(self, values: Tensor, encoded: Encoded) -> None:
-        """Quantize ``values``, leaving the quantization error behind: ``values == q + error`` (to rounding).
+    # Steps 1 and 2, on a worker
+
+    def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
+        """Quantize ``c = error + local momentum`` of the share into ``memory.sent``.
 
         Args:
-            values: what to send; overwritten by the error.
-            encoded: receives signs and scales.
-
-        Raises:
-            FloatingPointError: if a value is not finite, or a scale is beyond float32. Nothing has been modified then.
+            memory: the bucket; ``sent`` is written, and ``error``, if ``commit``, where parameters are active.
+            index: of the bucket, for ``step.share_gradients``.
+            step: gradients, parameters and numbers; only read, but for ``flags[0]``.
+            commit: whether the step is known to count. If not, ``step.flags[0]`` becomes 1 where a gradient of the share is
+                infinite or NaN, and the message may then hold anything.
         """
-        numel = values.numel()
-        if numel == 0:
-            return
-        signs, scales, live = encoded
-        live_mask = torch.ones_like(values, dtype=torch.bool) if live is None else unpack_bits(live, numel)
-        padding = (0, -numel % self.block_size)
-        rows = torch.nn.functional.pad(values * live_mask, padding).view(-1, self.block_size)
-        sizes = torch.nn.functional.pad(live_mask, padding).view(-1, self.block_size).sum(dim=1)
-        divisors = scale_divisors(sizes.clamp(min=1).to(values.dtype), self.scale)
-        scales.copy_(block_scales(rows, divisors, self.scale))
-        signs.copy_(pack_bits(torch.where(live_mask, values >= 0, values != 0)))
-        self.add_decoded_(values, encoded, -1.0)
+        c = self.local_momentum(memory, index, step)
+        signs, scales = self.quantize(c, memory, memory.share_blocks)
+        self._write(memory, memory.sent, memory.share.start, memory.share_blocks, signs, scales)
+        if commit:
+            self._commit_worker_(memory, index, step)
+        elif not torch.isfinite(self._gradient(memory, index, step)).all():
+            step.flags[0] = 1
 
-    def decode_(self, out: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
-        """Write ``factor * q`` to ``out``; dead elements become -0.0, which added to anything leaves its bits alone."""
-        signs, scales, live = encoded
-        numel = out.numel()
-        bits = unpack_bits(signs, numel)
-        element_scales = (scales.to(out.dtype) * factor).repeat_interleave(self.block_size)[:numel]
-        out.copy_(torch.where(bits, element_scales, -element_scales))
-        if live is not None:
-            out.masked_fill_(~unpack_bits(live, numel), -0.0)
+    def _commit_worker_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
+        """``error = c - q``, with q as it was sent."""
+        q = self.decode(memory, memory.sent, memory.share.start, memory.share_blocks, memory.live)
+        error = self.local_momentum(memory, index, step).sub_(q)
+        active = self._by_element(memory, memory.share_blocks, step.is_active)
+        memory.error.copy_(torch.where(active, error, memory.error))
 
-    def add_decoded_(self, target: Tensor, encoded: Encoded, factor: float = 1.0) -> None:
-        """Add ``factor * q`` to ``target``, the same bits as :meth:`decode_` and an addition."""
-        decoded = torch.empty_like(target)
-        self.decode_(decoded, encoded, factor)
-        target.add_(decoded)
+    def local_momentum(self, memory: BucketMemory, index: int, step: StepInputs) -> Tensor:
+        """Step 1: ``c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa)``, of the share."""
+        blocks, share = memory.share_blocks, memory.share_flat
+        n = self._numbers(memory, blocks, step)
+        u = self.decode(memory, memory.result, 0, blocks, memory.live_before, factor=n.beta)
+        a = self._gradient(memory, index, step) * n.sign
+        if step.numbers[:, Coefficients._fields.index("coupled_decay")].any():
+            # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+            x = self._flat(memory, blocks, step.params)
+            a = a + (x * n.coupled_decay).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        if memory.rms is not None and self.space == "update":
+            live = self._live(memory, blocks, memory.live)
+            a = torch.where(live, a / torch.where(live, memory.rms[share] + n.eps, 1.0), 0.0)
+        return memory.error + u + a.clamp(-n.kappa, n.kappa) * n.weight
 
-    def encode_momentum_(
-        self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded
+    # Step 4, on a server
+
+    def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None:
+        """Quantize ``c_bar = mean_i(q_i) + server error`` of the chunk into ``memory.served``.
+
+        Args:
+            memory: the bucket; ``served`` is written, and ``server_error``, if ``commit``, where parameters are active.
+            step: which parameters are active, if ``commit``.
+            commit: whether the step is known to count. Then parameters that sit out are served their last average.
+        """
+        assert memory.chunk is not None
+        signs, scales = self.quantize(self.mean_received(memory), memory, memory.chunk_blocks)
+        if commit:
+            last_signs, last_scales = self._read(memory, memory.result, 0, memory.chunk_blocks)
+            active = step.is_active[torch.from_numpy(memory.layout.parameter[slice(*memory.chunk_blocks)])]
+            signs = torch.where(active[self._block_of(memory, memory.chunk_blocks)], signs, last_signs)
+            scales = torch.where(active, scales, last_scales)
+        self._write(memory, memory.served, memory.chunk, memory.chunk_blocks, signs, scales)
+        if commit:
+            self._commit_server_(memory, step)
+
+    def _commit_server_(self, memory: BucketMemory, step: StepInputs) -> None:
+        """``server error = c_bar - u``, with u as it was served."""
+        assert memory.chunk is not None
+        u = self.decode(memory, memory.served, memory.chunk, memory.chunk_blocks, memory.live)
+        active = self._by_element(memory, memory.chunk_blocks, step.is_active)
+        memory.server_error.copy_(torch.where(active, self.mean_received(memory).sub_(u), memory.server_error))
+
+    def mean_received(self, memory: BucketMemory) -> Tensor:
+        """``server error + sum_i q_i / n``, in the order of the ranks."""
+        assert memory.chunk is not None
+        c_bar = memory.server_error.clone()
+        for message in memory.received.view(len(memory.share), -1):
+            c_bar += self.decode(memory, message, memory.chunk, memory.chunk_blocks, memory.live, 1 / len(memory.share))
+        return c_bar
+
+    # Step 6
+
+    def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
+        """``x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)``; in momentum space, u / D instead of u.
+
+        Args:
+            memory: the bucket, whose new average is ``memory.result``; if ``commit``, both errors are written, and the
+                average of parameters that sit out becomes what it was before.
+            index: of the bucket, for ``step.share_gradients``.
+            step: ``step.params`` are written, where they are active.
+            commit: whether errors were left as they were until now. Then nothing at all is done if ``step.flags[0]`` is set.
+        """
+        if commit:
+            if step.flags[0]:
+                return
+            memory.turn_results_()  # step 1 was made with the average that was the last one then
+            self._commit_worker_(memory, index, step)
+            memory.turn_results_()
+            self._commit_server_(memory, step)
+            self._keep_last_average_(memory, step)
+        blocks = (0, memory.layout.num_blocks)
+        n = self._numbers(memory, blocks, step)
+        move = self.decode(memory, memory.result, 0, blocks, memory.live, factor=-n.step_size * (1 + n.nesterov))
+        if step.numbers[:, Coefficients._fields.index("nesterov")].any():
+            before = memory.result_before
+            move = move + self.decode(memory, before, 0, blocks, memory.live_before, factor=n.step_size * n.nesterov)
+        if memory.rms is not None and self.space == "momentum":
+            live = self._live(memory, blocks, memory.live)
+            move = move / torch.where(live, memory.rms + n.eps, 1.0)
+        for p, x, part in self._parts(memory, blocks, step.params, move):
+            if step.is_active[p]:
+                x.mul_(step.coefficients(p).shrink).add_(part)
+
+    def _keep_last_average_(self, memory: BucketMemory, step: StepInputs) -> None:
+        blocks = (0, memory.layout.num_blocks)
+        (signs, scales), (last_signs, last_scales) = (self._read(memory, each, 0, blocks) for each in memory.results)
+        active = step.is_active[torch.from_numpy(memory.layout.parameter)]
+        signs = torch.where(active[self._block_of(memory, blocks)], signs, last_signs)
+        self._write(memory, memory.result, 0, blocks, signs, torch.where(active, scales, last_scales))
+
+    # The quantizer C
+
+    def quantize(self, c: Tensor, memory: BucketMemory, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """C: bits, ``bool [elements]``, and float32 scales ``[blocks]`` of values in flat memory, of blocks [first, last)."""
+        live = self._live(memory, blocks, memory.live)
+        block_of = self._block_of(memory, blocks)
+        counted = torch.where(live, c, 0.0).double()
+        sums = torch.zeros(blocks[1] - blocks[0], dtype=torch.float64, device=c.device)
+        sums.index_add_(0, block_of, counted.abs() if self.scale == "l1" else counted.square())
+        sizes = torch.zeros_like(sums).index_add_(0, block_of, live.double()).clamp_(min=1.0)
+        mean = sums / sizes
+        return live & (c >= 0), (mean if self.scale == "l1" else mean.sqrt()).float()
+
+    def decode(
+        self,
+        memory: BucketMemory,
+        messages: Tensor,
+        first_chunk: int,
+        blocks: tuple[int, int],
+        live: Tensor | None,
+        factor: float | Tensor = 1.0,
+    ) -> Tensor:
+        """``factor q`` of blocks [first, last) in flat memory; -0.0 where elements are not live.
+
+        Args:
+            memory: the bucket.
+            messages: of neighbouring chunks.
+            first_chunk: the first of them.
+            blocks: which.
+            live: those that took part when it was quantized.
+            factor: a number, or one per element.
+        """
+        signs, scales = self._read(memory, messages, first_chunk, blocks)
+        magnitude = scales.to(memory.dtype)[self._block_of(memory, blocks)] * factor
+        return torch.where(self._live(memory, blocks, live), torch.where(signs, magnitude, -magnitude), -0.0)
+
+    # Places
+
+    def _block_of(self, memory: BucketMemory, blocks: tuple[int, int]) -> Tensor:
+        """Of every element in flat memory, its block, counted from the first one."""
+        padded = torch.from_numpy(memory.layout.offset[blocks[0] : blocks[1] + 1]).diff()
+        return torch.arange(blocks[1] - blocks[0]).repeat_interleave(padded).to(memory.device)
+
+    def _by_element(self, memory: BucketMemory, blocks: tuple[int, int], by_parameter: Tensor) -> Tensor:
+        parameter = torch.from_numpy(memory.layout.parameter[blocks[0] : blocks[1]])
+        return by_parameter[parameter].to(memory.device)[self._block_of(memory, blocks)]
+
+    def _numbers(self, memory: BucketMemory, blocks: tuple[int, int], step: StepInputs) -> Coefficients:
+        """The numbers of every element, tensors in the dtype of the errors."""
+        columns = torch.from_numpy(step.numbers).unbind(1)
+        return Coefficients(*(self._by_element(memory, blocks, column).to(memory.dtype) for column in columns))  # type: ignore[arg-type]
+
+    def _live(self, memory: BucketMemory, blocks: tuple[int, int], live: Tensor | None) -> Tensor:
+        """Which elements take part in their block: no padding."""
+        start, stop = int(memory.layout.offset[blocks[0]]), int(memory.layout.offset[blocks[1]])
+        place = torch.arange(start, stop, device=memory.device)
+        ends = torch.from_numpy(memory.layout.offset[:-1] + memory.layout.numel)[blocks[0] : blocks[1]].to(memory.device)
+        exists = place < ends[self._block_of(memory, blocks)]
+        return exists if live is None else exists & unpack_bits(live)[start:stop]
+
+    def _gradient(self, memory: BucketMemory, index: int, step: StepInputs) -> Tensor:
+        if index in step.share_gradients:
+            return step.share_gradients[index]
+        return self._flat(memory, memory.share_blocks, step.gradients)
+
+    def _flat(self, memory: BucketMemory, blocks: tuple[int, int], tensors: list[Tensor | None]) -> Tensor:  # type: ignore[no-untyped-def]
+        start, stop = int(memory.layout.offset[blocks[0]]), int(memory.layout.offset[blocks[1]])
+        flat = torch.zeros(stop - start, dtype=memory.dtype, device=memory.device)
+        for _, source, part in self._parts(memory, blocks, tensors, flat):
+            part.copy_(source)
+        return flat
+
+    def _parts(self, memory: BucketMemory, blocks: tuple[int, int], tensors, flat):  # type: ignore[no-untyped-def]
+        """Block by block: index of the parameter, the block's elements in ``tensors``, and in ``flat``."""
+        layout, base = memory.layout, int(memory.layout.offset[blocks[0]])
+        for block in range(*blocks):
+            p, start, numel = (int(each[block]) for each in (layout.parameter, layout.start, layout.numel))
+            if tensors[p] is not None:
+                place = int(layout.offset[block]) - base
+                yield p, tensors[p][start : start + numel], flat[place : place + numel]
+
+    def _byte_index(self, memory: BucketMemory, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of blocks, the places of the scales among the float32 of a message buffer; of bytes of signs, their places in it."""
+        layout, shift = memory.layout, first_chunk * memory.layout.chunk_nbytes
+        scale = torch.from_numpy((layout.scale_byte - shift)[blocks[0] : blocks[1]] // SCALE_NBYTES)
+        first = torch.from_numpy((layout.sign_byte - shift - layout.offset[:-1] // BITS_PER_BYTE)[blocks[0] : blocks[1]])
+        start, stop = int(layout.offset[blocks[0]]), int(layout.offset[blocks[1]])
+        nbytes = torch.from_numpy(layout.offset[blocks[0] : blocks[1] + 1] // BITS_PER_BYTE).diff()
+        sign = torch.arange(start // BITS_PER_BYTE, stop // BITS_PER_BYTE) + first.repeat_interleave(nbytes)
+        return scale.to(memory.device), sign.to(memory.device)
+
+    def _write(
+        self, memory: BucketMemory, messages: Tensor, first_chunk: int, blocks: tuple[int, int], bits: Tensor, scales: Tensor
     ) -> None:
-        """Steps 1 and 2, on a worker: quantize ``error + momentum`` into ``sent``; the new error goes to ``out``.
+        scale, sign = self._byte_index(memory, first_chunk, blocks)
+        messages.view(torch.float32)[scale] = scales
+        messages[sign] = pack_bits(bits)
 
-        Args:
-            out: where the new error goes, ``error`` or scratch.
-            error: the worker error.
-            previous: u, the last average, with the elements that were live then.
-            momentum: what is added to the error.
-            sent: receives signs and scales.
-
-        Raises:
-            FloatingPointError: as :meth:`encode_`; ``out`` has been modified then.
-        """
-        self._add_momentum_(out, error, previous, momentum)
-        self.encode_(out, sent)
-
-    def settle_momentum_(self, error: Tensor, previous: Encoded, momentum: LocalMomentum, sent: Encoded) -> None:
-        """The new worker error, in place, when :meth:`encode_momentum_` has already filled ``sent``."""
-        self._add_momentum_(error, error, previous, momentum)
-        self.add_decoded_(error, sent, -1.0)
-
-    def encode_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None:
-        """Step 4, on a server: quantize the mean of ``received`` plus ``error`` into ``served``.
-
-        Args:
-            out: where the new server error goes, ``error`` or scratch.
-            error: the server error.
-            received: one from each rank, in rank order, so that the result does not depend on who serves.
-            served: receives signs and scales. Wake-up calls of all ranks are passed on.
-        """
-        self._add_mean_(out, error, received)
-        self.encode_(out, served)
-        if served.live is not None:
-            for each in received:
-                served.signs.bitwise_or_(each.signs & ~served.live)
-
-    def settle_mean_(self, error: Tensor, received: Sequence[Encoded], served: Encoded) -> None:
-        """The new server error, in place, when :meth:`encode_mean_` has already filled ``served``."""
-        self._add_mean_(error, error, received)
-        self.add_decoded_(error, served, -1.0)
-
-    def _add_momentum_(self, out: Tensor, error: Tensor, previous: Encoded, momentum: LocalMomentum) -> None:
-        if out is not error:
-            out.copy_(error)
-        self.add_decoded_(out, previous, momentum.decay)
-        momentum.add_gradient_(out, workspace=torch.empty_like(out))
-
-    def _add_mean_(self, out: Tensor, error: Tensor, received: Sequence[Encoded]) -> None:
-        if out is not error:
-            out.copy_(error)
-        for each in received:
-            self.add_decoded_(out, each, 1 / len(received))
-
-
-def block_scales(rows: Tensor, divisors: Tensor, scale: Scale) -> Tensor:
-    """Scale of each row of ``rows [rows, columns]``: ``||c||_2 / sqrt(size)`` or ``||c||_1 / size``.
-
-    Each row by itself: one with values whose squares under- or overflow is computed in another way, and does not
-    change the rounding of the others.
-
-    Args:
-        rows: the blocks, zero where an element does not count.
-        divisors: :func:`scale_divisors`, ``[rows]``.
-        scale: ``"l2"`` or ``"l1"``.
-
-    Raises:
-        FloatingPointError: if a value is not finite, or a scale is beyond float32.
-    """
-    order = ORDERS[scale]
-    norms = torch.linalg.vector_norm(rows, order, dim=1)
-    if all_safe(norms):
-        return norms.div_(divisors)
-
-    magnitudes = torch.linalg.vector_norm(rows, float("inf"), dim=1)
-    unsafe = (magnitudes > 0) & ~((norms > SMALLEST_SAFE_NORM) & (norms < LARGEST_SAFE_NORM))
-    result = norms / divisors
-    for row in unsafe.nonzero().flatten().tolist():
-        result[row] = torch.linalg.vector_norm(rows[row] / magnitudes[row], order) / divisors[row] * magnitudes[row]
-    if not torch.isfinite(magnitudes).all() or not torch.isfinite(result.float()).all():
-        raise FloatingPointError(
-            "Cannot quantize infinite or NaN values, or values beyond float32. HINT: a non-finite gradient has to be skipped"
-            " on all ranks before compression, or it would stay in the error feedback for ever."
-        )
-    return result
-
-
-def scale_divisors(sizes: Tensor, scale: Scale) -> Tensor:
-    """What the norms of blocks are divided by of whose elements ``sizes [blocks]`` count, at least 1."""
-    return sizes.sqrt() if scale == "l2" else sizes
-
-
-def all_safe(norms: Tensor) -> bool:
-    """Whether none of the sums of squares has under- or overflowed; not so for a block of zeros either."""
-    smallest, largest = torch.aminmax(norms)
-    return float(smallest) > SMALLEST_SAFE_NORM and float(largest) < LARGEST_SAFE_NORM
+    def _read(
+        self, memory: BucketMemory, messages: Tensor, first_chunk: int, blocks: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        scale, sign = self._byte_index(memory, first_chunk, blocks)
+        return unpack_bits(messages[sign]), messages.view(torch.float32)[scale]
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Pack ``bool [numel]`` into ``uint8 [ceil(numel / 8)]``, least significant bit first."""
+    """Pack ``bool [8 k]`` into ``uint8 [k]``, least significant bit first."""
     weights = torch.tensor(BIT_WEIGHTS, dtype=torch.uint8, device=bits.device)
-    padded = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    return (padded * weights).sum(dim=1, dtype=torch.uint8)
+    return (bits.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, numel: int) -> Tensor:
-    """Inverse of :func:`pack_bits`: ``bool [numel]``."""
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_bits`: ``bool [8 k]``."""
     weights = torch.tensor(BIT_WEIGHTS, dtype=torch.uint8, device=packed.device)
-    return (packed[:, None] & weights).ne(0).view(-1)[:numel]
+    return (packed[:, None] & weights).ne(0).view(-1)

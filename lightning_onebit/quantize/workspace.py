@@ -1,16 +1,19 @@
-"""The memory in which the codec for CPUs works, and views of it."""
+"""The memory in which the kernels for CPUs work, and views of it for spans of every shape."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.config import Scale
-from lightning_onebit.quantize.layout import num_blocks, sign_nbytes
-from lightning_onebit.quantize.reference import scale_divisors
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, sign_nbytes
 
 # Eight bytes of value 0 or 1, read as one little-endian integer and multiplied by this, have their
 # eight bits in the top byte, the first byte's bit lowest: sum over j of 2^(7 + 7j).
@@ -18,78 +21,100 @@ GATHER_BITS = np.uint64(0x0102040810204080)
 TOP_BYTE = np.uint64(56)
 
 
-class Memory:
-    """Allocated once, for segments of up to ``numel`` elements of ``dtype``."""
+@dataclass(frozen=True)
+class SpanShape:
+    """Blocks that are worked on in one call, as sizes only: spans of one shape share their views of the workspace."""
 
-    def __init__(self, numel: int, *, block_size: int, scale: Scale, dtype: torch.dtype) -> None:
-        nbytes, blocks = sign_nbytes(numel), num_blocks(numel, block_size)
-        self.block_size = block_size
+    block_size: int
+    numel: int
+    """Elements in flat memory: without the padding of the last block, if the span is not packed."""
+    numels: tuple[int, ...] | None
+    """Of a packed span, the elements of each block; ``None``: all blocks are whole, but perhaps the last."""
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.numel // self.block_size) if self.numels is None else len(self.numels)
+
+
+class Memory:
+    """Allocated once, for spans of up to ``numel`` elements and ``blocks`` blocks, of ``dtype``."""
+
+    def __init__(self, numel: int, blocks: int, *, scale: Scale, dtype: torch.dtype) -> None:
+        nbytes = sign_nbytes(numel)
         self.scale: Scale = scale
         self.reals = torch.empty(8 * nbytes, dtype=dtype)
         self.mask = torch.empty(8 * nbytes, dtype=dtype)
+        self.values = torch.empty(8 * nbytes, dtype=dtype)
+        """For the caller: a gradient, a move."""
+        self.out = torch.empty(8 * nbytes, dtype=dtype)
+        """Likewise: an error that must not be written yet."""
         self.bits = np.zeros(8 * nbytes, dtype=bool)
         self.words = np.empty(nbytes, dtype=np.uint64)
         self.norms = torch.empty(blocks, dtype=dtype)
         self.factors = torch.empty(blocks, dtype=dtype)
-        self._cuts: dict[int, Workspace] = {}
+        self._views: dict[SpanShape, Workspace] = {}
 
-    def cut(self, numel: int) -> Workspace:
-        """For segments of ``numel`` elements. Kept, as making it takes longer than the whole work on 1000 elements."""
-        workspace = self._cuts.get(numel)
+    def cut(self, shape: SpanShape) -> Workspace:
+        """Views for spans of ``shape``. Kept, as making them takes longer than the whole work on 1000 elements."""
+        workspace = self._views.get(shape)
         if workspace is None:
-            workspace = self._cuts[numel] = Workspace(self, numel)
+            workspace = self._views[shape] = Workspace(self, shape)
         return workspace
 
 
 class Workspace:
-    """The same memory for every segment of ``numel`` elements, seen as the calls of torch and numpy want to have it."""
+    """The same memory for every span of one shape, seen as the calls of torch and numpy want to have it."""
 
-    def __init__(self, memory: Memory, numel: int) -> None:
-        nbytes, blocks = sign_nbytes(numel), num_blocks(numel, memory.block_size)
-        self._block_size = memory.block_size
-        self._rest = numel % memory.block_size
+    def __init__(self, memory: Memory, shape: SpanShape) -> None:
+        numel, blocks = shape.numel, shape.num_blocks
+        nbytes = sign_nbytes(numel)
+        self.shape = shape
+        self._rest = numel % shape.block_size
         self._whole = numel - self._rest
 
         self.reals = memory.reals[:numel]
-        """Signs as +-1, or whatever is needed of the size of the segment."""
+        """Signs as +-1, or whatever is needed of the size of the span."""
         self.reals_array = self.reals.numpy()
-        self.real_rows = self.rows(self.reals)
         self.real_bytes = memory.reals[: 8 * nbytes].numpy().reshape(nbytes, 8)
-
         self.mask = memory.mask[:numel]
         """1 where an element is live, else 0."""
-        self.mask_rows = self.rows(self.mask)
         self.mask_bytes = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
+        self.values, self.out = memory.values[:numel], memory.out[:numel]
 
         self.bits = memory.bits[:numel]
         self._padding = memory.bits[numel : 8 * nbytes]
         self._bits_by_eight = memory.bits[: 8 * nbytes].view(np.uint64)
-
         self._words = memory.words[:nbytes]
         self.indices = self._words.view(np.intp)
         """Bytes of packed bits, one in each word, as ``take`` wants them."""
         self.bytes = self._words.view(np.uint8)[::8]
         """The same memory."""
 
-        norms, factors = memory.norms[:blocks], memory.factors[:blocks]
-        self.norms, self.norm_parts = norms, self.split_blocks(norms)
-        self.factors, self.factor_columns = factors.numpy(), self.split_blocks(factors[:, None])
-        sizes = torch.full_like(norms, self._block_size)
-        if self._rest:
-            sizes[-1] = self._rest
+        self.norms = memory.norms[:blocks]
+        factors = memory.factors[:blocks]
+        self.factors = factors.numpy()
+        if shape.numels is None:
+            self.real_rows = self.rows(self.reals)
+            self.norm_parts, self.factor_columns = self._split_blocks(self.norms), self._split_blocks(factors[:, None])
+            sizes = torch.full_like(self.norms, shape.block_size)
+            if self._rest:
+                sizes[-1] = self._rest
+        else:
+            self.factor_of_byte = np.empty((nbytes, 1), dtype=self.factors.dtype)
+            sizes = torch.tensor(shape.numels).to(self.norms)
         self.divisors = scale_divisors(sizes, memory.scale)
         """What norms are divided by where all elements are live."""
 
     def rows(self, values: Tensor) -> Sequence[Tensor]:
         """``values`` as ``[blocks, block_size]`` and the short last block as ``[1, rest]``, where there are any."""
         if not self._rest:
-            return (values.view(-1, self._block_size),)
+            return (values.view(-1, self.shape.block_size),)
         if not self._whole:
             return (values.view(1, -1),)
         whole, rest = values.split_with_sizes((self._whole, self._rest))
-        return whole.view(-1, self._block_size), rest.view(1, -1)
+        return whole.view(-1, self.shape.block_size), rest.view(1, -1)
 
-    def split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
+    def _split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
         """``per_block [blocks, ...]`` in the parts of :meth:`rows`."""
         if not (self._rest and self._whole):
             return (per_block,)
@@ -100,3 +125,46 @@ class Workspace:
         self._padding[:] = False
         np.multiply(self._bits_by_eight, GATHER_BITS, out=self._words)
         np.right_shift(self._words, TOP_BYTE, out=self._words)
+
+    # Of packed spans, whose blocks have any size
+
+    @cached_property
+    def block_starts(self) -> NDArray[np.intp]:
+        """First element of each block."""
+        assert self.shape.numels is not None
+        padded = [BITS_PER_BYTE * sign_nbytes(numel) for numel in self.shape.numels]
+        return np.cumsum([0, *padded[:-1]], dtype=np.intp)
+
+    @cached_property
+    def block_of_byte(self) -> NDArray[np.intp]:
+        """The block of every eight elements."""
+        assert self.shape.numels is not None
+        return np.repeat(np.arange(len(self.shape.numels)), [sign_nbytes(numel) for numel in self.shape.numels])
+
+    @cached_property
+    def gaps(self) -> NDArray[np.intp]:
+        """Places of the padding."""
+        assert self.shape.numels is not None
+        inside = np.zeros(self.shape.numel, dtype=bool)
+        for start, numel in zip(self.block_starts, self.shape.numels, strict=True):
+            inside[start : start + numel] = True
+        return np.flatnonzero(~inside)
+
+    @cached_property
+    def inside(self) -> Tensor | None:
+        """uint8 ``[bytes]``: bit set where there is an element; ``None`` if there is no padding."""
+        if self.shape.numels is None or not len(self.gaps):
+            return None
+        bits = np.ones(self.shape.numel, dtype=bool)
+        bits[self.gaps] = False
+        return torch.from_numpy(np.packbits(bits, bitorder="little"))
+
+
+def scale_divisors(sizes: Tensor, scale: Scale) -> Tensor:
+    """What the norms of blocks are divided by of whose elements ``sizes [blocks]`` count, at least 1."""
+    return sizes.sqrt() if scale == "l2" else sizes
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The same memory for numpy."""
+    return tensor.numpy()

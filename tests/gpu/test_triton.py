@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.flat import flat_view
+from lightning_onebit.flat import flat_view
 from lightning_onebit.engine.momentum import LocalMomentum
 from lightning_onebit.quantize import OLDEST_TRITON, make_codec, segment_numel
 from lightning_onebit.quantize.encoded import Encoded

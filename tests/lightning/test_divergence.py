@@ -19,7 +19,7 @@ from lightning_onebit import DivergenceError, DivergenceGuard, FixedStep, OneBit
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.checksum import CHUNK_NUMEL, MULTIPLIER, Checksum, words
 from lightning_onebit.consistency.divergence import difference_between_ranks
-from lightning_onebit.engine.flat import flat_view
+from lightning_onebit.flat import flat_view
 from lightning_onebit.lightning.fabric_strategy import OneBitDDPFabricStrategy
 
 CPU = torch.device("cpu")

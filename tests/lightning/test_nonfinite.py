@@ -30,7 +30,7 @@ from lightning_onebit import (
     compressed_all_reduce,
 )
 from lightning_onebit.engine.clipping import NormSketch
-from lightning_onebit.engine.flat import all_within
+from lightning_onebit.flat import all_within
 from lightning_onebit.engine.momentum import LARGEST_VALUE
 from lightning_onebit.engine.nonfinite import SkippedSteps
 

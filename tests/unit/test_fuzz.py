@@ -22,7 +22,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.runs import Run
+from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.quantize.cpu import CpuCodec
 from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.layout import num_blocks, sign_nbytes

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
-from lightning_onebit.quantize2.reference import unpack_bits
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference import unpack_bits
 
 
 class ExactKernels:

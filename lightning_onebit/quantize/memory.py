@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
-from lightning_onebit.quantize2.layout import BITS_PER_BYTE, SCALE_NBYTES, BucketLayout
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES, BucketLayout
 
 
 class Encoded(NamedTuple):
