@@ -14,7 +14,7 @@ from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 
-WORLD_SIZE, WARMUP_STEPS, STEPS = 3, 6, 40
+WORLD_SIZE, WARMUP_STEPS, STEPS = 3, 6, 70
 SHAPES = [(37, 11), (5,), (), (300,)]
 ROWS, COLUMNS, ROWS_AT_FIRST, FIRST_LATE_STEP = 40, 12, 10, 9
 """An embedding: its later rows come after the warm-up, one on one rank after the other."""
