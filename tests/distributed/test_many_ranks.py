@@ -82,7 +82,7 @@ def make_step(params, optimizer, gradients):
 # Invariant 11: the displacement in noise-dominated training is Adam's, whatever n
 
 NUMEL, LR, WARMUP_STEPS = 4096, 1e-3, 100
-SETTLED, STEPS = 30, 80
+SETTLED, STEPS = 30, 65
 """Displacements are taken between these steps after the switch: what the errors hold back along the drift is the same at
 both, and cancels."""
 DRIFT = 0.2
@@ -101,7 +101,7 @@ def test_displacement_is_that_of_adam(world_size):
 
     Gradients are N(drift_j, 1) on each rank, |drift_j| the same for all j. The estimator is the ratio of
     sum_j sign(drift_j) D_j dx_j to the same sum of the exact displacement. Both have the same noise in them, so the
-    standard error is that of the difference alone, and taken from its scatter over coordinates: about 0.4%.
+    standard error is that of the difference alone, and taken from its scatter over coordinates: about 0.5%.
     """
     sign, common = drift(world_size)
     groups = [{"x": torch.zeros(NUMEL), "lr": LR, "betas": (BETA1, beta2)} for beta2 in BETA2S]
@@ -233,7 +233,7 @@ def test_late_coordinates_train_on_all_ranks_at_the_speed_of_adam(world_size):
 
 # Invariants 2, 3 and 4 at many ranks
 
-SHAPES = [(37, 11), (5,), (), (300,), (20, 24)]
+SHAPES = [(37, 11), (5,), (), (300,), (10, 12)]
 FEW_STEPS = 6
 
 
@@ -305,11 +305,11 @@ def test_ranks_are_bitwise_equal_and_nothing_is_lost(world_size):
 
 
 def test_bits_do_not_depend_on_buckets_at_16_ranks():
-    """Invariant 3: one block per bucket, several, all in one."""
+    """Invariant 3: all in one bucket; two blocks in each."""
     start = some_start(16, torch.float32, beta1s=(BETA1,))
     expected, *others = (
         run_threads(16, lambda communicator, cap=cap: few_steps(communicator, start, torch.float32, bucket_cap_mb=cap)[0])
-        for cap in (25.0, 0.0013, 1e-6)
+        for cap in (25.0, 0.0005)
     )
     for traces in others:
         for trace, expected_trace in zip(traces, expected, strict=True):
