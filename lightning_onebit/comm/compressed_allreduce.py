@@ -47,7 +47,7 @@ class ErrorFeedback:
 
     Args:
         tensor: a tensor of the shape, dtype and device that will be reduced; only these are used.
-        group: process group, or a :class:`~lightning_onebit.comm.primitives.Communicator`; ``None`` for the default group.
+        group: process group; ``None`` for the default one.
         block_size: elements per scale, a multiple of 8.
         scale: ``"l2"`` or ``"l1"``.
         bucket_cap_mb: size of one exchange, in MiB of float32; ``None``: by the tensor's size. Changes messages, not
@@ -62,7 +62,7 @@ class ErrorFeedback:
         self,
         tensor: Tensor,
         *,
-        group: dist.ProcessGroup | Communicator | None = None,
+        group: dist.ProcessGroup | None = None,
         block_size: int = 2048,
         scale: Scale = "l2",
         bucket_cap_mb: float | None = None,
@@ -70,7 +70,7 @@ class ErrorFeedback:
         if not tensor.is_floating_point():
             raise TypeError(f"Cannot compress a tensor of dtype {tensor.dtype}. Must be real floating point.")
         config = CompressionConfig(block_size=block_size, scale=scale, bucket_cap_mb=bucket_cap_mb)
-        self.communicator = group if isinstance(group, Communicator) else Communicator(group)
+        self.communicator = Communicator(group)
         self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
         self.groups = flat_groups(self.communicator)
         self.kernels = make_kernels(config, device=self.device, dtype=self.dtype)
@@ -120,7 +120,7 @@ def compressed_all_reduce(
     tensor: Tensor,
     error_feedback: ErrorFeedback | None = None,
     *,
-    group: dist.ProcessGroup | Communicator | None = None,
+    group: dist.ProcessGroup | None = None,
     block_size: int = 2048,
     scale: Scale = "l2",
 ) -> Tensor:

@@ -36,8 +36,11 @@ class Communicator:
         self.waits = waits
         self.within_node = within_node
         initialized = dist.is_available() and dist.is_initialized()
-        self.rank: int = dist.get_rank(group) if initialized else 0
-        self.world_size: int = dist.get_world_size(group) if initialized else 1
+        self.rank, self.world_size = 0, 1
+        if isinstance(group, dist.ProcessGroup):
+            self.rank, self.world_size = group.rank(), group.size()
+        elif initialized:
+            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("This process does not belong to the process group. HINT: call on member ranks only.")
         self.counters = PhaseCounters()
