@@ -25,6 +25,7 @@ from lightning_onebit.quantize2.triton_blocks import (
     load_message,
     pack,
     quantize,
+    rounded,
     store_at,
     store_flat,
     store_message,
@@ -255,10 +256,9 @@ def _apply_kernel(
             d = load_flat(momentum_rms, offset, element, byte_exists) + eps
             move = divide(move, tl.where(alive, d, 1.0))
         # As torch: in the dtype of the errors, but rounded to that of the parameter after each of the two operations.
-        shrunk = (x.to(dtype) * tl.load(numbers + step_row + SHRINK).to(dtype)).to(PARAM_DTYPE)
-        store_at(
-            address, start, numel, element, exists, byte_exists, (shrunk.to(dtype) + move).to(PARAM_DTYPE), PARAM_DTYPE
-        )  # fmt: skip
+        shrunk = rounded(x.to(dtype) * tl.load(numbers + step_row + SHRINK).to(dtype), PARAM_DTYPE)
+        moved = rounded(shrunk + move, PARAM_DTYPE)
+        store_at(address, start, numel, element, exists, byte_exists, moved.to(PARAM_DTYPE), PARAM_DTYPE)
     elif COMMIT:
         if counts:  # it sits out: the average stays what it was
             packed, value = load_message(average_before, sign, scale, byte, byte_exists)

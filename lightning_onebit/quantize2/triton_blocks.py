@@ -152,3 +152,15 @@ def divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """``x``, rounded to nearest even among the numbers of ``DTYPE``; then the conversion to it is exact."""
+    if DTYPE == tl.bfloat16:
+        # Written out, as Triton's interpreter truncates.
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    else:
+        return x

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.quantize2.memory import BucketMemory, StepInputs
-from lightning_onebit.quantize2.triton_blocks import load_at, store_at, store_flat, tile
+from lightning_onebit.quantize2.triton_blocks import load_at, rounded, store_at, store_flat, tile
 from lightning_onebit.quantize2.triton_tables import (
     BLOCK_COLUMNS,
     GRADIENT,
@@ -153,8 +153,8 @@ def _scale_kernel(blocks, addresses, coefficient, PARAM_DTYPE: tl.constexpr, BYT
         if PARAM_DTYPE == tl.float64:
             scaled = gradient * tl.load(coefficient).to(tl.float64)
         else:
-            scaled = (gradient.to(tl.float32) * tl.load(coefficient).to(tl.float32)).to(PARAM_DTYPE)
-        store_at(address, start, numel, element, exists, byte_exists, scaled, PARAM_DTYPE)
+            scaled = rounded(gradient.to(tl.float32) * tl.load(coefficient).to(tl.float32), PARAM_DTYPE)
+        store_at(address, start, numel, element, exists, byte_exists, scaled.to(PARAM_DTYPE), PARAM_DTYPE)
 
 
 @block_kernel(INTEGERS)
