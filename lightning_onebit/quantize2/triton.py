@@ -55,6 +55,7 @@ from lightning_onebit.quantize2.triton_tables import (
     WEIGHT,
     any_number,
     block_kernel,
+    is_aligned,
     launch,
     param_dtype,
     tables_of,
@@ -85,7 +86,7 @@ class TritonKernels:
         first, last = memory.share_blocks
         launch(
             _encode_kernel, last - first, memory,
-            tables.blocks, tables.addresses, tables.numbers, step.flags, step.share_gradients.get(index),
+            tables.blocks, tables.addresses, tables.numbers, step.flags, self._share_gradient(index, step),
             memory.error, self._rms(memory, "update"), memory.result, memory.live, memory.live_before, memory.sent,
             first, memory.share_flat.start, memory.share.start * memory.layout.chunk_nbytes,
             PARAM_DTYPE=param_dtype(tables, step), COUPLED=any_number(step, "coupled_decay"), L1=self.scale == "l1",
@@ -117,7 +118,7 @@ class TritonKernels:
             chunk, chunk_start = memory.chunk_blocks, memory.chunk_flat.start
         launch(
             _apply_kernel, memory.layout.num_blocks, memory,
-            tables.blocks, tables.addresses, tables.numbers, step.flags, step.share_gradients.get(index),
+            tables.blocks, tables.addresses, tables.numbers, step.flags, self._share_gradient(index, step),
             memory.error, memory.server_error, self._rms(memory, "update"), self._rms(memory, "momentum"),
             memory.result, memory.result_before, memory.live, memory.live_before,
             memory.sent, memory.received, memory.served,
@@ -127,6 +128,11 @@ class TritonKernels:
             PARAM_DTYPE=param_dtype(tables, step), COUPLED=any_number(step, "coupled_decay"),
             LOOKS_AHEAD=any_number(step, "nesterov"), COMMIT=commit,
         )  # fmt: skip
+
+    def _share_gradient(self, index: int, step: StepInputs) -> Tensor | None:
+        gradient = step.share_gradients.get(index)
+        assert gradient is None or is_aligned(gradient)
+        return gradient
 
     def _rms(self, memory: BucketMemory, space: str) -> Tensor | None:
         return memory.rms if self.space == space else None
@@ -259,7 +265,7 @@ def _apply_kernel(
         shrunk = rounded(x.to(dtype) * tl.load(numbers + step_row + SHRINK).to(dtype), PARAM_DTYPE)
         moved = rounded(shrunk + move, PARAM_DTYPE)
         store_at(address, start, numel, element, exists, byte_exists, moved.to(PARAM_DTYPE), PARAM_DTYPE)
-    elif COMMIT:
+    elif COMMIT:  # noqa: SIM102 - a constant, and a value on the device
         if counts:  # it sits out: the average stays what it was
             packed, value = load_message(average_before, sign, scale, byte, byte_exists)
             store_message(average, sign, scale, byte, byte_exists, packed, value)
@@ -270,7 +276,7 @@ SCALE_BYTES = tl.constexpr(SCALE_NBYTES)
 
 @triton.jit
 def _place(blocks, block):
-    """Of a block: its row in the table, its parameter's in the step's; elements, first one in parameter and memory; sign, scale."""
+    """A block's row in the table; its parameter's in the step's; elements; the first one in parameter and memory; sign, scale."""
     row = blocks + block.to(tl.int64) * BLOCK_COLUMNS
     step_row = tl.load(row + SLOT) * STEP_COLUMNS
     numel = tl.load(row + NUMEL).to(tl.int32)

@@ -1,8 +1,8 @@
 # mypy: disallow-untyped-defs=False
 """Operations on one block, of which Triton's kernels are made.
 
-Tiles: ``[BYTES, 8]`` of elements, where a row is eight neighbours whose bits make one byte; ``[BYTES]`` of bytes. The tile is
-the block padded to a power of two.
+Tiles: ``[BYTES, 8]`` of elements, where a row is eight neighbours whose bits make one byte; ``[BYTES]`` of bytes. The tile
+is the block padded to a power of two.
 
 What decides a bit, and therefore what must not be left to a compiler:
 
@@ -24,7 +24,8 @@ from lightning_onebit.config import MAX_BLOCK_SIZE
 LEVELS = tl.constexpr(MAX_BLOCK_SIZE.bit_length() - 1)
 """Of additions, in the sum of the largest block."""
 ALIGNMENT = tl.constexpr(16)
-"""Bytes of the largest load."""
+"""Bytes of the largest load. Flat memory begins at a multiple of it, as all that torch allocates, and so does each block in
+it. Parameters and gradients may not, where they are views: that is found out from their addresses."""
 
 
 @triton.jit
@@ -39,20 +40,20 @@ def tile(numel, BYTES: tl.constexpr):
 def load_flat(memory, place, element, byte_exists):
     """A block from ``place`` on in flat memory, where padding exists as well."""
     mask = tl.broadcast_to(byte_exists[:, None], element.shape)
-    return tl.load(memory + tl.multiple_of(place, 8) + element, mask=mask, other=0.0)
+    return tl.load(tl.multiple_of(memory + place, ALIGNMENT) + element, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_flat(memory, place, element, exists, byte_exists, values):
     """Write a block, and zeros as its padding."""
     mask = tl.broadcast_to(byte_exists[:, None], element.shape)
-    tl.store(memory + tl.multiple_of(place, 8) + element, tl.where(exists, values, 0.0), mask=mask)
+    tl.store(tl.multiple_of(memory + place, ALIGNMENT) + element, tl.where(exists, values, 0.0), mask=mask)
 
 
 @triton.jit
 def load_at(address, start, numel, element, exists, byte_exists, DTYPE: tl.constexpr):
     """A block from element ``start`` on of the tensor at ``address``; zeros if that is 0."""
-    first = address.to(tl.pointer_type(DTYPE)) + tl.multiple_of(start, 8)
+    first = address.to(tl.pointer_type(DTYPE)) + start
     if (address % ALIGNMENT == 0) & (numel % 8 == 0):
         mask = tl.broadcast_to((byte_exists & (address != 0))[:, None], element.shape)
         values = tl.load(tl.multiple_of(first, ALIGNMENT) + element, mask=mask, other=0.0)
@@ -64,7 +65,7 @@ def load_at(address, start, numel, element, exists, byte_exists, DTYPE: tl.const
 @triton.jit
 def store_at(address, start, numel, element, exists, byte_exists, values, DTYPE: tl.constexpr):
     """Write a block from element ``start`` on of the tensor at ``address``."""
-    first = address.to(tl.pointer_type(DTYPE)) + tl.multiple_of(start, 8)
+    first = address.to(tl.pointer_type(DTYPE)) + start
     if (address % ALIGNMENT == 0) & (numel % 8 == 0):
         mask = tl.broadcast_to(byte_exists[:, None], element.shape)
         tl.store(tl.multiple_of(first, ALIGNMENT) + element, values, mask=mask)
@@ -157,7 +158,7 @@ def divide(x, y):
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """``x``, rounded to nearest even among the numbers of ``DTYPE``; then the conversion to it is exact."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.bfloat16:  # noqa: SIM300 - Triton does not know it the other way round
         # Written out, as Triton's interpreter truncates.
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

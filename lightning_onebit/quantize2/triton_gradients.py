@@ -6,7 +6,7 @@ No call waits for the GPU. Each sends the step's addresses, unless they are ther
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from lightning_onebit.quantize2.triton_tables import (
     START,
     STEP_COLUMNS,
     block_kernel,
+    is_aligned,
     launch,
     param_dtype,
     send_,
@@ -37,11 +38,13 @@ def gather_(flat: Tensor, memory: BucketMemory, step: StepInputs, factor: float 
     """Copy the gradients of a bucket, times ``factor``, into its flat order: ``flat = factor g``.
 
     Args:
-        flat: ``[flat_numel]``, in the dtype of the errors; all of it is written. Padding, and what has no gradient, becomes 0.
+        flat: ``[flat_numel]``, in the dtype of the errors, from a multiple of 16 bytes on; all of it is written. Padding, and
+            what has no gradient, becomes 0.
         memory: the bucket.
         step: its gradients.
         factor: such as one over the ranks whose gradients are summed up next.
     """
+    assert is_aligned(flat)
     tables = tables_of(memory)
     tables.update_(step)
     launch(
@@ -69,8 +72,8 @@ def scale_(memory: BucketMemory, step: StepInputs, coefficient: Tensor) -> None:
 class SketchDraws(NamedTuple):
     """What is random in a :class:`~lightning_onebit.engine.clipping.NormSketch` with k buckets, for all rows of the vector.
 
-    R rows make a draw. Element ``P`` lies in row ``r = P div k``, column ``P mod k``, bucket ``b = (P + rotations[r]) mod k``,
-    with the sign ``signs[r div R, (b + r mod R) mod k] * row_signs[r]``.
+    R rows make a draw. Element ``P`` lies in row ``r = P div k`` and goes to bucket ``b = (P + rotations[r]) mod k``, with
+    the sign ``signs[r div R, (b + r mod R) mod k] * row_signs[r]``.
     """
 
     signs: Tensor
@@ -123,9 +126,10 @@ def sketch_(
     assert k >= memory.layout.block_size, "a block must not reach beyond two rows"
     tables = tables_of(memory)
     tables.update_(step)
+    num_blocks, rows_per_draw = memory.layout.num_blocks, draws.rotations.numel() // len(draws.signs)
     launch(
-        _sketch_kernel, min(programs, memory.layout.num_blocks), memory, tables.blocks, tables.addresses,
-        tables.places(first_places), partial, *draws, memory.layout.num_blocks, k, draws.rotations.numel() // len(draws.signs),
+        _sketch_kernel, min(programs, num_blocks), memory, tables.blocks, tables.addresses,
+        tables.places(first_places), partial, *draws, num_blocks, k, rows_per_draw,
         PARAM_DTYPE=param_dtype(tables, step),
     )  # fmt: skip
 
@@ -138,7 +142,7 @@ def _gather_kernel(
     blocks, addresses, flat, factor: tl.float64, PARAM_DTYPE: tl.constexpr, BYTES: tl.constexpr
 ):  # fmt: skip
     row, address, start, numel = _gradient(blocks, addresses, tl.program_id(0))
-    byte, element, exists, byte_exists = tile(numel, BYTES)
+    _, element, exists, byte_exists = tile(numel, BYTES)
     dtype: tl.constexpr = flat.dtype.element_ty
     gradient = load_at(address, start, numel, element, exists, byte_exists, PARAM_DTYPE).to(dtype)
     store_flat(flat, tl.load(row + OFFSET), element, exists, byte_exists, gradient * tl.full((), factor, dtype))
@@ -147,10 +151,10 @@ def _gather_kernel(
 @block_kernel(INTEGERS)
 def _scale_kernel(blocks, addresses, coefficient, PARAM_DTYPE: tl.constexpr, BYTES: tl.constexpr):
     _, address, start, numel = _gradient(blocks, addresses, tl.program_id(0))
-    byte, element, exists, byte_exists = tile(numel, BYTES)
+    _, element, exists, byte_exists = tile(numel, BYTES)
     if address != 0:
         gradient = load_at(address, start, numel, element, exists, byte_exists, PARAM_DTYPE)
-        if PARAM_DTYPE == tl.float64:
+        if PARAM_DTYPE == tl.float64:  # noqa: SIM300 - Triton does not know it the other way round
             scaled = gradient * tl.load(coefficient).to(tl.float64)
         else:
             scaled = rounded(gradient.to(tl.float32) * tl.load(coefficient).to(tl.float32), PARAM_DTYPE)
@@ -166,7 +170,7 @@ def _sketch_kernel(
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         row, address, start, numel = _gradient(blocks, addresses, block)
         if address != 0:
-            byte, element, exists, byte_exists = tile(numel, BYTES)
+            _, element, exists, byte_exists = tile(numel, BYTES)
             gradient = load_at(address, start, numel, element, exists, byte_exists, PARAM_DTYPE).to(tl.float32)
             place = tl.load(first_places + tl.load(row + SLOT)) + start
             first_row = place // k
@@ -191,6 +195,3 @@ def _gradient(blocks, addresses, block):
     row = blocks + tl.cast(block, tl.int64) * BLOCK_COLUMNS
     address = tl.load(addresses + tl.load(row + SLOT) * STEP_COLUMNS + GRADIENT)
     return row, address, tl.load(row + START), tl.load(row + NUMEL).to(tl.int32)
-
-
-KERNELS: tuple[Any, ...] = (_gather_kernel, _scale_kernel, _sketch_kernel)

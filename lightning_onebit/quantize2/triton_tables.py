@@ -121,6 +121,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def is_aligned(flat: Tensor) -> bool:
+    """Whether a flat tensor in the order of memory begins where the largest loads can begin."""
+    return flat.data_ptr() % 16 == 0
+
+
 def send_(target: Tensor, values: NDArray[Any]) -> None:
     """Copy an array into a tensor on the device, without waiting for it.
 
