@@ -276,7 +276,7 @@ SCALE_BYTES = tl.constexpr(SCALE_NBYTES)
 
 @triton.jit
 def _place(blocks, block):
-    """A block's row in the table; its parameter's in the step's; elements; the first one in parameter and memory; sign, scale."""
+    """A block's row in its table; its parameter's row; elements; the first in the parameter, and in memory; sign, scale."""
     row = blocks + block.to(tl.int64) * BLOCK_COLUMNS
     step_row = tl.load(row + SLOT) * STEP_COLUMNS
     numel = tl.load(row + NUMEL).to(tl.int32)

@@ -38,8 +38,8 @@ def gather_(flat: Tensor, memory: BucketMemory, step: StepInputs, factor: float 
     """Copy the gradients of a bucket, times ``factor``, into its flat order: ``flat = factor g``.
 
     Args:
-        flat: ``[flat_numel]``, in the dtype of the errors, from a multiple of 16 bytes on; all of it is written. Padding, and
-            what has no gradient, becomes 0.
+        flat: ``[flat_numel]``, in the dtype of the errors, from a multiple of 16 bytes on; all of it is written. Padding
+            becomes 0, and so does what has no gradient.
         memory: the bucket.
         step: its gradients.
         factor: such as one over the ranks whose gradients are summed up next.

@@ -50,6 +50,7 @@ each_scale = pytest.mark.parametrize("scale", ["l2", "l1"])
 each_space = pytest.mark.parametrize("space", ["update", "momentum"])
 each_commit = pytest.mark.parametrize("early", [True, False], ids=["at once", "late"])
 
+LARGEST = torch.finfo(torch.float32).max
 SGD = Coefficients(beta=0.9, weight=1.0, step_size=0.1)
 MIXED = [
     ADAM,
@@ -91,10 +92,20 @@ def assert_equals_reference(memory, step, *, early=True, apart_from=(), **settin
 # ---- whole steps
 
 
-@each_dtype
-@each_scale
-@each_space
-@each_commit
+@pytest.mark.parametrize(
+    ("dtype", "scale", "space", "early"),
+    [
+        (torch.float32, "l2", "update", False),
+        (torch.float32, "l1", "momentum", False),
+        (torch.float32, "l1", "update", True),
+        (torch.float32, "l2", "momentum", True),
+        (torch.bfloat16, "l2", "update", False),
+        (torch.bfloat16, "l1", "momentum", True),
+        (torch.float64, "l1", "update", False),
+        (torch.float64, "l2", "momentum", True),
+    ],
+    ids=str,
+)
 def test_a_step(dtype, scale, space, early):
     [layout] = random_layouts(NUMELS)
     memory = random_memory(layout, masked=early, chunk=int(early), dtype=errors_dtype(dtype))
@@ -187,15 +198,14 @@ def test_several_buckets_of_one_step():
         assert_same(*zip(memories, steps, strict=True))
 
 
-@each_dtype
-def test_errors_committed_at_once_or_late_are_the_same(dtype):
-    [layout] = random_layouts(NUMELS)
-    memory = random_memory(layout, masked=True, dtype=errors_dtype(dtype))
-    step = random_step(NUMELS, dtype=dtype, sits_out=[8], coefficients=ADAM._replace(coupled_decay=0.1))
+def test_errors_committed_at_once_or_late_are_the_same():
+    numels = [70, 9, 150]
+    [layout] = random_layouts(numels)
+    memory = random_memory(layout, masked=True)
+    step = random_step(numels, sits_out=[1], coefficients=ADAM._replace(coupled_decay=0.1))
     outcomes = []
     for early in (True, False):
         outcomes.append((copy_of_memory(memory, DEVICE), copy_of_step(step, DEVICE)))
-        # A peer that serves the whole bucket: what sits out is served its last average if it is known that the step counts.
         run_step(TritonKernels(), *outcomes[-1], early=early)
     for name in ("error", "server_error", "sent"):
         assert_same_bits(getattr(outcomes[0][0], name), getattr(outcomes[1][0], name), name)
@@ -260,7 +270,7 @@ def memory_of(values, block_size):
     [layout] = random_layouts([len(values)], block_size=block_size, num_chunks=1)
     memory = random_memory(layout, has_rms=False, dtype=errors_dtype(values.dtype))
     memory.error.zero_()
-    step = random_step([len(values)], dtype=values.dtype, coefficients=Coefficients(beta=0.0, weight=1.0, kappa=3.4e38))
+    step = random_step([len(values)], dtype=values.dtype, coefficients=Coefficients(beta=0.0, weight=1.0, kappa=LARGEST))
     step.gradients[0].copy_(values)
     return memory, step
 
@@ -277,10 +287,10 @@ def test_blocks_of_very_different_size(scale, dtype):
 
 @each_scale
 def test_the_largest_float32_has_a_scale(scale):
-    values = torch.full((2048,), torch.finfo(torch.float32).max)
+    values = torch.full((2048,), LARGEST)
     values[::2] *= -1
     memory, sent = encoded_by(TritonKernels(scale=scale), *memory_of(values, 2048))
-    assert sent.scales.tolist() == [torch.finfo(torch.float32).max]
+    assert sent.scales.tolist() == [LARGEST]
     assert not memory.error.any()
 
 
@@ -323,7 +333,7 @@ def test_padding_sends_no_bit_and_stays_zero():
 @each_dtype
 def test_addresses_need_not_be_aligned_and_nothing_beside_them_is_written(dtype):
     """Parameters and gradients are views in the middle of memory, each at another place."""
-    numels = [128, 64, 16, 9, 70]
+    numels = [64, 16, 9, 70]
     [layout] = random_layouts(numels)
     memory, step = random_memory(layout, dtype=errors_dtype(dtype)), random_step(numels, dtype=dtype)
     results = []
@@ -458,10 +468,14 @@ def test_scale(dtype):
             assert_same_bits(actual, (gradient.to(coefficient.dtype) * coefficient).to(dtype))
 
 
-@each_dtype
-@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("dtype", "programs"),
+    [(torch.float32, 1), (torch.float32, 3), (torch.float32, 100), (torch.bfloat16, 3), (torch.float64, 3)],
+    ids=str,
+)
 def test_sketch(dtype, programs):
-    k, numels = 64, [150, 7, 0, 64, 129, 2000]
+    """Blocks that lie in two rows, and rows of two draws."""
+    k, numels = 32, [100, 7, 0, 64, 500]
     step = random_step(numels, dtype=dtype, missing=[3])
     expected = NormSketch(5, device=CPU, numel=k)
     expected.add_(step.gradients, numels)
@@ -471,13 +485,13 @@ def test_sketch(dtype, programs):
 
     def sketched():
         partial = torch.zeros(programs, k, device=DEVICE)
-        for layout in random_layouts(numels, bucket_numel=1000, block_size=56):
+        for layout in random_layouts(numels, bucket_numel=300, block_size=24):
             sketch_(partial, copy_of_memory(random_memory(layout), DEVICE), there, draws, places)
         return partial
 
     partial = sketched()
     torch.testing.assert_close(partial.sum(dim=0).cpu(), expected.buckets, rtol=1e-5, atol=1e-3)
-    if programs == 3:
+    if (dtype, programs) == (torch.float32, 3):
         assert_same_bits(sketched(), partial)
 
 
@@ -600,7 +614,7 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     for name, found in kernels.items():
         for forbidden in ("fma", "approx", "ftz", "full", "atom", "ld.local", "st.local"):
             assert not found[forbidden], (name, forbidden)
-        assert found["ld.global.v4"] or "float64" in name, name
+        assert found["ld.global.v4" if "float64" not in name else "global.v2.b64"], name
     for wanted in ("div.rn.f32", "min.NaN.f32", "max.NaN.f32", "sqrt.rn.f64", "div.rn.f64"):
         assert kernels["encode"][wanted], wanted
     assert kernels["apply"]["div.rn.f32"]

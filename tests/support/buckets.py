@@ -149,10 +149,10 @@ def _copy(tensor, device):
 
 
 def assert_same_bits(actual, expected, name=""):
-    """Flat tensors hold the same bits; any NaN is like any other."""
+    """Tensors hold the same bits; any NaN is like any other."""
     assert actual.dtype == expected.dtype
-    actual, expected = actual.cpu(), expected.cpu()
-    a, b = (tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size()) for tensor in (actual, expected))
+    actual, expected = actual.cpu().flatten(), expected.cpu().flatten()
+    a, b = (tensor.view(torch.uint8).view(-1, tensor.element_size()) for tensor in (actual, expected))
     different = (a != b).any(dim=1) & ~(actual.isnan() & expected.isnan())
     if different.any():
         first = different.nonzero().flatten()[:5]

@@ -72,14 +72,17 @@ def launched(dtype=torch.float32, *, space="update", commit=False, masked=False,
 def main():
     found = {}
     everything = ADAM._replace(coupled_decay=0.1, nesterov=0.9)
-    for title, options in {
-        "": {},
-        " bfloat16": {"dtype": torch.bfloat16},
-        " float64": {"dtype": torch.float64},
-        " at once": {"commit": True, "masked": True, "space": "momentum", "coefficients": everything},
-    }.items():
+    for title, names, options in (
+        ("", ("encode", "serve", "apply", "gather", "scale", "sketch"), {}),
+        (" bfloat16", ("apply", "scale"), {"dtype": torch.bfloat16}),
+        (" float64", ("encode",), {"dtype": torch.float64}),
+        (" at once", ("encode", "serve"), {"commit": True, "masked": True, "coefficients": everything}),
+        (" momentum", ("apply",), {"masked": True, "space": "momentum", "coefficients": everything}),
+    ):
         for kernel, arguments, constants in launched(**options):
-            found[kernel.__name__.strip("_").removesuffix("_kernel") + title] = instructions(kernel, arguments, constants)
+            name = kernel.__name__.strip("_").removesuffix("_kernel")
+            if name in names:
+                found[name + title] = instructions(kernel, arguments, constants)
     print(json.dumps(found))
 
 
