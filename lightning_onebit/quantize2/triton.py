@@ -108,14 +108,11 @@ class TritonKernels:
 
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
         """As the reference, with the addresses that this step's :meth:`encode_` has sent."""
+        assert memory.chunk is not None
         assert len(memory.results) == 2 or not commit, "committing late needs the last average but one"
         tables = tables_of(memory)
         if not tables.has(step):
             tables.update_(step)
-        ranks = max(len(memory.share), 1)
-        chunk, chunk_start = (0, 0), 0
-        if memory.chunk is not None:
-            chunk, chunk_start = memory.chunk_blocks, memory.chunk_flat.start
         launch(
             _apply_kernel, memory.layout.num_blocks, memory,
             tables.blocks, tables.addresses, tables.numbers, step.flags, self._share_gradient(index, step),
@@ -123,8 +120,8 @@ class TritonKernels:
             memory.result, memory.result_before, memory.live, memory.live_before,
             memory.sent, memory.received, memory.served,
             *memory.share_blocks, memory.share_flat.start, memory.share.start * memory.layout.chunk_nbytes,
-            *chunk, chunk_start, (memory.chunk or 0) * memory.layout.chunk_nbytes,
-            ranks, memory.layout.chunk_nbytes, 1 / ranks,
+            *memory.chunk_blocks, memory.chunk_flat.start, memory.chunk * memory.layout.chunk_nbytes,
+            len(memory.share), memory.layout.chunk_nbytes, 1 / len(memory.share),
             PARAM_DTYPE=param_dtype(tables, step), COUPLED=any_number(step, "coupled_decay"),
             LOOKS_AHEAD=any_number(step, "nesterov"), COMMIT=commit,
         )  # fmt: skip

@@ -83,6 +83,7 @@ class BucketTables:
 
     def update_(self, step: StepInputs) -> None:
         """Send addresses and numbers of ``step``, in one copy, if they are not on the device already."""
+        assert len({step.params[p].dtype for p in self.members} | self._gradient_dtypes(step)) == 1
         rows = np.empty(tuple(self.numbers.shape), dtype=np.float64)
         addresses = rows.view(np.int64)
         addresses[:, GRADIENT.value] = [_address(step.gradients[p]) for p in self.members]
@@ -92,6 +93,10 @@ class BucketTables:
             send_(self.addresses, addresses)
             self._sent = addresses
         self._step = weakref.ref(step)
+
+    def _gradient_dtypes(self, step: StepInputs) -> set[torch.dtype]:
+        gradients = (step.gradients[p] for p in self.members)
+        return {gradient.dtype for gradient in gradients if gradient is not None}
 
     def has(self, step: StepInputs) -> bool:
         """Whether what was sent last is of ``step``."""
