@@ -31,6 +31,7 @@ from buckets import (
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.engine.clipping import NormSketch
+from lightning_onebit.engine.flat import flat_view
 from lightning_onebit.quantize2.reference import ReferenceKernels, pack_bits, unpack_bits
 
 pytest.importorskip("triton")
@@ -351,6 +352,71 @@ def test_addresses_need_not_be_aligned_and_nothing_beside_them_is_written(dtype)
         results.append((memory_there, there))
     for other in results[1:]:
         assert_same(other, results[0])
+
+
+@each_scale
+@pytest.mark.parametrize("masked", [False, True], ids=["all live", "some dead"])
+def test_a_block_does_not_depend_on_how_its_parameter_was_cut(scale, masked):
+    """Into buckets and chunks: bits, scales and errors of a step are the same."""
+    numel = 5 * 64 + 33
+    step = copy_of_step(random_step([numel]), DEVICE)
+    results = []
+    for bucket_numel, num_chunks in ((numel, 1), (2 * 64, 1), (3 * 64, 2)):
+        whole = random_memory(random_layouts([numel], num_chunks=1)[0], masked=masked)
+        encoded = []
+        for layout in random_layouts([numel], bucket_numel=bucket_numel, num_chunks=num_chunks):
+            memory = random_memory(layout, masked=masked)
+            memory.result.zero_()
+            first = int(layout.start[0])
+            part = slice(first, first + layout.flat_numel)
+            memory.error.copy_(whole.error[part])
+            memory.rms.copy_(whole.rms[part])
+            if masked:
+                memory.live.copy_(whole.live[first // 8 : part.stop // 8])
+                memory.live_before = None
+            memory = copy_of_memory(memory, DEVICE)
+            TritonKernels(scale=scale).encode_(memory, 0, step, commit=True)
+            encoded.append([memory.error])
+            for chunk in range(num_chunks):
+                sent = memory.encoded(memory.sent, 0, layout.blocks_of(range(chunk, chunk + 1)), None)
+                encoded.append([sent.signs, sent.scales])
+        results.append([
+            torch.cat([each[0] for each in encoded if len(each) == 1]),
+            torch.cat([each[0] for each in encoded if len(each) == 2]),
+            torch.cat([each[1] for each in encoded if len(each) == 2]),
+        ])  # fmt: skip
+    for other in results[1:]:
+        for one, expected in zip(other, results[0], strict=True):
+            assert_same_bits(one, expected)
+
+
+def test_parameters_that_are_not_contiguous():
+    """They come as flat views in the order of their memory."""
+    numels = [120]
+    [layout] = random_layouts(numels)
+    step = random_step(numels)
+    shaped = [
+        torch.empty(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last).copy_(flat.view(2, 3, 4, 5))
+        for flat in (step.params[0], step.gradients[0])
+    ]
+    there = copy_of_step(step, DEVICE)
+    there.params, there.gradients = ([flat_view(tensor)] for tensor in shaped)
+    assert not shaped[0].is_contiguous()
+    step.params, step.gradients = ([flat_view(tensor).cpu().clone()] for tensor in shaped)
+    memory = random_memory(layout)
+    memory_there = copy_of_memory(memory, DEVICE)
+    run_step(TritonKernels(), memory_there, there, early=True)
+    run_step(ReferenceKernels(), memory, step, early=True)
+    assert_same((memory_there, there), (memory, step))
+    assert_same_bits(flat_view(shaped[0]), step.params[0])
+
+
+def test_parameters_of_several_dtypes_are_refused():
+    [layout] = random_layouts([9, 9])
+    step = copy_of_step(random_step([9, 9]), DEVICE)
+    step.gradients[1] = step.gradients[1].bfloat16()
+    with pytest.raises(AssertionError):
+        TritonKernels().encode_(copy_of_memory(random_memory(layout), DEVICE), 0, step, commit=False)
 
 
 # ---- launches, and copies to the device
