@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_onebit.engine.momentum import LocalMomentum
+from lightning_onebit.quantize.encoded import Encoded
 from report import Spread, describe, environment, save, table
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.momentum import LocalMomentum
 from lightning_onebit.quantize import Codec, make_codec
-from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.layout import SEGMENT_NUMEL, num_blocks, sign_nbytes
 
 FLOAT32_BYTES = 4

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from lightning_onebit.engine.momentum import LocalMomentum
+from lightning_onebit.quantize.encoded import Encoded
 from report import Spread, describe, environment, save, table
 from torch import Tensor
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.momentum import LocalMomentum
 from lightning_onebit.quantize import Codec, make_codec
-from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.layout import encoded_nbytes, num_blocks, sign_nbytes
 
 WARM_UP = 5

@@ -90,7 +90,6 @@ def test_compressed_steps_are_bitwise_those_of_gloo(config):
     assert any(not torch.equal(a, b) for a, b in zip(threads[0][0], threads[1][0], strict=True))  # of the worker errors
 
 
-@pytest.mark.xfail(strict=True, reason="Communicator(group) asks the default process group, which threads do not have")
 def test_compressed_all_reduce_is_bitwise_that_of_gloo():
     """On a group that is passed on: to be possible, ``Communicator`` has to ask the group itself for rank and size."""
 

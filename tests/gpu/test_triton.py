@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_onebit.engine.momentum import LocalMomentum
+from lightning_onebit.quantize.encoded import Encoded
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.flat import flat_view
-from lightning_onebit.engine.momentum import LocalMomentum
 from lightning_onebit.quantize import OLDEST_TRITON, make_codec, segment_numel
-from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.layout import CUDA_SEGMENT_NUMEL, SEGMENT_NUMEL
 from lightning_onebit.quantize.reference import ReferenceCodec, pack_bits, unpack_bits
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning_onebit.engine.pipeline import Pipeline
 from ranks import run_trainers
 from trainers import Classifier, fit, same_params
 
@@ -22,7 +23,6 @@ from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, V
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.consistency.agreement import RanksDisagree
-from lightning_onebit.engine.pipeline import Pipeline
 from lightning_onebit.methods import parameters_of
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED

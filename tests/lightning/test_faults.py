@@ -21,12 +21,12 @@ from fault_script import WARMUP_STEPS, Fault, Slow, digest, make_strategy, train
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_onebit.engine.pipeline import Pipeline
 from ranks import _rank_main, free_port, run_trainers
 from test_launchers import start
 from trainers import Classifier, Recorder, adam, data, make_trainer
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase
-from lightning_onebit.engine.pipeline import Pipeline
 from lightning_onebit.lightning import failures
 from lightning_onebit.lightning.failures import explain_, is_communication_failure
 

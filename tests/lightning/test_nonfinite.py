@@ -9,6 +9,7 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning_onebit.engine.momentum import LARGEST_VALUE
 from ranks import run_ranks, run_trainers
 from test_fabric import Loop
 from test_fabric import ours as fabric_strategy
@@ -30,9 +31,8 @@ from lightning_onebit import (
     compressed_all_reduce,
 )
 from lightning_onebit.engine.clipping import NormSketch
-from lightning_onebit.flat import all_within
-from lightning_onebit.engine.momentum import LARGEST_VALUE
 from lightning_onebit.engine.nonfinite import SkippedSteps
+from lightning_onebit.flat import all_within
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 SHAPES = [(37, 5), (130,), (12, 4), (3,)]

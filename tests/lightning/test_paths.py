@@ -19,10 +19,6 @@ GRADIENT_FILES, GRADIENT_FUNCTIONS, SWITCH_FILES = 8, 25, 12
 # Batches: steps 0 to 2 are warm-up; what freezing leaves to do comes with the next step.
 WARMUP_BATCH, LAST_WARMUP_BATCH, GRADIENT_BATCH, COMPRESSED_BATCH = 1, 2, 5, 7
 
-TOO_LONG = pytest.mark.xfail(
-    strict=True, reason="issue 12 item 1: the ways of the old engine; --runxfail tells their length"
-)
-
 
 class Watch(pl.Callback):
     """Notes what is entered in some batches. Must come before the package's own callbacks.
@@ -64,7 +60,6 @@ def ways(overlap):
     return [[Function(*f) for f in way] for way in run_trainers(2, fn)[0]]
 
 
-@TOO_LONG
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_gradient_takes_a_short_way_to_its_parameter(overlap):
     """From DDP's hook through the exchange, in whatever thread, to the step of its parameter."""
@@ -74,7 +69,6 @@ def test_a_gradient_takes_a_short_way_to_its_parameter(overlap):
     assert len(gradient) <= GRADIENT_FUNCTIONS, listed(gradient)
 
 
-@TOO_LONG
 def test_a_phase_switch_takes_a_short_way():
     """From the end of the last dense batch to that of the first compressed one, less what ordinary batches enter too.
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_onebit.engine.momentum import LocalMomentum, square_root_
+from lightning_onebit.quantize.encoded import Encoded
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.momentum import LocalMomentum, square_root_
 from lightning_onebit.quantize import make_codec
 from lightning_onebit.quantize.cpu import CpuCodec
-from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.reference import ReferenceCodec
 
 BLOCK_SIZES = [8, 64, 2048, 16384]

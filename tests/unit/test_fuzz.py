@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_onebit.quantize.encoded import Encoded
 from torch import nn
 
 from lightning_onebit.checkpoint.parts import PROBLEMS, PartError, Parts
@@ -22,9 +23,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.quantize.cpu import CpuCodec
-from lightning_onebit.quantize.encoded import Encoded
 from lightning_onebit.quantize.layout import num_blocks, sign_nbytes
 from lightning_onebit.quantize.reference import ReferenceCodec
 

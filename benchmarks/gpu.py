@@ -1,0 +1,345 @@
+"""What only a GPU can tell: kernels against the reference, their time against a copy, memory.
+
+    python benchmarks/gpu.py --json > gpu.json
+    python benchmarks/gpu.py --interpret      the comparison alone, in Triton's interpreter, on a machine without a GPU
+
+Each part says whether it passed. What a part needs and is not installed is named, and the part is skipped. The exit code is
+0 only if every part has passed.
+
+comparison    every bit of messages, errors, averages and parameters equals the reference's, on the CPU
+check         the check that the library makes at first use
+bandwidth     time of each kernel on one bucket, against ``Tensor.copy_`` that moves as many bytes
+launching     time of the processor for a step of a bucket of 400 tensors, and kernels launched
+memory        bytes per element that stay allocated for a bucket, and what a step allocates besides
+graph         whether a CUDA graph of a step can be captured and replayed; either answer passes
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP, REPETITIONS = 5, 30
+RANKS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the kit."""
+
+    measure: Callable[..., dict[str, Any]]
+    """Takes the device; returns what is to be written down, or raises."""
+    packages: tuple[str, ...] = ("torch", "numpy", "triton")
+    in_interpreter: bool = False
+    """Whether it runs without a GPU as well."""
+
+
+# ---- parts
+
+
+def comparison(device: Any) -> dict[str, Any]:
+    """All dtypes and block sizes with all sorts of tails; scales, spaces, ranks, masks and times of the commit in turn."""
+    import torch
+    from buckets import ADAM, CPU, assert_same, copy_of_memory, copy_of_step, random_layouts, random_memory, random_step
+
+    from lightning_onebit.quantize.reference import ReferenceKernels
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    others = cycle(
+        (scale, space, early, masked)
+        for scale, space in (("l2", "update"), ("l1", "momentum"), ("l1", "update"), ("l2", "momentum"))
+        for early, masked in ((False, True), (True, False))
+    )
+    coefficients = cycle([ADAM, ADAM._replace(coupled_decay=0.01), ADAM._replace(sign=-1.0, nesterov=0.9, shrink=0.99)])
+    ranks, compared = cycle([2, 5, 1, 3]), []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for block_size in (8, 24, 64, 2048, 16384):
+            scale, space, early, masked = next(others)
+            numels = [1, 7, 8, 9, block_size - 1, block_size, block_size + 1, 2 * block_size + 13]
+            chunks = next(ranks)
+            [layout] = random_layouts(numels, block_size=block_size, num_chunks=chunks)
+            errors = torch.float64 if dtype == torch.float64 else torch.float32
+            memory = random_memory(layout, chunk=chunks - 1, masked=masked, dtype=errors, seed=block_size)
+            step = random_step(numels, dtype=dtype, coefficients=next(coefficients), sits_out=[5], missing=[2])
+            pairs = []
+            for kernels, where in ((TritonKernels, device), (ReferenceKernels, CPU)):
+                pairs.append((copy_of_memory(memory, where), copy_of_step(step, where)))
+                run_step(kernels(scale=scale, space=space), *pairs[-1], early=early)
+            case = f"{dtype} {block_size} {scale} {space} early={early} masked={masked} ranks={chunks}"
+            try:
+                assert_same(*pairs)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from error
+            compared.append(case)
+    return {"equal": compared}
+
+
+def check(device: Any) -> dict[str, Any]:
+    from lightning_onebit.quantize.triton_check import check_kernels
+
+    start = time.perf_counter()
+    check_kernels(device)
+    return {"seconds": time.perf_counter() - start}
+
+
+def bandwidth(device: Any) -> dict[str, Any]:
+    import torch
+
+    numel = 2**26
+    results = {}
+    for title, numels in {"one tensor": [numel], "400 tensors": [numel // 400 // 8 * 8] * 400}.items():
+        for name, (nbytes, call) in calls(numels, device).items():
+            kernel, copy = (seconds(each) for each in (call, copy_of(nbytes, device)))
+            results[f"{name}, {title}"] = {
+                "nbytes": nbytes,
+                "seconds": kernel,
+                "copy_seconds": copy,
+                "share_of_copy_bandwidth": copy / kernel,
+            }
+        torch.cuda.empty_cache()
+    return results
+
+
+def launching(device: Any) -> dict[str, Any]:
+    import torch
+
+    from lightning_onebit.quantize.triton import TritonKernels
+    from lightning_onebit.quantize.triton_tables import count_launches
+
+    memory, step = bucket([5000] * 400, device)
+    kernels = TritonKernels()
+    run_step(kernels, memory, step, early=False)
+    torch.cuda.synchronize()
+    with count_launches() as launched:
+        start = time.perf_counter()
+        for _ in range(REPETITIONS):
+            step.gradients = [gradient.clone() for gradient in step.gradients]  # new addresses, as after zero_grad
+            run_step(kernels, memory, step, early=False)
+        passed = (time.perf_counter() - start) / REPETITIONS
+    torch.cuda.synchronize()
+    per_step = {name: count / REPETITIONS for name, count in launched.items()}
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a wait for the GPU raises
+    try:
+        run_step(kernels, memory, step, early=False)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return {"seconds_of_processor": passed, "launches": per_step, "host_waits": 0}
+
+
+def memory(device: Any) -> dict[str, Any]:
+    import torch
+
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    numel = 2**26
+    before = torch.cuda.memory_allocated()
+    kept, step = bucket([numel], device)
+    tensors = torch.cuda.memory_allocated() - before - sum(x.numel() * 8 for x in step.params)
+    run_step(TritonKernels(), kept, step, early=False)
+    tables = torch.cuda.memory_allocated() - before - sum(x.numel() * 8 for x in step.params) - tensors
+    torch.cuda.reset_peak_memory_stats()
+    allocated = torch.cuda.memory_allocated()
+    run_step(TritonKernels(), kept, step, early=False)
+    peak = torch.cuda.max_memory_allocated() - allocated
+    return {
+        "bucket_bytes_per_element": tensors / numel,
+        "table_bytes_per_element": tables / numel,
+        "bytes_allocated_by_a_step": peak,
+    }
+
+
+def graph(device: Any) -> dict[str, Any]:
+    import torch
+
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    kept, step = bucket([100_000, 70], device)
+    run_step(TritonKernels(), kept, step, early=False)
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            run_step(TritonKernels(), kept, step, early=False)
+        captured.replay()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return {"captured": False, "why": str(error).splitlines()[0]}
+    return {"captured": True}
+
+
+PARTS = {
+    "comparison": Part(comparison, in_interpreter=True),
+    "check": Part(check, in_interpreter=True),
+    "bandwidth": Part(bandwidth),
+    "launching": Part(launching),
+    "memory": Part(memory),
+    "graph": Part(graph),
+}
+
+
+# ---- what they share
+
+
+def run_step(kernels: Any, memory: Any, step: Any, *, early: bool) -> None:
+    kernels.encode_(memory, 0, step, commit=early)
+    kernels.serve_(memory, step, commit=early)
+    memory.turn_results_()
+    kernels.apply_(memory, 0, step, commit=not early)
+
+
+def bucket(numels: list[int], device: Any) -> tuple[Any, Any]:
+    """Float32, update space, ``RANKS`` ranks. No value matters; all are finite."""
+    import numpy as np
+    import torch
+
+    from lightning_onebit.coefficients import Coefficients
+    from lightning_onebit.quantize.layout import plan_buckets
+    from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+
+    [layout] = plan_buckets(numels, block_size=2048, num_chunks=RANKS, bucket_numel=sum(numels))
+    memory = BucketMemory(
+        layout, share=range(RANKS), chunk=0, has_rms=True, keeps_before=True, dtype=torch.float32, device=device
+    )
+    memory.rms.uniform_(0.5, 1.0)
+    numbers = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-3)
+    params, gradients = ([torch.randn(numel, device=device) for numel in numels] for _ in range(2))
+    flags = torch.ones(1 + len(numels), dtype=torch.int32, device=device)
+    flags[0] = 0
+    step = StepInputs(
+        params=params, gradients=gradients, numbers=np.array([numbers] * len(numels), dtype=np.float64), flags=flags
+    )
+    return memory, step
+
+
+def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], None]]]:
+    """By kernel: bytes that have to be read or written once, and a call of it."""
+    import numpy as np
+    import torch
+
+    from lightning_onebit.quantize.triton import TritonKernels
+    from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_
+
+    memory, step = bucket(numels, device)
+    kernels, numel = TritonKernels(), sum(numels)
+    flat, one = torch.zeros(memory.layout.flat_numel, device=device), torch.ones((), device=device)
+    draws = draw_sketch(0, total_numel=numel, numel=16384, rows_per_draw=256, device=device)
+    partial = torch.zeros(4 * torch.cuda.get_device_properties(device).multi_processor_count, 16384, device=device)
+    places = np.cumsum([0, *numels[:-1]])
+    tensor, chunk_tensor = 4 * numel, 4 * len(memory.server_error)
+    messages, message = memory.layout.message_nbytes, memory.layout.chunk_nbytes
+    encode, serve = 3 * tensor + 2 * messages, chunk_tensor + messages + message
+    late = 6 * tensor + 3 * messages + 2 * chunk_tensor + messages + message
+    return {
+        "encode": (encode, lambda: kernels.encode_(memory, 0, step, commit=False)),
+        "encode at once": (encode + tensor, lambda: kernels.encode_(memory, 0, step, commit=True)),
+        "serve": (serve, lambda: kernels.serve_(memory, step, commit=False)),
+        "serve at once": (serve + chunk_tensor, lambda: kernels.serve_(memory, step, commit=True)),
+        "apply": (late, lambda: kernels.apply_(memory, 0, step, commit=True)),
+        "apply, committed at once": (2 * tensor + messages, lambda: kernels.apply_(memory, 0, step, commit=False)),
+        "gather": (2 * tensor, lambda: gather_(flat, memory, step)),
+        "scale": (2 * tensor, lambda: scale_(memory, step, one)),
+        "sketch": (tensor, lambda: sketch_(partial, memory, step, draws, places)),
+    }
+
+
+def copy_of(nbytes: int, device: Any) -> Callable[[], object]:
+    """A call that reads and writes ``nbytes`` in all."""
+    import torch
+
+    source = torch.zeros(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the GPU, in seconds."""
+    import torch
+
+    for _ in range(WARM_UP):  # the first one compiles
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPETITIONS)]
+    torch.cuda._sleep(10_000_000)  # so that the GPU always has the next call already
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) / 1000 for start, end in events)[REPETITIONS // 2]
+
+
+def import_without_lightning() -> None:
+    """Make the package's modules importable where Lightning, which its ``__init__`` needs, is not installed."""
+    if importlib.util.find_spec("lightning") is None:
+        package = types.ModuleType("lightning_onebit")
+        package.__path__ = [str(ROOT / "lightning_onebit")]
+        sys.modules["lightning_onebit"] = package
+
+
+def run(part: Part, device: Any) -> dict[str, Any]:
+    missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"status": "skipped", "why": f"not installed: {', '.join(missing)}"}
+    start = time.perf_counter()
+    try:
+        outcome = {"status": "passed", "result": part.measure(device)}
+    except Exception as error:
+        outcome = {"status": "failed", "why": str(error), "traceback": traceback.format_exc()}
+    return {**outcome, "part_seconds": round(time.perf_counter() - start, 1)}
+
+
+def describe(name: str, outcome: dict[str, Any]) -> str:
+    lines = [f"{name}: {outcome['status']}{': ' + outcome['why'] if 'why' in outcome else ''}"]
+    for key, value in outcome.get("result", {}).items():
+        if isinstance(value, dict) and "share_of_copy_bandwidth" in value:
+            rate = value["nbytes"] / value["seconds"] / 1e9
+            value = f"{1000 * value['seconds']:.3f} ms, {rate:.0f} GB/s, {value['share_of_copy_bandwidth']:.0%} of a copy"
+        lines.append(f"    {key}: {len(value)} cases" if isinstance(value, list) else f"    {key}: {value}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print results as JSON")
+    parser.add_argument("--interpret", action="store_true", help="only what Triton's interpreter can run, on the CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    arguments = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("torch is not installed: nothing of this can run.")
+    if arguments.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    import_without_lightning()
+    import torch
+    from report import environment
+
+    if not arguments.interpret and not torch.cuda.is_available():
+        raise SystemExit("torch.cuda.is_available() is False here: this needs a GPU. --interpret runs what can do without.")
+    device = torch.device("cpu") if arguments.interpret else torch.device("cuda", torch.cuda.current_device())
+    versions = environment("triton")
+    if not arguments.interpret:
+        versions["hardware"]["gpu"] = torch.cuda.get_device_name(device)
+    outcomes = {
+        name: run(PARTS[name], device) for name in arguments.parts if PARTS[name].in_interpreter or not arguments.interpret
+    }
+    if arguments.json:
+        print(json.dumps({"environment": versions, "parts": outcomes}, indent=1, default=asdict))
+    else:
+        print(json.dumps(versions), *(describe(*each) for each in outcomes.items()), sep="\n")
+    return 0 if all(outcome["status"] == "passed" for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

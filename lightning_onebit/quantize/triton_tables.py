@@ -1,0 +1,198 @@
+"""What Triton's kernels need beside a bucket's flat memory: tables by block and by parameter, and one way to launch.
+
+A kernel works on a whole bucket in one launch, one program per block. Where a block lies stands in a table that is made
+once. Where its parameter and gradient lie, and the numbers of the step, stand in a second one, which is sent once per
+step. The device is never waited for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+
+# Columns of the block table, int64 [blocks, BLOCK_COLUMNS]; a power of two, so that a row lies in one memory transaction.
+PARAMETER = tl.constexpr(0)  # index among all parameters
+SLOT = tl.constexpr(1)  # row in the step's table: index among the bucket's parameters
+START = tl.constexpr(2)  # first element in the parameter
+NUMEL = tl.constexpr(3)
+OFFSET = tl.constexpr(4)  # first element in flat memory
+SCALE = tl.constexpr(5)  # place of the scale among the float32 of the messages of all chunks
+SIGN = tl.constexpr(6)  # first byte of the signs in the same messages
+BLOCK_COLUMNS = tl.constexpr(8)
+
+# Columns of the step's table, 8 bytes each, [parameters of the bucket, STEP_COLUMNS]: addresses are int64, numbers float64.
+GRADIENT = tl.constexpr(0)  # 0 if there is none
+PARAM = tl.constexpr(1)
+FIRST_NUMBER = 2
+BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV = (
+    tl.constexpr(FIRST_NUMBER + Coefficients._fields.index(name))
+    for name in ("beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov")
+)
+STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
+
+ELEMENTS_PER_WARP = 512
+MAX_WARPS = 16
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+
+
+class BucketTables:
+    """Both tables of one bucket, on its device. Get it with :func:`tables_of`.
+
+    Args:
+        memory: the bucket.
+    """
+
+    def __init__(self, memory: BucketMemory) -> None:
+        layout = memory.layout
+        self.members: NDArray[np.int64] = np.unique(layout.parameter)
+        """The bucket's parameters, int64 ``[parameters of the bucket]``."""
+        rows = np.zeros((layout.num_blocks, BLOCK_COLUMNS.value), dtype=np.int64)
+        rows[:, PARAMETER.value] = layout.parameter
+        rows[:, SLOT.value] = np.searchsorted(self.members, layout.parameter)
+        rows[:, START.value] = layout.start
+        rows[:, NUMEL.value] = layout.numel
+        rows[:, OFFSET.value] = layout.offset[:-1]
+        rows[:, SCALE.value] = layout.scale_byte // SCALE_NBYTES
+        rows[:, SIGN.value] = layout.sign_byte
+        self.blocks = torch.empty(rows.shape, dtype=torch.int64, device=memory.device)
+        """The block table."""
+        send_(self.blocks, rows)
+        self.numbers = torch.zeros(len(self.members), STEP_COLUMNS.value, dtype=torch.float64, device=memory.device)
+        """The step's table, read as float64."""
+        self.addresses = self.numbers.view(torch.int64)
+        """The same memory, read as int64."""
+        self._sent: NDArray[np.int64] | None = None
+        self._step: weakref.ref[StepInputs] | None = None
+        self._places: NDArray[np.int64] | None = None
+        self._places_on_device: Tensor | None = None
+
+    def update_(self, step: StepInputs) -> None:
+        """Send addresses and numbers of ``step``, in one copy, if they are not on the device already."""
+        assert len({step.params[p].dtype for p in self.members} | self._gradient_dtypes(step)) == 1
+        rows = np.empty(tuple(self.numbers.shape), dtype=np.float64)
+        addresses = rows.view(np.int64)
+        addresses[:, GRADIENT.value] = [_address(step.gradients[p]) for p in self.members]
+        addresses[:, PARAM.value] = [_address(step.params[p]) for p in self.members]
+        rows[:, FIRST_NUMBER:] = step.numbers[self.members]
+        if self._sent is None or not np.array_equal(addresses, self._sent):
+            send_(self.addresses, addresses)
+            self._sent = addresses
+        self._step = weakref.ref(step)
+
+    def _gradient_dtypes(self, step: StepInputs) -> set[torch.dtype]:
+        gradients = (step.gradients[p] for p in self.members)
+        return {gradient.dtype for gradient in gradients if gradient is not None}
+
+    def has(self, step: StepInputs) -> bool:
+        """Whether what was sent last is of ``step``."""
+        return self._step is not None and self._step() is step
+
+    def places(self, first_places: NDArray[np.int64]) -> Tensor:
+        """``first_places`` of the bucket's parameters, int64 ``[parameters of the bucket]``, sent if it is another array."""
+        if self._places is not first_places or self._places_on_device is None:
+            chosen = np.ascontiguousarray(first_places[self.members], dtype=np.int64)
+            self._places_on_device = torch.empty(len(chosen), dtype=torch.int64, device=self.blocks.device)
+            send_(self._places_on_device, chosen)
+            self._places = first_places
+        return self._places_on_device
+
+
+_TABLES: weakref.WeakKeyDictionary[BucketMemory, BucketTables] = weakref.WeakKeyDictionary()
+
+
+def tables_of(memory: BucketMemory) -> BucketTables:
+    """The tables of ``memory``, made at first use."""
+    if memory not in _TABLES:
+        _TABLES[memory] = BucketTables(memory)
+    return _TABLES[memory]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def is_aligned(flat: Tensor) -> bool:
+    """Whether a flat tensor in the order of memory begins where the largest loads can begin."""
+    return flat.data_ptr() % 16 == 0
+
+
+def send_(target: Tensor, values: NDArray[Any]) -> None:
+    """Copy an array into a tensor on the device, without waiting for it.
+
+    Pinned memory comes from torch's allocator, which hands it out again only after the copies that read it have ended.
+    """
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def param_dtype(tables: BucketTables, step: StepInputs) -> Any:
+    """Triton's name of the dtype that all parameters of the bucket have; of their gradients as well."""
+    return TRITON_DTYPES[step.params[int(tables.members[0])].dtype]
+
+
+def any_number(step: StepInputs, name: str) -> bool:
+    """Whether a number of the step is not 0 for some parameter, of any bucket."""
+    return bool(step.numbers[:, Coefficients._fields.index(name)].any())
+
+
+# ---- launches
+
+_counters: list[Counter[str]] = []
+
+
+@contextmanager
+def count_launches() -> Iterator[Counter[str]]:
+    """Count the launches of kernels in the block of the ``with`` statement, on all threads, by the kernel's name."""
+    counter: Counter[str] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [each for each in _counters if each is not counter]
+
+
+def launch(kernel: Any, programs: int, memory: BucketMemory, *arguments: Any, **constants: Any) -> None:
+    """Launch ``kernel`` once, with tiles of the bucket's block size; not at all without programs.
+
+    Args:
+        kernel: a Triton kernel. Its argument ``BYTES`` is given here: the rows of a tile ``[BYTES, 8]``.
+        programs: how many.
+        memory: the bucket.
+        arguments: of the kernel.
+        constants: its constants.
+    """
+    if programs == 0:
+        return
+    for counter in _counters:
+        counter[kernel.__name__] += 1
+    # Triton launches on the current device, and a thread that the caller started has device 0.
+    with torch.cuda.device_of(memory.error):
+        kernel[(programs,)](*arguments, **constants, **tile_options(memory.layout.block_size))
+
+
+def tile_options(block_size: int) -> dict[str, Any]:
+    """The size of a tile, and how a kernel that works on it is compiled."""
+    padded = triton.next_power_of_2(block_size)
+    num_warps = min(max(padded // ELEMENTS_PER_WARP, 1), MAX_WARPS)
+    # Without fusion: what decides a bit must not be rounded otherwise than in the reference. One stage: loads stay in place.
+    return {"BYTES": padded // BITS_PER_BYTE, "num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def block_kernel(places: Sequence[str]) -> Any:
+    """``triton.jit`` that compiles one kernel for all values of the integers named ``places``."""
+    return triton.jit(do_not_specialize=list(places))
