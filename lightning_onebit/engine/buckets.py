@@ -270,7 +270,7 @@ class Buckets:
             self.optimizer.state[p] = state
 
     def outstanding(self, mean: Any) -> dict[int, Tensor]:
-        """By parameter, flat: the mean worker error plus the server error; ``mean`` averages a tensor in place. Collective."""
+        """By parameter, flat: mean worker error plus server error; ``mean`` averages a tensor in place. Collective."""
         errors = {i: torch.zeros(p.numel(), dtype=self.dtype, device=self.device) for i, p in enumerate(self.params)}
         if self.is_quantized:
             for memory, parts in zip(self.memories, self.parts, strict=True):

@@ -538,8 +538,9 @@ class _ParameterSet:
         self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
 
     def average_inside_node_(self, index: int, *, keep: bool) -> None:
-        """The mean gradient of this node, for this rank's share; ``keep``: until the step is over, not for one bucket only."""
-        assert self.node_average is not None and self._step is not None
+        """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""
+        assert self.node_average is not None
+        assert self._step is not None
         memory = self.buckets.memories[index]
         flat = self.node_average.flat_gradient(memory).zero_()
         for part in self.buckets.parts[index]:

@@ -189,7 +189,7 @@ class PhaseController:
         rank_zero_info(f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}.")
         if ReferenceKernels.name in kernels:
             rank_zero_warn(
-                "There are no fast kernels for this device, so compression runs as plain torch operations, many times slower."
+                "There are no fast kernels for this device, so compression runs as plain torch, many times slower."
                 " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
             )
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, AdamW
+from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
 from lightning_onebit.coefficients import Coefficients
@@ -29,7 +29,7 @@ from lightning_onebit.methods.base import Method
 class AdamMethod(Method):
     """1-bit Adam, on the state of ``torch.optim.Adam``."""
 
-    optimizer_types = (Adam,)
+    optimizer_types: ClassVar[tuple[type[Optimizer], ...]] = (Adam,)
     has_second_moment = True
     decouples_weight_decay = False
     """Whether weight decay always shrinks the parameter; otherwise the group says so, or it enters the gradient."""

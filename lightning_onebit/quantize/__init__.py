@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -35,19 +35,19 @@ def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torc
     On a GPU that is Triton's, or plain torch where Triton is not installed, or does not compute there what the reference
     does, which it warns of; which one it is, its ``name`` tells.
     """
-    settings = {"scale": config.scale, "space": config.space}
+    settings: dict[str, Any] = {"scale": config.scale, "space": config.space}
     if device.type == "cpu" and sys.byteorder == "little":
-        return CpuKernels(**settings, block_size=config.block_size, dtype=dtype)  # type: ignore[arg-type]
+        return CpuKernels(**settings, block_size=config.block_size, dtype=dtype)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from lightning_onebit.quantize.triton import TritonKernels, check_kernels
 
         try:
             check_kernels(device)
-            return TritonKernels(**settings)  # type: ignore[arg-type]
+            return TritonKernels(**settings)
         except Exception as error:
             warnings.warn(
                 f"The Triton kernels do not work here, so this GPU runs plain torch, which takes longer: {error} HINT:"
                 " another version of torch brings another Triton.",
                 stacklevel=3,
             )
-    return ReferenceKernels(**settings)  # type: ignore[arg-type]
+    return ReferenceKernels(**settings)

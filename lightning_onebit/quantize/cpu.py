@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
+from lightning_onebit.flat import all_finite
 from lightning_onebit.quantize.layout import SPAN_NUMEL, Span
 from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
 from lightning_onebit.quantize.workspace import Memory, SpanShape, Workspace, scale_divisors
@@ -76,12 +77,12 @@ class CpuKernels:
         for view in _views(memory, memory.share):
             for part in _active_parts(memory, view, step, check=commit):
                 work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
-                assert part.error is not None and part.sent is not None
+                assert part.error is not None
+                assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
-                if not commit and not bool(torch.isfinite(torch.linalg.vector_norm(gradient))):
-                    if not bool(torch.isfinite(gradient).all()):
-                        step.flags[0] = 1
-                        return
+                if not commit and not all_finite([gradient]):
+                    step.flags[0] = 1
+                    return
                 out = part.error if commit else work.out
                 self._add_local_momentum_(out, memory, part, _current(memory, part), gradient, c, work)
                 self._quantize_(out, part.sent, _live(memory.live, part), work)
@@ -149,7 +150,8 @@ class CpuKernels:
                 view.served.scales.copy_(_current(memory, view).scales)
             for part in _active_parts(memory, view, step, check=commit):
                 work = self._memory.cut(part.shape)
-                assert part.server_error is not None and part.served is not None
+                assert part.server_error is not None
+                assert part.served is not None
                 out = part.server_error if commit else work.out
                 self._add_mean_(out, memory, part, work)
                 self._quantize_(out, part.served, _live(memory.live, part), work)
@@ -218,14 +220,16 @@ class CpuKernels:
         for view in _views(memory, memory.share):
             for part in _active_parts(memory, view, step, check=True):
                 work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
-                assert part.error is not None and part.sent is not None
+                assert part.error is not None
+                assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
                 self._add_local_momentum_(part.error, memory, part, _before(memory, part), gradient, c, work)
                 self._add_decoded_(part.error, part.error, part.sent, _live(memory.live, part), -1.0, work)
         for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
             for part in _active_parts(memory, view, step, check=True):
                 work = self._memory.cut(part.shape)
-                assert part.server_error is not None and part.served is not None
+                assert part.server_error is not None
+                assert part.served is not None
                 self._add_mean_(part.server_error, memory, part, work)
                 live = _live(memory.live, part)
                 self._add_decoded_(part.server_error, part.server_error, part.served, live, -1.0, work)

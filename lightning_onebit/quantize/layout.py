@@ -229,7 +229,7 @@ def _plan_bucket(parameter: Integers, start: Integers, numel: Integers, block_si
     shares = np.arange(num_chunks + 1) * (nbytes.sum() / num_chunks)
     first_block = np.searchsorted(middle, shares)
     first_block[0], first_block[-1] = 0, len(numel)
-    sizes = [int(nbytes[a:b].sum()) for a, b in zip(first_block[:-1], first_block[1:], strict=True)]
+    sizes = [int(nbytes[a:b].sum()) for a, b in pairwise(first_block)]
     return BucketLayout(
         block_size=block_size,
         parameter=parameter,

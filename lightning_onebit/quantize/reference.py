@@ -6,6 +6,8 @@ rounding of a sum in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -164,7 +166,7 @@ class ReferenceKernels:
     # The quantizer C
 
     def quantize(self, c: Tensor, memory: BucketMemory, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """C: bits, ``bool [elements]``, and float32 scales ``[blocks]`` of values in flat memory, of blocks [first, last)."""
+        """C: bits, ``bool [elements]``, and scales, float32 ``[blocks]``, of blocks [first, last) in flat memory."""
         live = self._live(memory, blocks, memory.live)
         block_of = self._block_of(memory, blocks)
         counted = torch.where(live, c, 0.0).double()
@@ -226,7 +228,7 @@ class ReferenceKernels:
             return step.share_gradients[index]
         return self._flat(memory, memory.share_blocks, step.gradients)
 
-    def _flat(self, memory: BucketMemory, blocks: tuple[int, int], tensors: list[Tensor | None]) -> Tensor:  # type: ignore[no-untyped-def]
+    def _flat(self, memory: BucketMemory, blocks: tuple[int, int], tensors: Sequence[Tensor | None]) -> Tensor:
         start, stop = int(memory.layout.offset[blocks[0]]), int(memory.layout.offset[blocks[1]])
         flat = torch.zeros(stop - start, dtype=memory.dtype, device=memory.device)
         for _, source, part in self._parts(memory, blocks, tensors, flat):
@@ -243,7 +245,7 @@ class ReferenceKernels:
                 yield p, tensors[p][start : start + numel], flat[place : place + numel]
 
     def _byte_index(self, memory: BucketMemory, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of blocks, the places of the scales among the float32 of a message buffer; of bytes of signs, their places in it."""
+        """Places in a message buffer: of the blocks' scales among its float32, of the bytes of signs among its bytes."""
         layout, shift = memory.layout, first_chunk * memory.layout.chunk_nbytes
         scale = torch.from_numpy((layout.scale_byte - shift)[blocks[0] : blocks[1]] // SCALE_NBYTES)
         first = torch.from_numpy((layout.sign_byte - shift - layout.offset[:-1] // BITS_PER_BYTE)[blocks[0] : blocks[1]])
