@@ -129,7 +129,6 @@ class Buckets:
                 dtype=self.dtype,
                 device=self.device,
                 parameter_numels=numels,
-                param_group_of=self.param_group_of,
             )
             parts = list(_parts(memory))
             self.memories.append(memory)
