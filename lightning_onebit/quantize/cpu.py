@@ -411,15 +411,14 @@ def _make_views(memory: BucketMemory, span: Span) -> _SpanViews:
     numel = stop - start if span.is_packed else int(layout.numel[span.first : span.last].sum())
     numels = tuple(layout.numel[span.first : span.last].tolist()) if span.is_packed else None
     flat = slice(start, stop)
+    changes = np.flatnonzero(np.diff(layout.parameter[span.first : span.last]))
     views = _SpanViews(
         span=span,
         shape=SpanShape(layout.block_size, numel, numels),
         flat=flat,
         members=members,
-        member_of_block=np.searchsorted(np.flatnonzero(np.diff(layout.parameter[slice(*blocks)])), np.arange(span.last - span.first)),
+        member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
         real=memory.error.numpy().dtype,
-            np.flatnonzero(np.diff(layout.parameter[span.first : span.last])), np.arange(span.last - span.first)
-        ),
         results=[memory.encoded(result, 0, blocks) for result in memory.results],
     )
     first, last = memory.share_blocks
