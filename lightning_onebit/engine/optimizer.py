@@ -224,12 +224,11 @@ class CompressedOptimizer:
         """Count the step, or take it back; refresh, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
+        refresh = self._is_refresh_due and outcome.has_news
         for each in self._sets:
             each.set_active_(outcome, self._params)
             if outcome.counts:
-                each.count_step_(
-                    refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups
-                )
+                each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
             elif self._num_sent:
                 for memory in each.buckets.memories:
                     memory.turn_results_()  # back to the last average that counts
@@ -536,6 +535,7 @@ class _ParameterSet:
             return
         active = dict(zip(params, outcome.active, strict=True))
         self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+        self.flags[1:] = torch.from_numpy(self._step.active)
 
     def average_inside_node_(self, index: int, *, keep: bool) -> None:
         """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""
