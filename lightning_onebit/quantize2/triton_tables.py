@@ -45,7 +45,7 @@ BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NE
 STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
 
 ELEMENTS_PER_WARP = 256
-"""Compiled for sm_90 with blocks of 2048, encode and apply need 64 and 92 registers per thread; with 512, 128 and 191, for as
+"""Compiled for sm_90, blocks of 2048, encode and apply need 64 and 92 registers per thread; with 512, 128 and 191, for as
 many blocks at a time but half the warps. Chosen from that, not measured."""
 MAX_WARPS = 16
 
