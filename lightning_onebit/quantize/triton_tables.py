@@ -47,7 +47,12 @@ STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
 ELEMENTS_PER_WARP = 512
 MAX_WARPS = 16
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float64: tl.float64,
+}
 
 
 class BucketTables:
