@@ -269,8 +269,8 @@ class OneBitDDPStrategy(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         assert self._signals is not None
-        self._signals.agree()
         phases = self._phases
+        self._signals.agree(phases.compressed.values())
         added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
             about = "which parameters are trained from this batch on"

@@ -17,9 +17,9 @@ from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.quantize.reference import ReferenceKernels
 
 pytest.importorskip("triton")
-from interpreter import use_triton
+from interpreter import LateReferenceKernels, use_triton
 
-SHAPES = ((21, 10), (3,), (1,), (70,), (8, 8))
+SHAPES = ((12, 5), (3,), (1,), (20,), (4, 2))
 ROWS = (slice(0, 2), slice(5, 6))
 """Rows of the first parameter without a gradient in the warm-up."""
 
@@ -53,7 +53,7 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
     params, optimizer = make(kind, dtypes, **(options or {}))
     groups = exchange_groups(communicator, local_world_size)
     exchanger = ThreadExchanger() if overlap else None
-    settings = CompressionConfig(**{"block_size": 32, "bucket_cap_mb": 4 * 200 / 2**20, **(config or {})})
+    settings = CompressionConfig(**{"block_size": 32, "bucket_cap_mb": 4 * 70 / 2**20, **(config or {})})
     compressed = CompressedOptimizer(
         optimizer, settings, communicator, {}, groups=groups, exchanger=exchanger, overlap=overlap
     )
@@ -92,10 +92,10 @@ def same(actual, expected):
         assert bits, f"{name}: {actual[1][name]} instead of {tensor}"
 
 
-def run_both(monkeypatch, world_size, steps, **arguments):
-    """The results of all ranks: of Triton's kernels, and of the reference."""
+def run_both(monkeypatch, world_size, steps, kernels=None, **arguments):
+    """The results of all ranks: of Triton's ``kernels``, or others that commit late, and of the reference."""
     results = []
-    for kernels in (None, ReferenceKernels):
+    for kernels in (kernels, ReferenceKernels):
         with monkeypatch.context() as patch:
             use_triton(patch, kernels)
             results.append(run_threads(world_size, lambda communicator: train(communicator, steps, **arguments)))
@@ -115,7 +115,7 @@ SGD = {"kind": torch.optim.SGD, "options": {"momentum": 0.9, "nesterov": True, "
     [
         {"config": {"scale": "l1", "space": "momentum"}},
         {"dtypes": (torch.bfloat16,)},
-        {"dtypes": (torch.float16,)},
+        {"dtypes": (torch.float16,), **SGD},
         {"dtypes": (torch.float32, torch.bfloat16, torch.float64)},
         {"kind": torch.optim.Adam, "options": {"weight_decay": 0.1, "maximize": True}},
         SGD,
@@ -123,19 +123,20 @@ SGD = {"kind": torch.optim.SGD, "options": {"momentum": 0.9, "nesterov": True, "
     ids=["momentum", "bfloat16", "float16", "several", "Adam", "SGD"],
 )
 def test_late_commits_equal_early_ones_of_the_reference(monkeypatch, arguments):
-    ((made, state, *_), _), _ = run_both(monkeypatch, 2, 6, **arguments)
-    assert made == [True] * 6
+    ((made, state, *_), _), _ = run_both(monkeypatch, 2, 3, **arguments)
+    assert made == [True] * 3
     assert any("bucket 1" in name for name in state)
 
 
 def test_nodes_average_first(monkeypatch):
-    run_both(monkeypatch, 4, 4, local_world_size=2, dtypes=(torch.float32, torch.bfloat16))
+    run_both(monkeypatch, 4, 2, local_world_size=2, dtypes=(torch.float32, torch.bfloat16))
+    run_both(monkeypatch, 6, 8, LateReferenceKernels, local_world_size=3)
 
 
 @pytest.mark.parametrize("arguments", [{}, SGD], ids=["AdamW", "SGD"])
 def test_overlapped_equals_deferred(monkeypatch, arguments):
     results = []
-    use_triton(monkeypatch)
+    use_triton(monkeypatch, LateReferenceKernels)
     for overlap in (False, True):
         results.append(run_threads(2, lambda communicator, overlap=overlap: train(communicator, 5, overlap=overlap, **arguments)))
     for actual, expected in zip(*results, strict=True):
@@ -149,7 +150,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(monkeypatch, overlap, dtypes):
         if step == 4 and rank == 1:
             params[3].grad[5] = math.nan
 
-    use_triton(monkeypatch)
+    use_triton(monkeypatch, LateReferenceKernels)
     arguments = {"overlap": overlap, "dtypes": dtypes}
     without, with_bad = (
         run_threads(2, lambda communicator, n=n: train(communicator, n, change=bad, **arguments)) for n in (4, 5)
@@ -164,8 +165,9 @@ def test_what_follows_a_skipped_step(monkeypatch):
         if step in (0, 2, 3) and rank == step % 2:
             params[2].grad.fill_(math.inf)
 
-    results, _ = run_both(monkeypatch, 2, 7, change=bad)
+    results, _ = run_both(monkeypatch, 2, 7, LateReferenceKernels, change=bad)
     assert results[0][0] == [False, True, False, False, True, True, True]
+    run_both(monkeypatch, 2, 2, change=bad)
 
 
 def test_parameters_that_sit_out(monkeypatch):
@@ -177,7 +179,7 @@ def test_parameters_that_sit_out(monkeypatch):
         if step == 3 and rank == 0:
             params[3].grad = None
 
-    run_both(monkeypatch, 2, 6, change=missing)
+    run_both(monkeypatch, 2, 5, change=missing)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32)], ids=["one dtype", "two dtypes"])
@@ -186,7 +188,7 @@ def test_late_coordinates_take_part_after_the_refresh(monkeypatch, dtypes):
     from lightning_onebit.engine import optimizer
 
     monkeypatch.setattr(optimizer, "REFRESH_STEPS", 8)
-    results, _ = run_both(monkeypatch, 2, 10, late=True, dtypes=dtypes, options={"weight_decay": 0.0})
+    results, _ = run_both(monkeypatch, 2, 10, LateReferenceKernels, late=True, dtypes=dtypes, options={"weight_decay": 0.0})
     start, _ = make(torch.optim.AdamW, dtypes, weight_decay=0.0)
     x = results[0][1]["parameter 0"]
     for rows in ROWS:
@@ -194,7 +196,7 @@ def test_late_coordinates_take_part_after_the_refresh(monkeypatch, dtypes):
 
 
 def test_clipping_follows_the_norm_of_the_mean_and_scales_all(monkeypatch):
-    use_triton(monkeypatch)
+    use_triton(monkeypatch, LateReferenceKernels)
     seen = []
 
     def look(rank, step, params, optimizer):
@@ -206,7 +208,7 @@ def test_clipping_follows_the_norm_of_the_mean_and_scales_all(monkeypatch):
     norm = torch.nn.utils.get_total_norm(mean)
     (first,), (second,) = (result[3] for result in results)
     assert torch.equal(first, second)
-    assert abs(first / norm - 1) < 0.15  # 350 elements in 256 buckets
+    assert abs(first / norm - 1) < 0.15  # 92 elements in 256 buckets: but for collisions exact
 
 
 def test_a_coordinate_of_the_gradient_is_scaled_in_place_whatever_its_strides(monkeypatch):
@@ -228,7 +230,7 @@ def test_a_coordinate_of_the_gradient_is_scaled_in_place_whatever_its_strides(mo
 
 def test_ranks_that_disagree_make_no_step(monkeypatch):
     """Nobody has waited before kernels were launched, but nothing of the step remains."""
-    use_triton(monkeypatch)
+    use_triton(monkeypatch, LateReferenceKernels)
 
     def fn(communicator):
         params, optimizer = make(torch.optim.AdamW, (torch.float32,))
@@ -248,7 +250,7 @@ def test_ranks_that_disagree_make_no_step(monkeypatch):
 
 
 def test_a_parameter_that_is_new_on_all_ranks_is_refused_before_anything_changes(monkeypatch):
-    use_triton(monkeypatch)
+    use_triton(monkeypatch, LateReferenceKernels)
 
     def fn(communicator):
         params, optimizer = make(torch.optim.AdamW, (torch.float32,))
