@@ -140,7 +140,7 @@ def _bucket(device: torch.device) -> BucketMemory:
         for name, value in vars(memory).items():
             if isinstance(value, Tensor):
                 setattr(memory, name, value.to(device))
-        memory.results = [result.to(device) for result in memory.results]
+        memory.results = tuple(result.to(device) for result in memory.results)
         memory.device = device
     return memory
 

@@ -49,7 +49,12 @@ ELEMENTS_PER_WARP = 256
 many blocks at a time but half the warps. Chosen from that, not measured."""
 MAX_WARPS = 16
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float64: tl.float64,
+}
 
 
 class BucketTables:
