@@ -50,7 +50,7 @@ class LateCoordinates:
         """Number of the step after which each takes part; :data:`NEVER`: it does not yet. int32 ``[late]``"""
         self.second_moment = torch.zeros(0, dtype=buckets.dtype)
         """v_i, of those in this rank's share, in the dtype of the errors."""
-        if self.memory.live is not None:
+        if self.memory.live is not None and self.memory.rms is not None:
             self._set_places_(_not_live(self.memory))
 
     def _set_places_(self, places: Tensor) -> None:
