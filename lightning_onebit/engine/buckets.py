@@ -100,6 +100,7 @@ class Buckets:
         self.topology = groups.topology
         self.device, self.dtype = params[0].device, error_dtype(params[0].dtype)
         self.is_quantized = self.topology.world_size > 1
+        self.keeps_before = keeps_before or not self.is_quantized  # a single rank knows it anyway
         in_group = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.param_group_of = [in_group[p] for p in self.params]
         self.steps = np.array([method.steps_done(optimizer.state.get(p, {})) for p in self.params], dtype=np.int64)
@@ -199,7 +200,9 @@ class Buckets:
             rms = part.of_bucket(memory.rms)
             error.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
         if self.is_quantized:
-            error.mul_(c.beta)
+            # With nesterov, step 6 will look back at a last average of zero, not at u. The later steps make up for that, so
+            # that what u moves the parameter in all is the same, (m^2 + m^3 + ...) u, if the error begins with m^2 u.
+            error.mul_(c.beta * (c.nesterov or 1.0))
 
     @property
     def divides_first(self) -> bool:

@@ -107,6 +107,7 @@ class CompressedOptimizer:
         # step 6 look it up.
         self._commits_late = self._overlap or any(each.buckets.kernels.reads_flags_on_device for each in self._sets)
         self._knows_live = self.method.has_second_moment or communicator.world_size == 1
+        self._learns_live = False
         self._sent: deque[tuple[_ParameterSet, int, Exchange]] = deque()
         self._num_sent = 0
         self._arrived: set[Tensor] = set()
@@ -237,16 +238,18 @@ class CompressedOptimizer:
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
         refresh = self._is_refresh_due and outcome.has_news
+        if self._learns_live and not outcome.counts:
+            self._forget_live_()
+        self._learns_live = False
         for each in self._sets:
             each.set_active_(outcome, self._params)
             if outcome.counts:
                 each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
-        if not outcome.counts:
-            self._take_back_()
-        self._forget_step_()
         if outcome.counts:
+            self._forget_step_()
             self.agreement.forget_nonfinite()
         else:
+            self._take_back_()
             self.agreement.note_nonfinite()
 
     def _take_back_(self) -> None:
@@ -306,12 +309,19 @@ class CompressedOptimizer:
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
         if not self._knows_live:
-            self._knows_live = True
+            self._knows_live = self._learns_live = True
             for each in self._sets:
                 for index in range(len(each.buckets.memories)):
                     each.step_inputs(self._groups.topology.num_nodes)
                     each.take_gradients_(index)
                 first_gradients_(each.buckets, each.gradients, self._groups)
+
+    def _forget_live_(self) -> None:
+        """The gradients that told it do not count: they may be infinite where there never was one."""
+        self._knows_live = False
+        for each in self._sets:
+            for memory in each.buckets.memories:
+                memory.live = memory.live_before = None
 
     @property
     def _is_refresh_due(self) -> bool:
@@ -442,7 +452,12 @@ class CompressedOptimizer:
             each.late = [LateCoordinates(each.buckets, index) for index in range(len(each.buckets.memories))]
             for late in each.late:
                 late.restore_(by_index)
-        self._knows_live = True
+        # Without D, who is live is known from the first average on; a single rank does not ask.
+        self._knows_live = (
+            self.method.has_second_moment
+            or self.communicator.world_size == 1
+            or any("scales" in entry and bool(entry["scales"].any()) for entry in shared.values())
+        )
 
     @torch.no_grad()
     def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
@@ -554,6 +569,11 @@ class _ParameterSet:
         rows: list[Coefficients] = [
             buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
         ]
+        if any(row.nesterov for row in rows) and not buckets.keeps_before:
+            raise RuntimeError(
+                "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
+                " HINT: set it when the optimizer is created."
+            )
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
 
     def take_gradients_(self, index: int) -> None:

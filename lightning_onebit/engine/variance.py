@@ -50,7 +50,8 @@ class LateCoordinates:
         """Number of the step after which each takes part; :data:`NEVER`: it does not yet. int32 ``[late]``"""
         self.second_moment = torch.zeros(0, dtype=buckets.dtype)
         """v_i, of those in this rank's share, in the dtype of the errors."""
-        self._set_places_(self.places if self.memory.live is None else _not_live(self.memory))
+        is_late = self.memory.live is not None and self.memory.rms is not None
+        self._set_places_(_not_live(self.memory) if is_late else self.places)
 
     def _set_places_(self, places: Tensor) -> None:
         self.places = places.to(torch.int32)
