@@ -129,7 +129,6 @@ class Buckets:
                 dtype=self.dtype,
                 device=self.device,
                 parameter_numels=numels,
-                param_group_of=self.param_group_of,
             )
             parts = list(_parts(memory))
             self.memories.append(memory)
@@ -398,9 +397,9 @@ class Buckets:
                 if any(name in shared[part.parameter] for part in parts):
                     mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
                     for part in parts:
-                        saved = shared[part.parameter].get(name)
-                        if saved is not None:
-                            part.of_bits(mask).copy_(saved[part.start // 8 :][: sign_nbytes(part.numel)])
+                        bits = shared[part.parameter].get(name)
+                        if bits is not None:
+                            part.of_bits(mask).copy_(bits[part.start // 8 :][: sign_nbytes(part.numel)])
                     setattr(memory, name, mask.to(self.device))
                 else:
                     setattr(memory, name, None)

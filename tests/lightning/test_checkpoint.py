@@ -51,9 +51,9 @@ class SaveAt(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 == self.batch:
             trainer.save_checkpoint(self.path)
-            compressed = getattr(trainer.strategy, "_compressed", None)
-            if compressed:
-                self.outstanding = list(compressed[trainer.optimizers[0]].outstanding().values())
+            if isinstance(trainer.strategy, OneBitDDPStrategy) and trainer.strategy._phases.compressed:
+                compressed = trainer.strategy._phases.compressed[trainer.optimizers[0]]
+                self.outstanding = list(compressed.outstanding().values())
 
 
 def run(world_size, *, strategy=None, **kwargs):
