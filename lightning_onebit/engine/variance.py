@@ -35,7 +35,7 @@ NEVER = -1
 
 
 class LateCoordinates:
-    """Those of one bucket that were not live at the freeze, until their D is as settled as that of the others.
+    """Those of one bucket that were not live at the freeze, until their D is as good as that of the others.
 
     Args:
         buckets: of which the bucket is one.
@@ -169,7 +169,7 @@ class LateCoordinates:
             live[self.places[has_v].long()] = True
             memory.live = None if not len(_not_live(memory, live)) else pack_bits(live)
             self.live_since = torch.where(has_v & (self.live_since == NEVER), number, self.live_since)
-        self._drop_settled_(number)
+        self._drop_established_(number)
 
     def _live_bits(self) -> Tensor:
         if self.memory.live is None:
@@ -292,7 +292,7 @@ class LateCoordinates:
         self._set_places_(torch.cat(places))
         self.live_since = torch.cat(since)
 
-    def _drop_settled_(self, number: int) -> None:
+    def _drop_established_(self, number: int) -> None:
         """Forget coordinates that have taken part for 1 / (1 - beta2) steps: their D stays."""
         longest = max(
             (1.0 / (1.0 - self._buckets.method.second_moment_decay(g)) for g in self._buckets.optimizer.param_groups),
