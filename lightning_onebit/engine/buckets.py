@@ -105,6 +105,8 @@ class Buckets:
         self.param_group_of = [in_group[p] for p in self.params]
         self.steps = np.array([method.steps_done(optimizer.state.get(p, {})) for p in self.params], dtype=np.int64)
         """Steps of each parameter, those of the warm-up included."""
+        self.common_share = torch.zeros(2, len(self.params), dtype=torch.float64)
+        """Numerator and denominator of each tensor's s (see :mod:`lightning_onebit.engine.variance`), on the CPU."""
         places = first_places(optimizer)
         self.places = [places[p] for p in self.params]
         # One for each thread: they own their workspaces.
@@ -147,6 +149,11 @@ class Buckets:
     def device_kernels(self) -> DeviceKernels | None:
         """The kernels, if they work on whole buckets and never have the host wait."""
         return cast(DeviceKernels, self.kernels) if self.kernels.reads_flags_on_device else None
+
+    def common_share_of(self, parameter: int) -> float:
+        """s, the share of a tensor's gradient that the ranks have in common, in [0, 1]; 0 if nothing is known."""
+        numerator, denominator = self.common_share[:, parameter].tolist()
+        return min(max(numerator / denominator, 0.0), 1.0) if denominator > 0 else 0.0
 
     def group(self, parameter: int) -> dict[str, Any]:
         """The parameter's group, looked up anew, as ``load_state_dict`` replaces them."""
@@ -358,6 +365,7 @@ class Buckets:
 
         * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; only if there is a D.
         * ``step``: int64, 0-d.
+        * ``common_share``: numerator and denominator of s, float64 ``[2]``; only if it is known.
         * ``signs``, ``scales``: the last average; uint8 ``[ceil(numel / 8)]``, float32 ``[blocks]``. With one rank: none.
         * ``live``, ``live_before``: as signs: where an element takes part in its block, and did in the last average; only
           if not all do.
@@ -381,6 +389,8 @@ class Buckets:
                 if name in joined and bool(unpack_bits(joined[name])[: self.params[i].numel()].all()):
                     del joined[name]
             shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
+            if self.common_share[1, i]:
+                shared[i]["common_share"] = self.common_share[:, i].clone()
         return shared
 
     def restore_(self, shared: Mapping[int, Mapping[str, Tensor]], *, block_size: int) -> None:
@@ -395,6 +405,7 @@ class Buckets:
         for i, p in enumerate(self.params):
             self._check_shared_state(shared[i], p.numel(), block_size)
             self.steps[i] = int(shared[i]["step"])
+            self.common_share[:, i] = shared[i].get("common_share", torch.zeros(2))
         was_quantized = any("signs" in shared[i] for i in range(len(self.params)))
         same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
         for memory, parts in zip(self.memories, self.parts, strict=True):
@@ -427,6 +438,8 @@ class Buckets:
         if not isinstance(entry, Mapping):
             raise ValueError(f"the entry of a parameter is {entry!r:.80}")
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
+        if "common_share" in entry:
+            expected["common_share"] = (torch.float64, (2,))
         if self.method.has_second_moment:
             expected["rms"] = (self.dtype, (numel,))
         if "signs" in entry:

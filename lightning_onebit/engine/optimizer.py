@@ -623,7 +623,8 @@ class _ParameterSet:
                 coordinates.collect_(index, self._step)
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
             if refresh:
-                coordinates.refresh_(groups, int(self.buckets.steps.max(initial=0)))
+                assert self._step is not None
+                coordinates.refresh_(groups, index, self._step, number=int(self.buckets.steps.max(initial=0)))
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""
