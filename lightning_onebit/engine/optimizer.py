@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.exchanger import Exchange, Exchanger, InlineExchanger
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
@@ -521,6 +521,8 @@ class _ParameterSet:
         rows: list[Coefficients] = [
             buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
         ]
+        if not buckets.divides_first:  # the clamp is one of g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
 
     def take_gradients_(self, index: int) -> None:
