@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.exchanger import Exchange, Exchanger, InlineExchanger
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
@@ -574,6 +574,8 @@ class _ParameterSet:
                 "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
                 " HINT: set it when the optimizer is created."
             )
+        if not buckets.divides_first:  # the clamp is one of g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
 
     def take_gradients_(self, index: int) -> None:
