@@ -392,8 +392,9 @@ class OneBitDDPStrategy(DDPStrategy):
         self._phases.drop_compressed_state()
         with agreement(Communicator(), self.root_device, about="the checkpoint that they resume from") as settings:
             super().load_optimizer_state_dict(checkpoint)
-            steps.count_loaded()
             header = read_header(checkpoint[CHECKPOINT_KEY]) if CHECKPOINT_KEY in checkpoint else None
+            saved = [] if header is None else header["optimizer_steps"]
+            steps.count_all_loaded(saved, total=checkpoint.get("global_step", 0))
             settings.update(checkpoint_settings(steps.made.values(), header))
         if header is not None:
             optimizers = header["optimizers"]
