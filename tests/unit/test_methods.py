@@ -25,7 +25,11 @@ def knowledge_of_methods(tree):
             yield node.lineno, node.attr
         elif isinstance(node, ast.alias) and node.name.split(".")[-1] in FORBIDDEN_NAMES:
             yield node.lineno, node.name
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in FORBIDDEN_STRINGS | FORBIDDEN_NAMES:
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value in FORBIDDEN_STRINGS | FORBIDDEN_NAMES
+        ):
             yield node.lineno, repr(node.value)
 
 

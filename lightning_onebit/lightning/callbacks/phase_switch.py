@@ -111,11 +111,10 @@ class PhaseSwitch(Callback):
             if verdict is not None:
                 announce = rank_zero_warn if verdict.forced else rank_zero_info
                 anew = f" (step {step} of this warm-up)" if self._start else ""
-                what = "freezing the second moment" if any(map(needs_warmup, strategy.compressed_optimizers)) else "compressing"
-                announce(
-                    f"{type(self).__name__}: {what} after step {strategy.optimizer_steps}{anew}:"
-                    f" {verdict.reason}."
+                what = (
+                    "freezing the second moment" if any(map(needs_warmup, strategy.compressed_optimizers)) else "compressing"
                 )
+                announce(f"{type(self).__name__}: {what} after step {strategy.optimizer_steps}{anew}: {verdict.reason}.")
             self._history = []
             strategy.freeze_variance()
 
