@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places
 from lightning_onebit.flat import flat_view, unflatten_like
 from lightning_onebit.methods.base import Method
-from lightning_onebit.quantize import Kernels, make_kernels
+from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
@@ -83,7 +83,7 @@ class Buckets:
         params: the parameters, in the order in which they travel.
         config: settings of the compression.
         groups: the ranks that exchange. With one rank nothing is quantized: errors hold u itself.
-        keeps_before: whether the last average but one is kept.
+        keeps_before: whether the last average but one is kept; it always is where kernels may take a step back.
     """
 
     def __init__(
@@ -126,11 +126,10 @@ class Buckets:
                 share=self.topology.share,
                 chunk=self.topology.chunk if self.is_quantized else None,
                 has_rms=method.has_second_moment,
-                keeps_before=keeps_before,
+                keeps_before=keeps_before or self.kernels.reads_flags_on_device,
                 dtype=self.dtype,
                 device=self.device,
                 parameter_numels=numels,
-                param_group_of=self.param_group_of,
             )
             parts = list(_parts(memory))
             self.memories.append(memory)
@@ -143,6 +142,11 @@ class Buckets:
         if not self.is_quantized:
             return ExactKernels()
         return make_kernels(self.config, device=self.device, dtype=self.dtype)
+
+    @property
+    def device_kernels(self) -> DeviceKernels | None:
+        """The kernels, if they work on whole buckets and never have the host wait."""
+        return cast(DeviceKernels, self.kernels) if self.kernels.reads_flags_on_device else None
 
     def group(self, parameter: int) -> dict[str, Any]:
         """The parameter's group, looked up anew, as ``load_state_dict`` replaces them."""
@@ -401,9 +405,9 @@ class Buckets:
                 if any(name in shared[part.parameter] for part in parts):
                     mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
                     for part in parts:
-                        saved = shared[part.parameter].get(name)
-                        if saved is not None:
-                            part.of_bits(mask).copy_(saved[part.start // 8 :][: sign_nbytes(part.numel)])
+                        bits = shared[part.parameter].get(name)
+                        if bits is not None:
+                            part.of_bits(mask).copy_(bits[part.start // 8 :][: sign_nbytes(part.numel)])
                     setattr(memory, name, mask.to(self.device))
                 else:
                     setattr(memory, name, None)
@@ -414,10 +418,10 @@ class Buckets:
             memory.error[~torch.from_numpy(memory.layout.exists[memory.share_flat])] = 0.0
             if self.is_quantized:
                 for part in parts:
-                    saved, average = shared[part.parameter], part.average
+                    entry, average = shared[part.parameter], part.average
                     first = part.start // block_size
-                    average.signs.copy_(saved["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
-                    average.scales.copy_(saved["scales"][first : first + part.blocks[1] - part.blocks[0]])
+                    average.signs.copy_(entry["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
+                    average.scales.copy_(entry["scales"][first : first + part.blocks[1] - part.blocks[0]])
 
     def _check_shared_state(self, entry: Any, numel: int, block_size: int) -> None:
         if not isinstance(entry, Mapping):

@@ -32,9 +32,10 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.clipping import NormSketch, sketch_numel
+from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
@@ -91,7 +92,7 @@ class CompressedOptimizer:
                     [p for p in params if (str(p.dtype), str(p.device)) == kind],
                     config,
                     self._groups,
-                    keeps_before=self._overlap or looks_ahead or params[0].is_cuda,
+                    keeps_before=self._overlap or looks_ahead,
                 )
             )
             for kind in sorted({(str(p.dtype), str(p.device)) for p in params})
@@ -180,15 +181,26 @@ class CompressedOptimizer:
                 while outcome is not None and self._sent and self._sent[0][2].done():
                     self._finish_(*self._sent.popleft())  # step 6, while others travel
         if self._commits_late:
-            words = self._agree_on_device(skip=skip)
-            outcome = None if self._waits_last else self.agreement.read(words)
-            self._check_same_parameters()
+            # Other parameters than at the freeze stop the step for all ranks, and are refused when these have agreed.
+            words = self._agree_on_device(skip=skip or bool(self._changed_parameters()))
+            outcome = None if self._waits_last else self._read(words)
         while self._sent:
             self._finish_(*self._sent.popleft())
         if outcome is None:
-            outcome = self.agreement.read(words)
+            outcome = self._read(words)
         self._end_step_(outcome)
+        self._check_same_parameters()
         return outcome.counts
+
+    def _read(self, words: Tensor) -> Outcome:
+        """Wait for what the ranks have told each other; if they disagree, nothing of the step remains."""
+        try:
+            return self.agreement.read(words)
+        except RanksDisagree:
+            while self._sent:
+                self._sent.popleft()[2].wait()
+            self._take_back_()
+            raise
 
     def _send_(self, each: _ParameterSet, index: int, *, counts: Outcome | None = None) -> None:
         """Steps 1 to 5 for one bucket; errors change only if it is known that the step ``counts``."""
@@ -225,56 +237,74 @@ class CompressedOptimizer:
         """Count the step, or take it back; refresh, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
+        refresh = self._is_refresh_due and outcome.has_news
         if self._learns_live and not outcome.counts:
             self._forget_live_()
         self._learns_live = False
         for each in self._sets:
             each.set_active_(outcome, self._params)
             if outcome.counts:
-                each.count_step_(
-                    refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups
-                )
-            elif self._num_sent:
-                for memory in each.buckets.memories:
-                    memory.turn_results_()  # back to the last average that counts
+                each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
+        if outcome.counts:
+            self._forget_step_()
+            self.agreement.forget_nonfinite()
+        else:
+            self._take_back_()
+            self.agreement.note_nonfinite()
+
+    def _take_back_(self) -> None:
+        """The step does not count: errors and parameters are as they were, averages become so."""
+        for each, index in self._queue[: self._num_sent]:
+            each.buckets.memories[index].turn_results_()
+        self._forget_step_()
+
+    def _forget_step_(self) -> None:
+        for each in self._sets:
             each.forget_step_()
         self._num_sent = 0
         self._arrived.clear()
-        if outcome.counts:
-            self.agreement.forget_nonfinite()
-        else:
-            self.agreement.note_nonfinite()
 
     # What ranks tell each other
 
     def _agree(self, *, skip: bool) -> Outcome:
         """Before anything is sent, in one small message."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip)
+            words = self._propose(skip=skip, has_news=any(bool(flag) for flag in self._news()))
             self.agreement.share_(words)
             outcome = self.agreement.read(words)
         if outcome.counts:
+            self._set_flags_(words)
             self._learn_live_()
         return outcome
 
     def _agree_on_device(self, *, skip: bool) -> Tensor:
         """After everything is sent: kernels have noted in their flags whether gradients are finite."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip)
-            for each in self._sets:
-                words[:1].copy_(torch.maximum(words[:1], each.flags[:1]))
+            words = self._propose(skip=skip, has_news=False)
+            self.agreement.add_(words, skip=[each.flags[:1] for each in self._sets], has_news=self._news())
             self.agreement.share_(words)
-            start = 1
-            for each in self._sets:
-                numel = len(each.buckets.params)
-                each.flags[:1].copy_(words[:1])
-                each.flags[1:].copy_(words[start : start + numel])
-                start += numel
+            self.agreement.stop_if_different_(words)
+            self._set_flags_(words)
         return words
 
-    def _propose(self, *, skip: bool) -> Tensor:
-        has_news = self._is_refresh_due and any(late.has_news() for each in self._sets for late in each.late)
+    def _set_flags_(self, words: Tensor) -> None:
+        """Tell the kernels what the ranks have agreed on."""
+        start = 1
+        for each in self._sets:
+            numel = len(each.buckets.params)
+            each.flags[:1].copy_(words[:1])
+            each.flags[1:].copy_(words[start : start + numel])
+            start += numel
+
+    def _propose(self, *, skip: bool, has_news: bool) -> Tensor:
         return self.agreement.propose(skip=skip, has_news=has_news, changed=self._changed_parameters())
+
+    def _news(self) -> list[Tensor]:
+        """Where a refresh is due, whether each bucket has something to tell; int32 ``[1]``."""
+        if not self._is_refresh_due:
+            return []
+        news = (late.has_news() for each in self._sets for late in each.late)
+        return [flag.to(torch.int32).view(1) for flag in news if flag is not None]
 
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
@@ -344,6 +374,8 @@ class CompressedOptimizer:
         with_gradient = [p for p in params if p.grad is not None]
         if self.communicator.world_size == 1:
             norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        elif self._waits_last:
+            return clip_buckets_([each.buckets for each in self._sets], self.communicator, max_norm, seed=self._steps)
         else:
             # The step is the seed: a resumed run draws the same.
             numel = sketch_numel(sum(p.numel() for p in params))
@@ -557,17 +589,22 @@ class _ParameterSet:
             return
         active = dict(zip(params, outcome.active, strict=True))
         self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+        self.flags[1:] = torch.from_numpy(self._step.active)
 
     def average_inside_node_(self, index: int, *, keep: bool) -> None:
         """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""
         assert self.node_average is not None
         assert self._step is not None
         memory = self.buckets.memories[index]
-        flat = self.node_average.flat_gradient(memory).zero_()
-        for part in self.buckets.parts[index]:
-            gradient = self.gradients[part.parameter]
-            if gradient is not None:
-                part.of_bucket(flat).copy_(part.of_parameter(gradient))
+        flat, kernels = self.node_average.flat_gradient(memory), self.buckets.device_kernels
+        if kernels is not None:
+            kernels.gather_(flat, memory, self._step)
+        else:
+            flat.zero_()
+            for part in self.buckets.parts[index]:
+                gradient = self.gradients[part.parameter]
+                if gradient is not None:
+                    part.of_bucket(flat).copy_(part.of_parameter(gradient))
         if keep or self._share_gradient is None:
             numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
             buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
@@ -575,7 +612,7 @@ class _ParameterSet:
         else:
             buffer = self._share_gradient
         self._step.share_gradients[index] = buffer[: memory.error.numel()]
-        self.node_average.average_(self._step.share_gradients[index], memory)
+        self.node_average.average_(self._step.share_gradients[index], memory, kernels)
 
     def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
         """Count the step of the parameters that were active, and refresh late coordinates."""

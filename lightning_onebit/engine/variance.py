@@ -35,7 +35,7 @@ NEVER = -1
 
 
 class LateCoordinates:
-    """Those of one bucket that were not live at the freeze, until their D is as settled as that of the others.
+    """Those of one bucket that were not live at the freeze, until their D is as good as that of the others.
 
     Args:
         buckets: of which the bucket is one.
@@ -44,28 +44,33 @@ class LateCoordinates:
 
     def __init__(self, buckets: Buckets, index: int) -> None:
         self._buckets, self._index, self.memory = buckets, index, buckets.memories[index]
-        self.places = torch.zeros(0, dtype=torch.int32)
+        self.places = torch.zeros(0, dtype=torch.int32, device=self.memory.device)
         """Their places in the bucket's flat memory, rising, int32 ``[late]``."""
         self.live_since = torch.zeros(0, dtype=torch.int32)
         """Number of the step after which each takes part; :data:`NEVER`: it does not yet. int32 ``[late]``"""
         self.second_moment = torch.zeros(0, dtype=buckets.dtype)
         """v_i, of those in this rank's share, in the dtype of the errors."""
-        if self.memory.live is not None and self.memory.rms is not None:
-            self._set_places_(_not_live(self.memory))
+        is_late = self.memory.live is not None and self.memory.rms is not None
+        self._set_places_(_not_live(self.memory) if is_late else self.places)
 
     def _set_places_(self, places: Tensor) -> None:
         self.places = places.to(torch.int32)
         self.live_since = torch.full_like(self.places, NEVER)
+        self._locate_()
         self.second_moment = torch.zeros(self._own.stop - self._own.start, dtype=self.memory.dtype, device=places.device)
-        self._cached = None
 
-    @property
-    def _own(self) -> slice:
-        """Which of the coordinates are in this rank's share."""
-        share = self.memory.share_flat
-        bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=self.places.device)
-        first, last = torch.searchsorted(self.places, bounds).tolist()
-        return slice(first, last)
+    def _locate_(self) -> None:
+        """Note which of the coordinates are in this rank's share, and of which parameters these are. Waits for the device."""
+        share, parts, device = self.memory.share_flat, self._buckets.parts[self._index], self.places.device
+        bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=device)
+        self._own = slice(*torch.searchsorted(self.places, bounds).tolist())
+        starts = torch.tensor([part.flat for part in parts], dtype=torch.int32, device=device)
+        parameters = torch.tensor([part.parameter for part in parts], dtype=torch.int64, device=device)
+        places = self.places[self._own]
+        self._in_share = places.long() - share.start
+        self._parameter = parameters[torch.searchsorted(starts, places, right=True) - 1] if len(places) else parameters[:0]
+        self._decays: tuple[list[float], Tensor] | None = None
+        self._cached = None
 
     def __len__(self) -> int:
         return self.places.numel()
@@ -78,24 +83,37 @@ class LateCoordinates:
             index: of the bucket.
             step: the gradients, and which parameters are active.
         """
-        if not len(self) or self.memory.rms is None:
+        if self._own.start == self._own.stop or self.memory.rms is None:
             return
         r = 1.0 / self._buckets.topology.num_nodes
+        g, beta2 = self._gradient(index, step), self._decay_by_coordinate()
+        v = self.second_moment * beta2 + (1.0 - beta2) * r * g * g
+        v.clamp_(max=torch.finfo(v.dtype).max)  # beyond it a coordinate would never train again
+        torch.where(step.is_active[self._parameter], v, self.second_moment, out=self.second_moment)
+
+    def _gradient(self, index: int, step: StepInputs) -> Tensor:
+        """g_i of the coordinates in this rank's share, in the dtype of the errors."""
+        shared, kernels = step.share_gradients.get(index), self._buckets.device_kernels
+        if shared is None and kernels is not None:  # in one launch, whatever the number of parameters
+            shared = torch.empty(self.memory.layout.flat_numel, dtype=self.memory.dtype, device=self.memory.device)
+            kernels.gather_(shared, self.memory, step)
+        if shared is not None:
+            return shared.index_select(0, self._in_share)
+        g = torch.zeros_like(self.second_moment)
         for part, chosen, elements in self._by_part():
-            if step.active is not None and not step.active[part.parameter]:
-                continue
-            v = self.second_moment[chosen]
-            beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
-            v.mul_(beta2)
-            shared, gradient = step.share_gradients.get(index), step.gradients[part.parameter]
-            if shared is not None:
-                g = shared.index_select(0, elements + (part.flat - self.memory.share_flat.start))
-            elif gradient is not None:
-                g = part.of_parameter(gradient).index_select(0, elements).to(v.dtype)
-            else:
-                continue
-            v.addcmul_(g, g, value=(1.0 - beta2) * r)
-            v.clamp_(max=torch.finfo(v.dtype).max)  # beyond it a coordinate would never train again
+            gradient = step.gradients[part.parameter]
+            if gradient is not None:
+                g[chosen] = part.of_parameter(gradient).index_select(0, elements).to(g.dtype)
+        return g
+
+    def _decay_by_coordinate(self) -> Tensor:
+        """beta2 of each coordinate in this rank's share."""
+        buckets = self._buckets
+        by_group = [buckets.method.second_moment_decay(group) for group in buckets.optimizer.param_groups]
+        if self._decays is None or self._decays[0] != by_group:
+            decays = torch.tensor([by_group[group] for group in buckets.param_group_of], dtype=self.memory.dtype)
+            self._decays = by_group, decays.to(self._parameter.device)[self._parameter]
+        return self._decays[1]
 
     def _by_part(self) -> list[tuple[Part, slice, Tensor]]:
         """Of this rank's share: a part, which second moments are its, and their elements in it, int32."""
@@ -112,11 +130,14 @@ class LateCoordinates:
 
     _cached: list[tuple[Part, slice, Tensor]] | None = None
 
-    def has_news(self) -> bool:
-        """Whether this rank has a second moment, or a gradient, of a coordinate that is renewed."""
+    def has_news(self) -> Tensor | None:
+        """Whether this rank has a second moment, or a gradient, of a coordinate that is renewed: bool, 0-d.
+
+        ``None``: it cannot have. Does not wait for the device.
+        """
         if self.memory.rms is not None:
-            return bool(self.second_moment.any())
-        return self.memory.live is not None and bool((self.memory.error.ne(0) & ~self._share_live()).any())
+            return self.second_moment.any() if len(self) else None
+        return None if self.memory.live is None else (self.memory.error.ne(0) & ~self._share_live()).any()
 
     def _share_live(self) -> Tensor:
         assert self.memory.live is not None
@@ -148,7 +169,7 @@ class LateCoordinates:
             live[self.places[has_v].long()] = True
             memory.live = None if not len(_not_live(memory, live)) else pack_bits(live)
             self.live_since = torch.where(has_v & (self.live_since == NEVER), number, self.live_since)
-        self._drop_settled_(number)
+        self._drop_established_(number)
 
     def _live_bits(self) -> Tensor:
         if self.memory.live is None:
@@ -271,7 +292,7 @@ class LateCoordinates:
         self._set_places_(torch.cat(places))
         self.live_since = torch.cat(since)
 
-    def _drop_settled_(self, number: int) -> None:
+    def _drop_established_(self, number: int) -> None:
         """Forget coordinates that have taken part for 1 / (1 - beta2) steps: their D stays."""
         longest = max(
             (1.0 / (1.0 - self._buckets.method.second_moment_decay(g)) for g in self._buckets.optimizer.param_groups),
@@ -284,7 +305,7 @@ class LateCoordinates:
             return
         self.second_moment = self.second_moment[keep[self._own]]
         self.places, self.live_since = self.places[keep], self.live_since[keep]
-        self._cached = None
+        self._locate_()
 
 
 def first_gradients_(buckets: Buckets, gradients: Sequence[Tensor | None], groups: ExchangeGroups) -> None:
