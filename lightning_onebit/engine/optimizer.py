@@ -456,7 +456,7 @@ class CompressedOptimizer:
         self._knows_live = (
             self.method.has_second_moment
             or self.communicator.world_size == 1
-            or any("scales" in entry and bool(entry["scales"].any()) for entry in shared.values())
+            or any("live" in entry or ("scales" in entry and bool(entry["scales"].any())) for entry in shared.values())
         )
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from ranks import run_ranks, run_trainers
 from test_fabric import Loop
-from test_several_optimizers import Adversaries, adam, sgd
+from test_several_optimizers import Adversaries, adam, rmsprop
 from torch import nn
 from torch.nn import functional as F
 from trainers import CLASSES, FEATURES, Classifier, data, fit, make_trainer
@@ -498,7 +498,7 @@ RUNS = {
     "back to warm-up": (Words, {}, [ThereAndBack]),
     "steps skipped": (InfiniteOnRank1, {}, []),
     "two optimizers": (Adversaries, {}, []),
-    "one dense optimizer": (lambda: Adversaries(kinds=(adam, sgd)), {}, []),
+    "one dense optimizer": (lambda: Adversaries(kinds=(adam, rmsprop)), {}, []),
     "unfreezing": (Unfrozen, {}, [lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=1)]),
 }
 
