@@ -20,8 +20,10 @@ from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.comm.exchanger import InlineExchanger
 from lightning_onebit.comm.primitives import Communicator, completed_future
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.lightning import phase_controller
+from lightning_onebit.quantize import memory
 
 NUMEL, BUCKETS, BLOCK_SIZE = 96_000, 4, 64
 COUNTED_BATCH = 4
@@ -126,3 +128,55 @@ def test_what_a_batch_costs(fewest):
     assert counts["launch"] <= 7 * BUCKETS + 30
     kinds = [kind for kind, _ in fewest.events]
     assert kinds.index("wait") > fewest.events.index(("launch", "_apply_kernel"))
+
+
+def bert_large_numels():
+    """Of the 398 tensors of BertForPreTraining, large: 336 million elements."""
+    width, wide = 1024, 4096
+    embeddings = [30522 * width, 512 * width, 2 * width, width, width]
+    attention = [width * width, width] * 4 + [width, width]
+    layer = [*attention, wide * width, wide, width * wide, width, width, width]
+    heads = [width * width, width, width * width, width, width, width, 30522, 2 * width, 2]
+    return embeddings + layer * 24 + heads
+
+
+class EmptyMemory:
+    """Takes torch's place where flat memory is allocated: nothing touches it, so that it takes none of the machine's."""
+
+    zeros = staticmethod(torch.empty)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("ranks", [2, 16, 64])
+def test_launches_of_a_step_of_bert_large(monkeypatch, ranks):
+    """At most 200 launches with clipping, the same at any number of ranks. Nothing is computed."""
+    use_triton(monkeypatch)
+    replace_kernels(monkeypatch)
+    monkeypatch.setattr(memory, "torch", EmptyMemory())
+    monkeypatch.setattr(Buckets, "note_live_", lambda *_: None)
+    counter = WorkCounter(monkeypatch)
+    numels = bert_large_numels()
+    assert len(numels) == 398
+    params = [nn.Parameter(torch.empty(numel)) for numel in numels]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        compressed = CompressedOptimizer(torch.optim.AdamW(params), CompressionConfig(), Communicator(), {})
+        compressed.step()  # sends the tables that stay
+        with counter.counting():
+            compressed.step()
+        step = counter.counts()
+        with counter.counting():
+            compressed.clip_grad_norm_(1.0)
+        both = counter.counts()
+    finally:
+        dist.destroy_process_group()
+    (buckets,) = (each.buckets.memories for each in compressed._sets)
+    assert len(buckets) == 21
+    print(f"BERT-large, {ranks} ranks: {len(buckets)} buckets; a step: {step}; with clipping: {both}")
+    assert step == {"launch": 4 * 21 + 8, "collective": 2 * 21 + 1, "wait": 1}
+    assert both["launch"] <= 200
+    assert both["wait"] == 1
