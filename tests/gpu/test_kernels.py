@@ -565,10 +565,11 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_gather_kernel",
         "_scale_kernel",
         "_sketch_kernel",
+        "_add_parts_kernel",
     }
 
 
-@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch"])
+@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts"])
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
