@@ -99,7 +99,8 @@ class CompressedOptimizer:
         ]
         self._params = [p for each in self._sets for p in each.buckets.params]
         self._queue = [(each, index) for each in self._sets for index in range(len(each.buckets.memories))]
-        self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in set(self._params)}
+        known = set(self._params)
+        self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in known}
         if not self._groups.topology.is_flat:
             for each in self._sets:
                 each.node_average = NodeAverage(each.buckets.memories, self._groups)
