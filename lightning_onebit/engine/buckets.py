@@ -420,7 +420,7 @@ class Buckets:
         if not isinstance(entry, Mapping):
             raise ValueError(f"the entry of a parameter is {entry!r:.80}")
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
-        if self.method.has_second_moment:
+        if self.method.has_second_moment and numel:  # a parameter without elements is in no bucket
             expected["rms"] = (self.dtype, (numel,))
         if "signs" in entry:
             expected["signs"] = (torch.uint8, (sign_nbytes(numel),))

@@ -380,11 +380,11 @@ class CompressedOptimizer:
         order = places.argsort()
         return places[order], values[order]
 
-    def set_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
-        """Take them over from an earlier run, where coordinates are still late."""
+    def add_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Add those of an earlier run, where coordinates are late here. After :meth:`restore_`, which sets them to zero."""
         for each in self._sets:
             for late in each.late:
-                late.set_second_moments_(places, values)
+                late.add_second_moments_(places, values)
 
     def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Per parameter, what all ranks know and a stock state dict does not tell exactly."""
@@ -429,6 +429,9 @@ class CompressedOptimizer:
         """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
         for each in self._sets:
             yield from each.buckets.replicated_state()
+            for late in each.late:
+                for i, entry in late.shared_state().items():
+                    yield each.buckets.params[i], "second moment", entry.values()
 
     @torch.no_grad()
     def give_back_(self) -> None:

@@ -218,8 +218,8 @@ class LateCoordinates:
                 values.append(v[v > 0].double().cpu())
         return torch.cat(places), torch.cat(values)
 
-    def set_second_moments_(self, places: Tensor, values: Tensor) -> None:
-        """Take over what :meth:`second_moments` has returned, where coordinates are late here; ``places`` rise."""
+    def add_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Add what :meth:`second_moments` has returned, where coordinates are late here; ``places`` rise."""
         if self.memory.rms is None:
             return
         for part, chosen, elements in self._by_part():
@@ -228,7 +228,7 @@ class LateCoordinates:
             wanted = (places[start:stop] - first).to(elements)
             at = torch.searchsorted(elements, wanted).clamp_(max=len(elements) - 1)
             found = elements[at] == wanted
-            self.second_moment[chosen][at[found]] = values[start:stop].to(self.second_moment)[found]
+            self.second_moment[chosen][at[found]] += values[start:stop].to(self.second_moment)[found]
 
     def shared_state(self) -> dict[int, dict[str, Tensor]]:
         """By parameter, ``late``: its late elements, and ``live_since``: since when each is live; int32. Only if any are."""
