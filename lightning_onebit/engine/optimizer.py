@@ -392,9 +392,12 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
-            for late in each.late:
-                for i, entry in late.shared_state().items():
-                    shared[each.buckets.params[i]].update(entry)
+            late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
+            for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
+                entries = [entry for j, entry in late if j == i]
+                order = torch.cat([entry["late"] for entry in entries]).argsort()
+                joined = {name: torch.cat([entry[name] for entry in entries])[order] for name in entries[0]}
+                shared[each.buckets.params[i]].update(joined)
         return shared
 
     def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
