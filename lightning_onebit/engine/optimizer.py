@@ -445,13 +445,20 @@ class CompressedOptimizer:
         self._average_gradients_()
         for each in self._sets:
             each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
-        self.close()
+        self._end_()
 
     @torch.no_grad()
     def retire_(self) -> None:
         """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
         for each in self._sets:
             each.buckets.give_back_({})
+        self._end_()
+
+    def _end_(self) -> None:
+        state = self.optimizer.state
+        for p in parameters_of(self.optimizer):  # in the order of a state dict that was never taken apart
+            if p in state:
+                state[p] = state.pop(p)
         self.close()
 
     def close(self) -> None:

@@ -209,7 +209,10 @@ MISMATCHES = {
         says(f"{GROUP} 0, betas", (0.9, 0.999), (0.9, 0.99)),
     ),
     "AdamW": (configure(made_by(torch.optim.AdamW)), says("optimizer 0", ADAM, "torch.optim.adamw.AdamW")),
-    "SGD": (configure(made_by(torch.optim.SGD)), "rank 1: ValueError: The optimizer torch.optim.sgd.SGD cannot be"),
+    "RMSprop": (
+        configure(made_by(torch.optim.RMSprop)),
+        "rank 1: ValueError: The optimizer torch.optim.rmsprop.RMSprop cannot be",
+    ),
     "failure": (configure(fail), "rank 1: LookupError: no such optimizer"),
     "groups": (configure(two_groups), says(f"{GROUP} 1, lr", "none", 0.001)),
     "criterion": ({"callbacks": [PhaseSwitch(FixedStep(9))]}, says("criterion", "FixedStep(n=4)", "FixedStep(n=9)")),
