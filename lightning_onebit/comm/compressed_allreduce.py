@@ -6,13 +6,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
+from lightning_onebit.flat import all_within
 from lightning_onebit.quantize import Kernels, make_kernels
 from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
@@ -187,7 +187,7 @@ def error_dtype(dtype: torch.dtype) -> torch.dtype:
 def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:
     """Fail on all ranks alike, before anything is exchanged or changed."""
     numel = tensor.numel()
-    fits = _all_within(tensor, LARGEST_VALUE)
+    fits = all_within([tensor.detach()], LARGEST_VALUE)
     claims = torch.tensor([not fits, numel, -numel], dtype=torch.int64, device=tensor.device)
     communicator.all_reduce_max_(claims)
     some_do_not_fit, largest, minus_smallest = claims.tolist()
@@ -202,10 +202,3 @@ def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:
             f" {'another rank' if fits else 'this rank'}. Nothing was exchanged. HINT: leave this call out on all ranks, or"
             " scale the tensor down."
         )
-
-
-def _all_within(tensor: Tensor, limit: float) -> bool:
-    """Whether no magnitude is above ``limit``; NaN is."""
-    # Python's numbers are compared: in float16 a limit of 1e30 would be infinite.
-    tensor = tensor.detach()
-    return float(get_total_norm([tensor])) <= limit or tensor.numel() == 0 or float(tensor.abs().amax()) <= limit

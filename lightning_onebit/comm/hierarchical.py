@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.quantize import DeviceKernels
 from lightning_onebit.quantize.memory import BucketMemory
 
 
@@ -36,7 +37,7 @@ class NodeAverage:
         """Workspace for the gradient of a bucket, ``[flat_numel]``: to be filled, 0 in padding, before :meth:`average_`."""
         return self._gradient[: memory.layout.flat_numel]
 
-    def average_(self, out: Tensor, memory: BucketMemory) -> None:
+    def average_(self, out: Tensor, memory: BucketMemory, kernels: DeviceKernels | None = None) -> None:
         """Write the mean over the node of this rank's share to ``out [share's flat numel]``. Collective inside the node."""
         ranks, nodes = self._topology.local_world_size, self._topology.num_nodes
         sent = self.flat_gradient(memory).mul_(1.0 / ranks)  # first, as DDP does: a sum may overflow where the mean does not
@@ -47,6 +48,9 @@ class NodeAverage:
             received_numels=[out.numel()] * ranks,
             sent_numels=[memory.layout.flat_numel_of(range(r * nodes, (r + 1) * nodes)) for r in range(ranks)],
         )
+        if kernels is not None:
+            kernels.add_parts_(out, received.view(ranks, -1), memory)
+            return
         first, *others = received.view(ranks, -1)
         out.copy_(first)
         for other in others:

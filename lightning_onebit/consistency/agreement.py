@@ -29,6 +29,8 @@ ADVISORY = "version of "
 """Settings whose names begin so may differ: that is a warning."""
 
 DIFFERENCES_SHOWN = 5
+NAMES_SHOWN = 3
+"""Parameters that a message names."""
 DIGEST_WORDS = 2
 BITS_OF_WORD = 62  # its negative is an int64, too
 

@@ -13,6 +13,8 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import exchange, raise_disagreement, short_digest
 from lightning_onebit.methods import hyperparameters, parameters_of
 
+DIGEST, NEWS = 1, 3
+"""Places in the message, after those of the parameters."""
 NUM_REQUESTS = 2
 """Whole numbers that ride along for whoever wants to tell all ranks something between two batches."""
 
@@ -79,8 +81,26 @@ class StepAgreement:
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
         has_gradient = [p.grad is not None for p in self._parameters]
-        words = [skip, *has_gradient, self._digest, -self._digest, has_news, *self.requests]
-        return torch.tensor(words, dtype=torch.int32).to(self._device, non_blocking=True)
+        words = torch.tensor([skip, *has_gradient, self._digest, -self._digest, has_news, *self.requests], dtype=torch.int32)
+        if self._device.type == "cuda":
+            words = words.pin_memory()
+        return words.to(self._device, non_blocking=True)
+
+    def add_(self, words: Tensor, *, skip: Sequence[Tensor], has_news: Sequence[Tensor]) -> None:
+        """Add to ``words`` what only the device knows, without waiting for it: int32 ``[1]`` each, not 0 if so."""
+        for place, flags in ((0, skip), (len(self._parameters) + NEWS, has_news)):
+            word = words[place : place + 1]
+            for flag in flags:
+                torch.maximum(word, flag, out=word)
+
+    def stop_if_different_(self, words: Tensor) -> None:
+        """After :meth:`share_`, on the device: ranks that do not use the same settings make no step.
+
+        :meth:`read` will raise, but only when the step has been launched.
+        """
+        first = len(self._parameters) + DIGEST
+        different = words[first : first + 1] != words[first + 1 : first + 2].neg()
+        torch.maximum(words[:1], different, out=words[:1])
 
     def share_(self, words: Tensor) -> None:
         """Make ``words`` those of all ranks, in place. Collective; does not wait for the device."""
@@ -115,7 +135,16 @@ class StepAgreement:
         The first look at them counts: what comes after it, as clipping, makes others so.
         """
         if self._nonfinite_here is None:
-            self._nonfinite_here = [p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self._parameters]
+            # One wait for all. A finite norm has finite elements; the reverse does not hold.
+            having = [i for i, p in enumerate(self._parameters) if p.grad is not None and p.grad.numel()]
+            gradients = [self._parameters[i].grad for i in having]
+            norms = torch._foreach_norm(gradients) if gradients else []  # type: ignore[arg-type]
+            suspected = torch.stack([~norm.isfinite().to(self._device) for norm in norms]).tolist() if norms else []
+            self._nonfinite_here = [False] * len(self._parameters)
+            for i, is_suspected in zip(having, suspected, strict=True):
+                if is_suspected:
+                    gradient = self._parameters[i].grad
+                    self._nonfinite_here[i] = gradient is not None and not bool(torch.isfinite(gradient).all())
 
     def forget_nonfinite(self) -> None:
         """What was found concerned a step that is over."""

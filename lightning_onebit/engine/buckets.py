@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places
 from lightning_onebit.flat import flat_view, unflatten_like
 from lightning_onebit.methods.base import Method
-from lightning_onebit.quantize import Kernels, make_kernels
+from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
@@ -83,7 +83,7 @@ class Buckets:
         params: the parameters, in the order in which they travel.
         config: settings of the compression.
         groups: the ranks that exchange. With one rank nothing is quantized: errors hold u itself.
-        keeps_before: whether the last average but one is kept.
+        keeps_before: whether the last average but one is kept; it always is where kernels may take a step back.
     """
 
     def __init__(
@@ -100,10 +100,13 @@ class Buckets:
         self.topology = groups.topology
         self.device, self.dtype = params[0].device, error_dtype(params[0].dtype)
         self.is_quantized = self.topology.world_size > 1
+        self.keeps_before = keeps_before or not self.is_quantized  # a single rank knows it anyway
         in_group = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.param_group_of = [in_group[p] for p in self.params]
         self.steps = np.array([method.steps_done(optimizer.state.get(p, {})) for p in self.params], dtype=np.int64)
         """Steps of each parameter, those of the warm-up included."""
+        self.common_share = torch.zeros(2, len(self.params), dtype=torch.float64)
+        """Numerator and denominator of each tensor's s (see :mod:`lightning_onebit.engine.variance`), on the CPU."""
         places = first_places(optimizer)
         self.places = [places[p] for p in self.params]
         # One for each thread: they own their workspaces.
@@ -125,11 +128,10 @@ class Buckets:
                 share=self.topology.share,
                 chunk=self.topology.chunk if self.is_quantized else None,
                 has_rms=method.has_second_moment,
-                keeps_before=keeps_before,
+                keeps_before=keeps_before or self.kernels.reads_flags_on_device,
                 dtype=self.dtype,
                 device=self.device,
                 parameter_numels=numels,
-                param_group_of=self.param_group_of,
             )
             parts = list(_parts(memory))
             self.memories.append(memory)
@@ -142,6 +144,16 @@ class Buckets:
         if not self.is_quantized:
             return ExactKernels()
         return make_kernels(self.config, device=self.device, dtype=self.dtype)
+
+    @property
+    def device_kernels(self) -> DeviceKernels | None:
+        """The kernels, if they work on whole buckets and never have the host wait."""
+        return cast(DeviceKernels, self.kernels) if self.kernels.reads_flags_on_device else None
+
+    def common_share_of(self, parameter: int) -> float:
+        """s, the share of a tensor's gradient that the ranks have in common, in [0, 1]; 0 if nothing is known."""
+        numerator, denominator = self.common_share[:, parameter].tolist()
+        return min(max(numerator / denominator, 0.0), 1.0) if denominator > 0 else 0.0
 
     def group(self, parameter: int) -> dict[str, Any]:
         """The parameter's group, looked up anew, as ``load_state_dict`` replaces them."""
@@ -195,7 +207,9 @@ class Buckets:
             rms = part.of_bucket(memory.rms)
             error.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
         if self.is_quantized:
-            error.mul_(c.beta)
+            # With nesterov, step 6 will look back at a last average of zero, not at u. The later steps make up for that, so
+            # that what u moves the parameter in all is the same, (m^2 + m^3 + ...) u, if the error begins with m^2 u.
+            error.mul_(c.beta * (c.nesterov or 1.0))
 
     @property
     def divides_first(self) -> bool:
@@ -361,6 +375,7 @@ class Buckets:
 
         * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; only if there is a D.
         * ``step``: int64, 0-d.
+        * ``common_share``: numerator and denominator of s, float64 ``[2]``; only if it is known.
         * ``signs``, ``scales``: the last average; uint8 ``[ceil(numel / 8)]``, float32 ``[blocks]``. With one rank: none.
         * ``live``, ``live_before``: as signs: where an element takes part in its block, and did in the last average; only
           if not all do.
@@ -384,6 +399,8 @@ class Buckets:
                 if name in joined and bool(unpack_bits(joined[name])[: self.params[i].numel()].all()):
                     del joined[name]
             shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
+            if self.common_share[1, i]:
+                shared[i]["common_share"] = self.common_share[:, i].clone()
         return shared
 
     def restore_(self, shared: Mapping[int, Mapping[str, Tensor]], *, block_size: int) -> None:
@@ -398,6 +415,7 @@ class Buckets:
         for i, p in enumerate(self.params):
             self._check_shared_state(shared[i], p.numel(), block_size)
             self.steps[i] = int(shared[i]["step"])
+            self.common_share[:, i] = shared[i].get("common_share", torch.zeros(2))
         was_quantized = any("signs" in shared[i] for i in range(len(self.params)))
         same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
         for memory, parts in zip(self.memories, self.parts, strict=True):
@@ -408,9 +426,9 @@ class Buckets:
                 if any(name in shared[part.parameter] for part in parts):
                     mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
                     for part in parts:
-                        saved = shared[part.parameter].get(name)
-                        if saved is not None:
-                            part.of_bits(mask).copy_(saved[part.start // 8 :][: sign_nbytes(part.numel)])
+                        bits = shared[part.parameter].get(name)
+                        if bits is not None:
+                            part.of_bits(mask).copy_(bits[part.start // 8 :][: sign_nbytes(part.numel)])
                     setattr(memory, name, mask.to(self.device))
                 else:
                     setattr(memory, name, None)
@@ -421,15 +439,17 @@ class Buckets:
             memory.error[~torch.from_numpy(memory.layout.exists[memory.share_flat])] = 0.0
             if self.is_quantized:
                 for part in parts:
-                    saved, average = shared[part.parameter], part.average
+                    entry, average = shared[part.parameter], part.average
                     first = part.start // block_size
-                    average.signs.copy_(saved["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
-                    average.scales.copy_(saved["scales"][first : first + part.blocks[1] - part.blocks[0]])
+                    average.signs.copy_(entry["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
+                    average.scales.copy_(entry["scales"][first : first + part.blocks[1] - part.blocks[0]])
 
     def _check_shared_state(self, entry: Any, numel: int, block_size: int) -> None:
         if not isinstance(entry, Mapping):
             raise ValueError(f"the entry of a parameter is {entry!r:.80}")
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
+        if "common_share" in entry:
+            expected["common_share"] = (torch.float64, (2,))
         if self.method.has_second_moment and numel:  # a parameter without elements is in no bucket
             expected["rms"] = (self.dtype, (numel,))
         if "signs" in entry:

@@ -8,8 +8,7 @@ from typing import TypeAlias
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_onebit.consistency.agreement import listed_ranks
-from lightning_onebit.lightning.compressible import NAMES_SHOWN
+from lightning_onebit.consistency.agreement import NAMES_SHOWN, listed_ranks
 
 Found: TypeAlias = Mapping[Tensor, Sequence[int]]
 """Parameters whose gradients are not finite, and on which ranks; on none in particular if they are averaged."""

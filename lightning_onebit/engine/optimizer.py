@@ -25,16 +25,17 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.exchanger import Exchange, Exchanger, InlineExchanger
 from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.clipping import NormSketch, sketch_numel
+from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
@@ -91,7 +92,7 @@ class CompressedOptimizer:
                     [p for p in params if (str(p.dtype), str(p.device)) == kind],
                     config,
                     self._groups,
-                    keeps_before=self._overlap or looks_ahead or params[0].is_cuda,
+                    keeps_before=self._overlap or looks_ahead,
                 )
             )
             for kind in sorted({(str(p.dtype), str(p.device)) for p in params})
@@ -106,6 +107,7 @@ class CompressedOptimizer:
         # step 6 look it up.
         self._commits_late = self._overlap or any(each.buckets.kernels.reads_flags_on_device for each in self._sets)
         self._knows_live = self.method.has_second_moment or communicator.world_size == 1
+        self._learns_live = False
         self._sent: deque[tuple[_ParameterSet, int, Exchange]] = deque()
         self._num_sent = 0
         self._arrived: set[Tensor] = set()
@@ -179,15 +181,26 @@ class CompressedOptimizer:
                 while outcome is not None and self._sent and self._sent[0][2].done():
                     self._finish_(*self._sent.popleft())  # step 6, while others travel
         if self._commits_late:
-            words = self._agree_on_device(skip=skip)
-            outcome = None if self._waits_last else self.agreement.read(words)
-            self._check_same_parameters()
+            # Other parameters than at the freeze stop the step for all ranks, and are refused when these have agreed.
+            words = self._agree_on_device(skip=skip or bool(self._changed_parameters()))
+            outcome = None if self._waits_last else self._read(words)
         while self._sent:
             self._finish_(*self._sent.popleft())
         if outcome is None:
-            outcome = self.agreement.read(words)
+            outcome = self._read(words)
         self._end_step_(outcome)
+        self._check_same_parameters()
         return outcome.counts
+
+    def _read(self, words: Tensor) -> Outcome:
+        """Wait for what the ranks have told each other; if they disagree, nothing of the step remains."""
+        try:
+            return self.agreement.read(words)
+        except RanksDisagree:
+            while self._sent:
+                self._sent.popleft()[2].wait()
+            self._take_back_()
+            raise
 
     def _send_(self, each: _ParameterSet, index: int, *, counts: Outcome | None = None) -> None:
         """Steps 1 to 5 for one bucket; errors change only if it is known that the step ``counts``."""
@@ -224,63 +237,91 @@ class CompressedOptimizer:
         """Count the step, or take it back; refresh, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
+        refresh = self._is_refresh_due and outcome.has_news
+        if self._learns_live and not outcome.counts:
+            self._forget_live_()
+        self._learns_live = False
         for each in self._sets:
             each.set_active_(outcome, self._params)
             if outcome.counts:
-                each.count_step_(
-                    refresh=self._is_refresh_due and outcome.has_news, late=self._commits_late, groups=self._groups
-                )
-            elif self._num_sent:
-                for memory in each.buckets.memories:
-                    memory.turn_results_()  # back to the last average that counts
+                each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
+        if outcome.counts:
+            self._forget_step_()
+            self.agreement.forget_nonfinite()
+        else:
+            self._take_back_()
+            self.agreement.note_nonfinite()
+
+    def _take_back_(self) -> None:
+        """The step does not count: errors and parameters are as they were, averages become so."""
+        for each, index in self._queue[: self._num_sent]:
+            each.buckets.memories[index].turn_results_()
+        self._forget_step_()
+
+    def _forget_step_(self) -> None:
+        for each in self._sets:
             each.forget_step_()
         self._num_sent = 0
         self._arrived.clear()
-        if outcome.counts:
-            self.agreement.forget_nonfinite()
-        else:
-            self.agreement.note_nonfinite()
 
     # What ranks tell each other
 
     def _agree(self, *, skip: bool) -> Outcome:
         """Before anything is sent, in one small message."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip)
+            words = self._propose(skip=skip, has_news=any(bool(flag) for flag in self._news()))
             self.agreement.share_(words)
             outcome = self.agreement.read(words)
         if outcome.counts:
+            self._set_flags_(words)
             self._learn_live_()
         return outcome
 
     def _agree_on_device(self, *, skip: bool) -> Tensor:
         """After everything is sent: kernels have noted in their flags whether gradients are finite."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip)
-            for each in self._sets:
-                words[:1].copy_(torch.maximum(words[:1], each.flags[:1]))
+            words = self._propose(skip=skip, has_news=False)
+            self.agreement.add_(words, skip=[each.flags[:1] for each in self._sets], has_news=self._news())
             self.agreement.share_(words)
-            start = 1
-            for each in self._sets:
-                numel = len(each.buckets.params)
-                each.flags[:1].copy_(words[:1])
-                each.flags[1:].copy_(words[start : start + numel])
-                start += numel
+            self.agreement.stop_if_different_(words)
+            self._set_flags_(words)
         return words
 
-    def _propose(self, *, skip: bool) -> Tensor:
-        has_news = self._is_refresh_due and any(late.has_news() for each in self._sets for late in each.late)
+    def _set_flags_(self, words: Tensor) -> None:
+        """Tell the kernels what the ranks have agreed on."""
+        start = 1
+        for each in self._sets:
+            numel = len(each.buckets.params)
+            each.flags[:1].copy_(words[:1])
+            each.flags[1:].copy_(words[start : start + numel])
+            start += numel
+
+    def _propose(self, *, skip: bool, has_news: bool) -> Tensor:
         return self.agreement.propose(skip=skip, has_news=has_news, changed=self._changed_parameters())
+
+    def _news(self) -> list[Tensor]:
+        """Where a refresh is due, whether each bucket has something to tell; int32 ``[1]``."""
+        if not self._is_refresh_due:
+            return []
+        news = (late.has_news() for each in self._sets for late in each.late)
+        return [flag.to(torch.int32).view(1) for flag in news if flag is not None]
 
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
         if not self._knows_live:
-            self._knows_live = True
+            self._knows_live = self._learns_live = True
             for each in self._sets:
                 for index in range(len(each.buckets.memories)):
                     each.step_inputs(self._groups.topology.num_nodes)
                     each.take_gradients_(index)
                 first_gradients_(each.buckets, each.gradients, self._groups)
+
+    def _forget_live_(self) -> None:
+        """The gradients that told it do not count: they may be infinite where there never was one."""
+        self._knows_live = False
+        for each in self._sets:
+            for memory in each.buckets.memories:
+                memory.live = memory.live_before = None
 
     @property
     def _is_refresh_due(self) -> bool:
@@ -333,6 +374,8 @@ class CompressedOptimizer:
         with_gradient = [p for p in params if p.grad is not None]
         if self.communicator.world_size == 1:
             norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        elif self._waits_last:
+            return clip_buckets_([each.buckets for each in self._sets], self.communicator, max_norm, seed=self._steps)
         else:
             # The step is the seed: a resumed run draws the same.
             numel = sketch_numel(sum(p.numel() for p in params))
@@ -412,7 +455,12 @@ class CompressedOptimizer:
             each.late = [LateCoordinates(each.buckets, index) for index in range(len(each.buckets.memories))]
             for late in each.late:
                 late.restore_(by_index)
-        self._knows_live = True
+        # Without D, who is live is known from the first average on; a single rank does not ask.
+        self._knows_live = (
+            self.method.has_second_moment
+            or self.communicator.world_size == 1
+            or any("scales" in entry and bool(entry["scales"].any()) for entry in shared.values())
+        )
 
     @torch.no_grad()
     def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
@@ -534,6 +582,13 @@ class _ParameterSet:
         rows: list[Coefficients] = [
             buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
         ]
+        if not buckets.divides_first:  # what is clamped in momentum space are gradients, not g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
+        if any(row.nesterov for row in rows) and not buckets.keeps_before:
+            raise RuntimeError(
+                "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
+                " HINT: set it when the optimizer is created."
+            )
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
 
     def take_gradients_(self, index: int) -> None:
@@ -549,17 +604,22 @@ class _ParameterSet:
             return
         active = dict(zip(params, outcome.active, strict=True))
         self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+        self.flags[1:] = torch.from_numpy(self._step.active)
 
     def average_inside_node_(self, index: int, *, keep: bool) -> None:
         """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""
         assert self.node_average is not None
         assert self._step is not None
         memory = self.buckets.memories[index]
-        flat = self.node_average.flat_gradient(memory).zero_()
-        for part in self.buckets.parts[index]:
-            gradient = self.gradients[part.parameter]
-            if gradient is not None:
-                part.of_bucket(flat).copy_(part.of_parameter(gradient))
+        flat, kernels = self.node_average.flat_gradient(memory), self.buckets.device_kernels
+        if kernels is not None:
+            kernels.gather_(flat, memory, self._step)
+        else:
+            flat.zero_()
+            for part in self.buckets.parts[index]:
+                gradient = self.gradients[part.parameter]
+                if gradient is not None:
+                    part.of_bucket(flat).copy_(part.of_parameter(gradient))
         if keep or self._share_gradient is None:
             numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
             buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
@@ -567,7 +627,7 @@ class _ParameterSet:
         else:
             buffer = self._share_gradient
         self._step.share_gradients[index] = buffer[: memory.error.numel()]
-        self.node_average.average_(self._step.share_gradients[index], memory)
+        self.node_average.average_(self._step.share_gradients[index], memory, kernels)
 
     def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
         """Count the step of the parameters that were active, and refresh late coordinates."""
@@ -578,7 +638,8 @@ class _ParameterSet:
                 coordinates.collect_(index, self._step)
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
             if refresh:
-                coordinates.refresh_(groups, int(self.buckets.steps.max(initial=0)))
+                assert self._step is not None
+                coordinates.refresh_(groups, index, self._step, number=int(self.buckets.steps.max(initial=0)))
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

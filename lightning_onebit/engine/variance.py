@@ -1,15 +1,19 @@
 """Coordinates that had no gradient on any rank when the second moment was frozen, and how they come to take part.
 
-Such a coordinate (a row of an embedding whose word has not come up) has v = 0: it is no part of its block, and stays bitwise
-unchanged. Its gradients gather on each rank in a second moment of its own,
+Such a coordinate (a row of an embedding whose word has not come up) has v = 0: it is no part of its block, and stays
+bitwise unchanged. Its gradients gather on each rank in a second moment of its own,
 
-    v_i = beta2 v_i + (1 - beta2) r g_i^2,          r = 1 / n
+    v_i = beta2 v_i + (1 - beta2) g_i^2
 
 and at the next **refresh**, every 64 steps if any rank has something to tell, v = mean_i v_i becomes the same on all ranks,
-D = sqrt(v / (1 - beta2^t)) + eps, and the coordinate takes part from the next step on. r brings one rank's gradients to the
-scale of the mean's: for a coordinate that has its gradient on one rank at a time, and for independent noise, the square of
-the mean gradient is 1 / n of the mean square. A D that comes from one gradient must not stay for ever: a coordinate is
-renewed at every refresh until it has taken part in 1 / (1 - beta2) steps.
+D = sqrt(r v / (1 - beta2^t)) + eps, and the coordinate takes part from the next step on. A D that comes from one gradient
+must not stay for ever: a coordinate is renewed at every refresh until it has taken part in 1 / (1 - beta2) steps.
+
+r brings one rank's gradients to the scale of the mean's. For a coordinate that has its gradient on one rank at a time, and
+for independent noise, the square of the mean gradient is 1 / n of the mean square; where all ranks have the same gradient, r
+is 1. With s, the share of a tensor's gradient that the ranks have in common, r = s + (1 - s) / n. At each refresh s is
+estimated from the gradients of that step, preconditioned: a_i = g_i / sqrt(v),
+s = (||mean a_i||^2 - q) / (mean ||a_i||^2 - q), q = mean ||a_i||^2 / n. Until a tensor has had a gradient at a refresh, s = 0.
 
 Without a second moment (SGD) there is nothing to gather but whether there was a gradient, which the worker error tells: it
 keeps what is not sent.
@@ -29,13 +33,15 @@ from lightning_onebit.quantize.reference import pack_bits, unpack_bits
 
 REFRESH_STEPS = 64
 """Steps between refreshes: with a full one, later, 1/8 bit per element and step."""
+MEMORY_OF_REFRESHES = 0.9
+"""Weight of earlier refreshes in a tensor's s."""
 COORDINATES_PER_FLAG = 64
 """Before second moments travel, one byte for so many coordinates tells whether any rank has one there."""
 NEVER = -1
 
 
 class LateCoordinates:
-    """Those of one bucket that were not live at the freeze, until their D is as settled as that of the others.
+    """Those of one bucket that were not live at the freeze, until their D is as good as that of the others.
 
     Args:
         buckets: of which the bucket is one.
@@ -44,58 +50,75 @@ class LateCoordinates:
 
     def __init__(self, buckets: Buckets, index: int) -> None:
         self._buckets, self._index, self.memory = buckets, index, buckets.memories[index]
-        self.places = torch.zeros(0, dtype=torch.int32)
+        self.places = torch.zeros(0, dtype=torch.int32, device=self.memory.device)
         """Their places in the bucket's flat memory, rising, int32 ``[late]``."""
         self.live_since = torch.zeros(0, dtype=torch.int32)
         """Number of the step after which each takes part; :data:`NEVER`: it does not yet. int32 ``[late]``"""
         self.second_moment = torch.zeros(0, dtype=buckets.dtype)
         """v_i, of those in this rank's share, in the dtype of the errors."""
-        if self.memory.live is not None:
-            self._set_places_(_not_live(self.memory))
+        is_late = self.memory.live is not None and self.memory.rms is not None
+        self._set_places_(_not_live(self.memory) if is_late else self.places)
 
     def _set_places_(self, places: Tensor) -> None:
         self.places = places.to(torch.int32)
         self.live_since = torch.full_like(self.places, NEVER)
+        self._locate_()
         self.second_moment = torch.zeros(self._own.stop - self._own.start, dtype=self.memory.dtype, device=places.device)
-        self._cached = None
 
-    @property
-    def _own(self) -> slice:
-        """Which of the coordinates are in this rank's share."""
-        share = self.memory.share_flat
-        bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=self.places.device)
-        first, last = torch.searchsorted(self.places, bounds).tolist()
-        return slice(first, last)
+    def _locate_(self) -> None:
+        """Note which of the coordinates are in this rank's share, and whose these are. Waits for the device."""
+        share, parts, device = self.memory.share_flat, self._buckets.parts[self._index], self.places.device
+        bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=device)
+        self._own = slice(*torch.searchsorted(self.places, bounds).tolist())
+        starts = torch.tensor([part.flat for part in parts], dtype=torch.int32, device=device)
+        parameters = torch.tensor([part.parameter for part in parts], dtype=torch.int64, device=device)
+        places = self.places[self._own]
+        self._in_share = places.long() - share.start
+        self._parameter = parameters[torch.searchsorted(starts, places, right=True) - 1] if len(places) else parameters[:0]
+        self._decays: tuple[list[float], Tensor] | None = None
+        self._cached = None
 
     def __len__(self) -> int:
         return self.places.numel()
 
     @torch.no_grad()
     def collect_(self, index: int, step: StepInputs) -> None:
-        """``v_i = beta2 v_i + (1 - beta2) r g_i^2``, for a step that counts.
+        """``v_i = beta2 v_i + (1 - beta2) g_i^2``, for a step that counts.
 
         Args:
             index: of the bucket.
             step: the gradients, and which parameters are active.
         """
-        if not len(self) or self.memory.rms is None:
+        if self._own.start == self._own.stop or self.memory.rms is None:
             return
-        r = 1.0 / self._buckets.topology.num_nodes
+        g, beta2 = self._gradient(index, step), self._decay_by_coordinate()
+        v = self.second_moment * beta2 + (1.0 - beta2) * g * g
+        v.clamp_(max=torch.finfo(v.dtype).max)  # beyond it a coordinate would never train again
+        torch.where(step.is_active[self._parameter], v, self.second_moment, out=self.second_moment)
+
+    def _gradient(self, index: int, step: StepInputs) -> Tensor:
+        """g_i of the coordinates in this rank's share, in the dtype of the errors."""
+        shared, kernels = step.share_gradients.get(index), self._buckets.device_kernels
+        if shared is None and kernels is not None:  # in one launch, whatever the number of parameters
+            shared = torch.empty(self.memory.layout.flat_numel, dtype=self.memory.dtype, device=self.memory.device)
+            kernels.gather_(shared, self.memory, step)
+        if shared is not None:
+            return shared.index_select(0, self._in_share)
+        g = torch.zeros_like(self.second_moment)
         for part, chosen, elements in self._by_part():
-            if step.active is not None and not step.active[part.parameter]:
-                continue
-            v = self.second_moment[chosen]
-            beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
-            v.mul_(beta2)
-            shared, gradient = step.share_gradients.get(index), step.gradients[part.parameter]
-            if shared is not None:
-                g = shared.index_select(0, elements + (part.flat - self.memory.share_flat.start))
-            elif gradient is not None:
-                g = part.of_parameter(gradient).index_select(0, elements).to(v.dtype)
-            else:
-                continue
-            v.addcmul_(g, g, value=(1.0 - beta2) * r)
-            v.clamp_(max=torch.finfo(v.dtype).max)  # beyond it a coordinate would never train again
+            gradient = step.gradients[part.parameter]
+            if gradient is not None:
+                g[chosen] = part.of_parameter(gradient).index_select(0, elements).to(g.dtype)
+        return g
+
+    def _decay_by_coordinate(self) -> Tensor:
+        """beta2 of each coordinate in this rank's share."""
+        buckets = self._buckets
+        by_group = [buckets.method.second_moment_decay(group) for group in buckets.optimizer.param_groups]
+        if self._decays is None or self._decays[0] != by_group:
+            decays = torch.tensor([by_group[group] for group in buckets.param_group_of], dtype=self.memory.dtype)
+            self._decays = by_group, decays.to(self._parameter.device)[self._parameter]
+        return self._decays[1]
 
     def _by_part(self) -> list[tuple[Part, slice, Tensor]]:
         """Of this rank's share: a part, which second moments are its, and their elements in it, int32."""
@@ -112,24 +135,29 @@ class LateCoordinates:
 
     _cached: list[tuple[Part, slice, Tensor]] | None = None
 
-    def has_news(self) -> bool:
-        """Whether this rank has a second moment, or a gradient, of a coordinate that is renewed."""
+    def has_news(self) -> Tensor | None:
+        """Whether this rank has a second moment, or a gradient, of a coordinate that is renewed: bool, 0-d.
+
+        ``None``: it cannot have. Does not wait for the device.
+        """
         if self.memory.rms is not None:
-            return bool(self.second_moment.any())
-        return self.memory.live is not None and bool((self.memory.error.ne(0) & ~self._share_live()).any())
+            return self.second_moment.any() if len(self) else None
+        return None if self.memory.live is None else (self.memory.error.ne(0) & ~self._share_live()).any()
 
     def _share_live(self) -> Tensor:
         assert self.memory.live is not None
         return unpack_bits(self.memory.live)[self.memory.share_flat]
 
     @torch.no_grad()
-    def refresh_(self, groups: ExchangeGroups, number: int) -> None:
+    def refresh_(self, groups: ExchangeGroups, index: int, step: StepInputs, *, number: int) -> None:
         """Make second moments those of all ranks, and let coordinates take part that have one. Collective.
 
         Valid from the next step on.
 
         Args:
             groups: the ranks.
+            index: of the bucket.
+            step: the gradients of this step, from which r is learned.
             number: of this step, from which it follows for how long coordinates have taken part.
         """
         memory = self.memory
@@ -139,24 +167,29 @@ class LateCoordinates:
             self.second_moment = error.ne(0).to(memory.dtype)
         if not len(self):
             return
-        v = self._mean_over_ranks_(groups)
+        v, chosen = self._mean_over_ranks_(groups)
         has_v = v > 0
         if memory.rms is not None:
+            self._learn_common_share_(groups, self._gradient(index, step)[chosen], chosen)
             self._renew_rms_(v, has_v)
         if bool((has_v & (self.live_since == NEVER)).any()):
             live = self._live_bits()
             live[self.places[has_v].long()] = True
             memory.live = None if not len(_not_live(memory, live)) else pack_bits(live)
             self.live_since = torch.where(has_v & (self.live_since == NEVER), number, self.live_since)
-        self._drop_settled_(number)
+        self._drop_established_(number)
 
     def _live_bits(self) -> Tensor:
         if self.memory.live is None:
             return torch.ones(self.memory.layout.flat_numel, dtype=torch.bool, device=self.memory.device)
         return unpack_bits(self.memory.live)
 
-    def _mean_over_ranks_(self, groups: ExchangeGroups) -> Tensor:
-        """v = mean_i v_i of all coordinates of the bucket; those of this rank's share are written to ``second_moment``."""
+    def _mean_over_ranks_(self, groups: ExchangeGroups) -> tuple[Tensor, Tensor]:
+        """v = mean_i v_i of all coordinates of the bucket; those of this rank's share are written to ``second_moment``.
+
+        Returns:
+            v, and which of the share's coordinates have travelled, as some rank has a second moment there.
+        """
         own, peers = self._own, groups.peers
         numel = own.stop - own.start
         flags = torch.zeros(-(-numel // COORDINATES_PER_FLAG) * COORDINATES_PER_FLAG, dtype=torch.uint8).to(
@@ -167,16 +200,40 @@ class LateCoordinates:
         if numel:
             peers.all_reduce_max_(touched)
         chosen = touched.repeat_interleave(COORDINATES_PER_FLAG)[:numel].nonzero().view(-1)
-        self.second_moment[chosen] = peers.ordered_mean(self.second_moment[chosen])
+        mean = peers.ordered_mean(self.second_moment[chosen])
+        self.second_moment[chosen] = mean.clamp_(max=torch.finfo(mean.dtype).max)
         if groups.node is None:
-            return self.second_moment
+            return self.second_moment, chosen
         # Inside the node every rank has those of its own share: put them together, in shares of one length.
         sizes = self._share_sizes()
         padded = torch.zeros(max(sizes), dtype=self.memory.dtype, device=self.places.device)
         padded[:numel] = self.second_moment
         gathered = padded.new_empty(len(sizes) * max(sizes))
         groups.node.all_gather_(gathered, padded)
-        return torch.cat([part[:size] for part, size in zip(gathered.view(len(sizes), -1), sizes, strict=True)])
+        v = torch.cat([part[:size] for part, size in zip(gathered.view(len(sizes), -1), sizes, strict=True)])
+        return v, chosen
+
+    def _learn_common_share_(self, groups: ExchangeGroups, gradient: Tensor, chosen: Tensor) -> None:
+        """Add this step's gradients to what is known of s. Collective.
+
+        Args:
+            groups: the ranks.
+            gradient: g_i of the coordinates ``chosen``.
+            chosen: which of this rank's share.
+        """
+        n, common = groups.peers.world_size, self._buckets.common_share
+        a = gradient.div_(self.second_moment[chosen].sqrt()).nan_to_num_(0.0, 0.0, 0.0)  # 0 / 0: no gradient anywhere
+        a_bar, tensor = groups.peers.ordered_mean(a), self._parameter[chosen]
+        squares = torch.zeros(2, common.shape[1], dtype=torch.float64, device=a.device)
+        for row, values in zip(squares, (a_bar, a), strict=True):
+            row.index_add_(0, tensor, values.double().square())
+        squares = groups.peers.ordered_mean(squares.view(-1)).view(2, -1)  # the same bits on all ranks
+        if groups.node is not None:
+            squares = groups.node.ordered_mean(squares.view(-1)).view(2, -1)
+        of_mean, mean = squares.cpu()
+        here = mean > 0
+        common[:, here] *= MEMORY_OF_REFRESHES
+        common[:, here] += torch.stack([of_mean - mean / n, mean - mean / n])[:, here]
 
     def _share_sizes(self) -> list[int]:
         topology, layout = self._buckets.topology, self.memory.layout
@@ -188,7 +245,7 @@ class LateCoordinates:
         return [stop - start for start, stop in zip(cuts, [*cuts[1:], len(self)], strict=True)]
 
     def _renew_rms_(self, v: Tensor, has_v: Tensor) -> None:
-        """D of all coordinates with a second moment: ``rms = sqrt(v / (1 - beta2^t))``."""
+        """D of all coordinates with a second moment: ``rms = sqrt(r v / (1 - beta2^t))``."""
         assert self.memory.rms is not None
         for part in self._buckets.parts[self._index]:
             bounds = torch.tensor([part.flat, part.flat + part.numel], dtype=torch.int32, device=self.places.device)
@@ -197,7 +254,9 @@ class LateCoordinates:
                 continue
             beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
             correction = 1.0 - beta2 ** int(self._buckets.steps[part.parameter])
-            renewed = v[first:last] / correction
+            s = float(self._buckets.common_share_of(part.parameter))
+            renewed = v[first:last] * ((s + (1.0 - s) / self._buckets.topology.num_nodes) / correction)
+            renewed.clamp_(max=torch.finfo(renewed.dtype).max)
             square_root_(renewed, out=renewed)
             # A v so small that its root would be 0 still belongs to an element that takes part.
             renewed.clamp_(min=torch.finfo(renewed.dtype).tiny)
@@ -271,7 +330,7 @@ class LateCoordinates:
         self._set_places_(torch.cat(places))
         self.live_since = torch.cat(since)
 
-    def _drop_settled_(self, number: int) -> None:
+    def _drop_established_(self, number: int) -> None:
         """Forget coordinates that have taken part for 1 / (1 - beta2) steps: their D stays."""
         longest = max(
             (1.0 / (1.0 - self._buckets.method.second_moment_decay(g)) for g in self._buckets.optimizer.param_groups),
@@ -284,7 +343,7 @@ class LateCoordinates:
             return
         self.second_moment = self.second_moment[keep[self._own]]
         self.places, self.live_since = self.places[keep], self.live_since[keep]
-        self._cached = None
+        self._locate_()
 
 
 def first_gradients_(buckets: Buckets, gradients: Sequence[Tensor | None], groups: ExchangeGroups) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_onebit.consistency.agreement import NAMES_SHOWN
 from lightning_onebit.methods import method_for, parameters_of
-
-NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,15 @@
 
 Lightning's own handlers communicate at once, wherever training is at that moment, while other ranks are in the middle of
 another collective. Each then waits for the other until the timeout: so it went in 2 of 4 trials under plain DDP. Ours only
-take note. At the start of every batch the ranks tell each other, and from there on it is Lightning again.
+take note. The ranks tell each other, and at the start of a batch all do what any was asked for; from there on it is
+Lightning again. What a rank was asked for travels with its next compressed step, in a message that is sent anyway. After a
+batch without one, as in warm-up, a small all-reduce at the start of the next batch asks all ranks.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
@@ -17,6 +20,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info
 
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 
 _log = logging.getLogger(__name__)
 _REPLACED = ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn")
@@ -33,8 +37,8 @@ class AgreedSignals:
         self._trainer = trainer
         self._connector: Any = trainer._signal_connector
         self._communicator = Communicator()  # counters of its own: this is no communication of gradients
-        self._terminate = False
-        self._requeue = 0
+        self._requests = [0, 0]
+        """SIGTERM, and the number of the signal to requeue: of this rank, 0 until it comes."""
         self._requeued = False
         for name, handler in zip(_REPLACED, (self._on_terminate, self._on_requeue), strict=True):
             assert hasattr(_SignalConnector, name)
@@ -45,15 +49,24 @@ class AgreedSignals:
         for name in _REPLACED:
             vars(self._connector).pop(name, None)
 
-    def agree(self) -> None:
-        """Before a batch: do on all ranks what any of them was asked for. Collective.
+    def agree(self, compressed: Collection[CompressedOptimizer]) -> None:
+        """Before a batch: do on all ranks what any of them was asked for. Collective after a batch without compressed step.
 
         A requeue is Lightning's: a checkpoint, and ``scontrol``. To end, this batch is trained, and Lightning raises
         ``SIGTERMException`` after it.
+
+        Args:
+            compressed: the optimizers of the compressed phase, whose steps carry the requests; none in warm-up.
         """
-        asked = torch.tensor([self._terminate, self._requeue], dtype=torch.int32, device=self._trainer.strategy.root_device)
-        self._communicator.all_reduce_max_(asked)
-        terminate, requeue = asked.tolist()
+        told = [each.last_outcome.requests for each in compressed if each.last_outcome is not None]
+        for each in compressed:
+            each.agreement.requests = self._requests
+            each.last_outcome = None
+        if not told:
+            asked = torch.tensor(self._requests, dtype=torch.int32, device=self._trainer.strategy.root_device)
+            self._communicator.all_reduce_max_(asked)
+            told = [asked.tolist()]
+        terminate, requeue = map(max, zip(*told, strict=True))
         if requeue and not self._requeued:  # once, although the signal may reach other ranks later
             self._requeued = True
             _SignalConnector._slurm_sigusr_handler_fn(self._connector, requeue, None)  # type: ignore[arg-type]
@@ -63,16 +76,16 @@ class AgreedSignals:
 
     def end_alone(self) -> None:
         """Before an evaluation, which has no point where ranks meet: end at the next batch, without the others."""
-        self._connector.received_sigterm |= self._terminate
+        self._connector.received_sigterm |= bool(self._requests[0])
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         _log.info(rank_prefixed_message(f"Received SIGTERM: {number}", self._trainer.local_rank))
         launcher = self._trainer.strategy.launcher
-        if not self._terminate and launcher is not None:
+        if not self._requests[0] and launcher is not None:
             launcher.kill(number)
-        self._terminate = True
+        self._requests[0] = 1
         if not self._trainer.training:
             self.end_alone()
 
     def _on_requeue(self, number: int, frame: FrameType | None) -> None:
-        self._requeue = number
+        self._requests[1] = number

@@ -69,7 +69,7 @@ class OneBitDDPStrategy(DDPStrategy):
         hierarchical: whether ranks of a node average their gradients first, at full precision, and each sends its share.
             ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
-            the former, a quarter of the model, between 4 and 25, for the latter.
+            the former, a quarter of the model, between 4 and 64, for the latter.
         max_skipped_steps: a run that skips this many steps in a row, because gradients are infinite or NaN, ends with an
             error that names the parameters; ``None``: never. Steps that a loss scaler skips count where its scale is
             down to 1.
@@ -269,8 +269,8 @@ class OneBitDDPStrategy(DDPStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         assert self._signals is not None
-        self._signals.agree()
         phases = self._phases
+        self._signals.agree(phases.compressed.values())
         added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
             about = "which parameters are trained from this batch on"

@@ -14,7 +14,7 @@ from lightning_onebit.coefficients import Coefficients
 
 
 class Method(ABC):
-    """An optimizer as the one formula of the compressed phase needs it: :class:`~lightning_onebit.coefficients.Coefficients`.
+    """An optimizer as the formula of the compressed phase needs it: :class:`~lightning_onebit.coefficients.Coefficients`.
 
     ``group`` is a parameter group of the optimizer, read anew at every step, as schedulers change it; ``state`` is the stock
     state of one parameter, empty before its first step.

@@ -7,7 +7,10 @@ import sys
 import warnings
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.cpu import CpuKernels
@@ -29,6 +32,27 @@ class Kernels(Protocol):
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
 
 
+class DeviceKernels(Kernels, Protocol):
+    """Kernels that read flags on the device, and do in one launch per bucket what others leave to torch, tensor by tensor.
+
+    Specified in :mod:`lightning_onebit.quantize.triton_gradients`.
+    """
+
+    def gather_(self, flat: Tensor, memory: BucketMemory, step: StepInputs, factor: float = 1.0) -> None: ...
+
+    def scale_(self, memory: BucketMemory, step: StepInputs, coefficient: Tensor) -> None: ...
+
+    def sketch_(
+        self, partial: Tensor, memory: BucketMemory, step: StepInputs, draws: Any, first_places: NDArray[np.int64]
+    ) -> None: ...
+
+    def draw_sketch(
+        self, seed: int, *, total_numel: int, numel: int, rows_per_draw: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def add_parts_(self, out: Tensor, parts: Tensor, memory: BucketMemory) -> None: ...
+
+
 def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest quantizer for errors of ``dtype`` (float32 or float64) on ``device``; not to be shared by threads.
 
@@ -39,9 +63,10 @@ def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torc
     if device.type == "cpu" and sys.byteorder == "little":
         return CpuKernels(**settings, block_size=config.block_size, dtype=dtype)
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from lightning_onebit.quantize.triton import TritonKernels, check_kernels
-
         try:
+            from lightning_onebit.quantize.triton import TritonKernels
+            from lightning_onebit.quantize.triton_check import check_kernels
+
             check_kernels(device)
             return TritonKernels(**settings)
         except Exception as error:

@@ -13,19 +13,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
 from lightning_onebit.flat import all_finite
-from lightning_onebit.quantize.layout import SPAN_NUMEL, Span
+from lightning_onebit.quantize.layout import SPAN_NUMEL, Span, sign_nbytes
 from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
 from lightning_onebit.quantize.workspace import Memory, SpanShape, Workspace, scale_divisors
 
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
+Numbers: TypeAlias = "float | NDArray[np.floating]"
+"""One for all, or one for each."""
 ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
 SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
 """Between these a float32 norm loses nothing to under- or overflow of the squares."""
@@ -42,11 +46,36 @@ class _SpanViews:
     members: list[tuple[int, slice, slice]]
     """Of each parameter: index, elements of it, their place in the span."""
     results: list[Encoded]
+    member_of_block: NDArray[np.int64]
+    """Which of the parameters each block belongs to."""
+    real: np.dtype[np.floating]
+    """dtype of the errors."""
     error: Tensor | None = None
     sent: Encoded | None = None
     server_error: Tensor | None = None
     received: Sequence[Encoded] = ()
     served: Encoded | None = None
+
+    def coefficients(self, step: StepInputs) -> Coefficients:
+        """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
+        rows = step.numbers[self.span.parameters[0]] if len(self.members) == 1 else step.numbers[list(self.span.parameters)]
+        if rows.ndim == 1:
+            return Coefficients(*rows.tolist())
+        same = (rows == rows[0]).all(axis=0)
+        columns = (float(rows[0, j]) if same[j] else rows[:, j] for j in range(rows.shape[1]))
+        return Coefficients(*columns)  # type: ignore[arg-type]
+
+    def per_block(self, numbers: Numbers) -> Numbers:
+        """A number as it is, an array of parameters spread over blocks."""
+        return numbers if isinstance(numbers, float) else numbers[self.member_of_block]
+
+    def per_element(self, numbers: Numbers) -> Numbers:
+        """A number as it is, an array of parameters spread over elements, padding included."""
+        if isinstance(numbers, float):
+            return numbers
+        assert self.shape.numels is not None
+        rounded = numbers.astype(self.real)  # as torch and numpy round a number
+        return np.repeat(rounded[self.member_of_block], [8 * sign_nbytes(numel) for numel in self.shape.numels])
 
 
 class CpuKernels:
@@ -76,7 +105,7 @@ class CpuKernels:
         """As the reference. Without ``commit``, a bucket with a gradient that is not finite is not encoded."""
         for view in _views(memory, memory.share):
             for part in _active_parts(memory, view, step, check=commit):
-                work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
+                work, c = self._memory.cut(part.shape), part.coefficients(step)
                 assert part.error is not None
                 assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
@@ -99,18 +128,23 @@ class CpuKernels:
     ) -> None:
         """Step 1: ``out = error + beta u + weight clamp(gradient / D, +-kappa)``."""
         assert part.error is not None
-        self._add_decoded_(out, part.error, last, _live(memory.live_before, part), c.beta, work)
+        self._add_decoded_(out, part.error, last, _live(memory.live_before, part), part.per_block(c.beta), work)
         term, array = work.reals, work.reals_array
         if memory.rms is None or self.space == "momentum":
-            torch.clamp(gradient, -c.kappa, c.kappa, out=term)
+            term.copy_(gradient)
         else:
-            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], c.eps, out=array)
-            torch.div(gradient, term, out=term).clamp_(-c.kappa, c.kappa)
+            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
+            torch.div(gradient, term, out=term)
             live = self._effective(_live(memory.live, part), work)
             if live is not None:
                 self._expand_mask(live, work)
                 term.masked_fill_(work.mask == 0, 0.0)
-        np.multiply(array, c.weight, out=array)
+        kappa = part.per_element(c.kappa)
+        if isinstance(kappa, float):
+            term.clamp_(-kappa, kappa)
+        else:
+            np.clip(array, -kappa, kappa, out=array)
+        np.multiply(array, part.per_element(c.weight), out=array)
         out.add_(term)
 
     def _gradient(
@@ -128,10 +162,14 @@ class CpuKernels:
         else:
             gradient = _gather_(work.values, part, step.gradients)
             gradient.numpy()[work.gaps] = 0.0
-        if c.sign < 0 or c.coupled_decay or gradient.dtype != memory.dtype:
-            gradient = work.values.copy_(gradient).mul_(c.sign)
-            if c.coupled_decay:
-                decay = _gather_(work.reals, part, step.params).mul_(c.coupled_decay)
+        decays = not isinstance(c.coupled_decay, float) or c.coupled_decay != 0.0
+        if not isinstance(c.sign, float) or c.sign < 0 or decays or gradient.dtype != memory.dtype:
+            gradient = work.values.copy_(gradient)
+            array = gradient.numpy()
+            np.multiply(array, part.per_element(c.sign), out=array)
+            if decays:
+                decay = _gather_(work.reals, part, step.params)
+                np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
                 if part.shape.numels is not None:
                     decay.numpy()[work.gaps] = 0.0
                 # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
@@ -183,34 +221,37 @@ class CpuKernels:
                 self._apply_part_(memory, part, step, self._memory.cut(part.shape))
 
     def _apply_part_(self, memory: BucketMemory, part: _SpanViews, step: StepInputs, work: Workspace) -> None:
-        c = step.coefficients(part.members[0][0])
+        c = part.coefficients(step)
         u, live = _current(memory, part), _live(memory.live, part)
         is_view = part.shape.numels is None
-        factor = -c.step_size * (1 + c.nesterov)
+        looks_ahead = not isinstance(c.nesterov, float) or c.nesterov != 0.0
+        factor = part.per_block(-c.step_size * (1 + c.nesterov))
         if is_view:
             p, elements, _ = part.members[0]
             param = step.params[p][elements]
             if c.shrink != 1.0:
                 param.mul_(c.shrink)
-            if param.dtype == memory.dtype and not c.nesterov and self.space == "update":
+            if param.dtype == memory.dtype and not looks_ahead and self.space == "update":
                 self._add_decoded_(param, param, u, live, factor, work)
                 return
         move = self._decode(work.values, u, live, factor, work)
-        if c.nesterov:
-            before = _before(memory, part)
-            self._add_decoded_(move, move, before, _live(memory.live_before, part), c.step_size * c.nesterov, work)
+        if looks_ahead:
+            before, factor = _before(memory, part), part.per_block(c.step_size * c.nesterov)
+            self._add_decoded_(move, move, before, _live(memory.live_before, part), factor, work)
         if memory.rms is not None and self.space == "momentum":
-            denominator = torch.add(memory.rms[part.flat][: part.shape.numel], c.eps, out=work.reals)
+            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=work.reals_array)
             live = self._effective(live, work)
             if live is not None:
                 self._expand_mask(live, work)
-                denominator.masked_fill_(work.mask == 0, 1.0)
-            move.div_(denominator)
+                work.reals.masked_fill_(work.mask == 0, 1.0)
+            move.div_(work.reals)
         if is_view:
             param.add_(move)
             return
         params = [step.params[p] if _is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
-        if c.shrink != 1.0:
+        if not isinstance(c.shrink, float):
+            torch._foreach_mul_(params, c.shrink.tolist())
+        elif c.shrink != 1.0:
             torch._foreach_mul_(params, c.shrink)
         torch._foreach_add_(params, [move[place] for _, _, place in part.members])
 
@@ -219,7 +260,7 @@ class CpuKernels:
         assert memory.chunk is not None
         for view in _views(memory, memory.share):
             for part in _active_parts(memory, view, step, check=True):
-                work, c = self._memory.cut(part.shape), step.coefficients(part.members[0][0])
+                work, c = self._memory.cut(part.shape), part.coefficients(step)
                 assert part.error is not None
                 assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
@@ -288,7 +329,7 @@ class CpuKernels:
             return torch.cat([part.sum(dim=1) for part in work.rows(values)])
         return torch.from_numpy(np.add.reduceat(values.numpy(), work.block_starts))
 
-    def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace) -> Tensor:
+    def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> Tensor:
         """``factor q``, in ``out``."""
         self._load(encoded, live, factor, work)
         if work.shape.numels is None:
@@ -298,7 +339,7 @@ class CpuKernels:
         return out.copy_(work.reals)
 
     def _add_decoded_(
-        self, out: Tensor, values: Tensor, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace
+        self, out: Tensor, values: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace
     ) -> None:
         """``out = values + factor q``. The product is exact: it makes no difference whether it is rounded first."""
         self._load(encoded, live, factor, work)
@@ -310,7 +351,7 @@ class CpuKernels:
         else:
             torch.add(values, work.reals, out=out)
 
-    def _load(self, encoded: Encoded, live: Tensor | None, factor: float, work: Workspace) -> None:
+    def _load(self, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> None:
         """Put signs and ``factor scales`` into the workspace, such that the product of an element not live is -0.0.
 
         Of a packed span, the products themselves.
@@ -325,7 +366,7 @@ class CpuKernels:
             self._expand_mask(live, work)
             # Where an element is not live: the sign that, times the zero of the mask and the factor, gives -0.0.
             signs = encoded.signs.numpy()
-            if factor < 0:
+            if np.any(factor < 0):
                 np.invert(work.bytes, out=work.bytes)
                 np.bitwise_or(work.bytes, signs, out=work.bytes)
             else:
@@ -353,7 +394,7 @@ def _views(memory: BucketMemory, chunks: range) -> list[_SpanViews]:
     """The spans of neighbouring chunks, made at the first call."""
     cache: dict[range, list[_SpanViews]] = memory.__dict__.setdefault("_span_views", {})
     if chunks not in cache:
-        spans = memory.layout.spans(chunks, memory.parameter_numels, memory.param_group_of)
+        spans = memory.layout.spans(chunks, memory.parameter_numels)
         cache[chunks] = [_make_views(memory, span) for span in spans]
     return cache[chunks]
 
@@ -370,11 +411,14 @@ def _make_views(memory: BucketMemory, span: Span) -> _SpanViews:
     numel = stop - start if span.is_packed else int(layout.numel[span.first : span.last].sum())
     numels = tuple(layout.numel[span.first : span.last].tolist()) if span.is_packed else None
     flat = slice(start, stop)
+    changes = np.flatnonzero(np.diff(layout.parameter[span.first : span.last]))
     views = _SpanViews(
         span=span,
         shape=SpanShape(layout.block_size, numel, numels),
         flat=flat,
         members=members,
+        member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
+        real=memory.error.numpy().dtype,
         results=[memory.encoded(result, 0, blocks) for result in memory.results],
     )
     first, last = memory.share_blocks
@@ -404,21 +448,16 @@ def _parts_of(memory: BucketMemory, view: _SpanViews) -> list[_SpanViews]:
 
 
 def _active_parts(memory: BucketMemory, view: _SpanViews, step: StepInputs, *, check: bool) -> Iterator[_SpanViews]:
-    """What of a span is worked on with one set of numbers: all of it, if its parameters are alike.
+    """What of a span is worked on: all of it, unless some of its parameters sit out.
 
     Args:
         memory: the bucket.
         view: a span.
-        step: the numbers, and which parameters are active.
+        step: which parameters are active.
         check: whether it is known which parameters are active: those that are not are left out.
     """
-    if len(view.members) == 1:
-        alike = True
-    else:
-        indices = [p for p, _, _ in view.members]
-        numbers = step.numbers[indices]
-        alike = bool((numbers == numbers[0]).all()) and (not check or _all_active(view, step))
-    for part in [view] if alike else _parts_of(memory, view):
+    whole = not check or len(view.members) == 1 or _all_active(view, step)
+    for part in [view] if whole else _parts_of(memory, view):
         if not check or _all_active(part, step):
             yield part
 

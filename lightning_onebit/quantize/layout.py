@@ -159,15 +159,14 @@ class BucketLayout:
         bounds = np.unique(np.concatenate([[0], changes, self.first_block, [self.num_blocks]])).tolist()
         return [(int(self.parameter[first]), first, last) for first, last in pairwise(bounds)]
 
-    def spans(self, chunks: range, parameter_numels: Sequence[int], param_group_of: Sequence[int]) -> list[Span]:
+    def spans(self, chunks: range, parameter_numels: Sequence[int]) -> list[Span]:
         """The blocks of ``chunks`` in spans.
 
-        A large parameter has spans of its own. Small ones share spans with small neighbours of the same parameter group.
+        A large parameter has spans of its own. Small ones share spans with small neighbours.
 
         Args:
             chunks: neighbouring chunks.
             parameter_numels: elements of each parameter.
-            param_group_of: each parameter's group.
         """
         most_blocks = max(1, SPAN_NUMEL // self.block_size)
         spans: list[Span] = []
@@ -179,11 +178,7 @@ class BucketLayout:
                 end = first
                 while end < last and (packed or end - first < most_blocks):
                     q = int(self.parameter[end])
-                    fits = (
-                        parameter_numels[q] <= SMALL_NUMEL
-                        and param_group_of[q] == param_group_of[p]
-                        and self.offset[end + 1] - self.offset[first] <= SPAN_NUMEL
-                    )
+                    fits = parameter_numels[q] <= SMALL_NUMEL and self.offset[end + 1] - self.offset[first] <= SPAN_NUMEL
                     if q != p and not (packed and fits):
                         break
                     end += 1

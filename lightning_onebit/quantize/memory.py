@@ -37,7 +37,6 @@ class BucketMemory:
         dtype: dtype of errors and D, float32 or float64.
         device: where it lives.
         parameter_numels: elements of each parameter; without, those that the layout has.
-        param_group_of: the parameter group of each.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class BucketMemory:
         dtype: torch.dtype,
         device: torch.device,
         parameter_numels: Sequence[int] | None = None,
-        param_group_of: Sequence[int] | None = None,
     ) -> None:
         self.layout, self.share, self.chunk = layout, share, chunk
         if parameter_numels is None:
@@ -59,7 +57,6 @@ class BucketMemory:
             np.maximum.at(numels, layout.parameter, layout.start + layout.numel)
             parameter_numels = numels.tolist()
         self.parameter_numels = parameter_numels
-        self.param_group_of = param_group_of if param_group_of is not None else [0] * len(parameter_numels)
         self.dtype, self.device = dtype, device
 
         def reals(numel: int) -> Tensor:

@@ -32,6 +32,7 @@ from lightning_onebit.quantize.triton_blocks import (
     tile,
     unpack,
 )
+from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
 from lightning_onebit.quantize.triton_tables import (
     BETA,
     BLOCK_COLUMNS,
@@ -74,6 +75,12 @@ class TritonKernels:
     """
 
     name = "triton"
+    reads_flags_on_device = True
+    gather_ = staticmethod(gather_)
+    scale_ = staticmethod(scale_)
+    sketch_ = staticmethod(sketch_)
+    draw_sketch = staticmethod(draw_sketch)
+    add_parts_ = staticmethod(add_parts_)
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
         self.scale: Scale = scale

@@ -163,5 +163,7 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return x.to(tl.float16).to(x.dtype)
     else:
         return x

@@ -70,7 +70,7 @@ def _compare_all(device: torch.device) -> None:
 
 def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: StepInputs) -> None:
     device, factor = memory.device, torch.full((), 0.37)
-    gradient = ReferenceKernels()._flat(_bucket(CPU), (0, memory.layout.num_blocks), expected_step.gradients)
+    gradient = ReferenceKernels()._flat(_bucket(CPU), (0, memory.layout.num_blocks), list(expected_step.gradients))
     flat = torch.zeros_like(gradient, device=device)
     sizes = {"total_numel": sum(NUMELS), "numel": SKETCH_NUMEL, "rows_per_draw": ROWS_PER_DRAW}
     draws, expected_draws = (draw_sketch(0, **sizes, device=each) for each in (device, CPU))
@@ -140,7 +140,7 @@ def _bucket(device: torch.device) -> BucketMemory:
         for name, value in vars(memory).items():
             if isinstance(value, Tensor):
                 setattr(memory, name, value.to(device))
-        memory.results = [result.to(device) for result in memory.results]
+        memory.results = tuple(result.to(device) for result in memory.results)
         memory.device = device
     return memory
 

@@ -116,25 +116,37 @@ def sketch_(
     Deterministic: each program adds its blocks one after the other into a row of its own.
 
     Args:
-        partial: float32 ``[programs, k]``, k at least the block size; added to. The sketch is its sum over rows.
+        partial: float32 ``[programs, k]``; added to. The sketch is its sum over rows.
         memory: the bucket.
         step: its gradients.
         draws: what is random, the same for all buckets of a step.
         first_places: int64 ``[parameters]``: place of each parameter's first element among all.
     """
     programs, k = partial.shape
-    assert k >= memory.layout.block_size, "a block must not reach beyond two rows"
     tables = tables_of(memory)
     tables.update_(step)
     num_blocks, rows_per_draw = memory.layout.num_blocks, draws.rotations.numel() // len(draws.signs)
     launch(
         _sketch_kernel, min(programs, num_blocks), memory, tables.blocks, tables.addresses,
-        tables.places(first_places), partial, *draws, num_blocks, k, rows_per_draw,
+        tables.places(first_places), partial, *draws, num_blocks, k, rows_per_draw, -(-memory.layout.block_size // k) + 1,
         PARAM_DTYPE=param_dtype(tables, step),
     )  # fmt: skip
 
 
-INTEGERS = ("num_blocks", "k", "rows_per_draw")
+def add_parts_(out: Tensor, parts: Tensor, memory: BucketMemory) -> None:
+    """``out = sum_r parts[r]``, in the order of r: the same bits wherever an element lies.
+
+    Args:
+        out: ``[numel]``; all of it is written.
+        parts: ``[ranks, numel]``, in the dtype of ``out``, contiguous.
+        memory: the bucket; gives the size of a tile.
+    """
+    ranks, numel = parts.shape
+    programs = -(-numel // memory.layout.block_size)
+    launch(_add_parts_kernel, programs, memory, out, parts, ranks, numel, memory.layout.block_size)
+
+
+INTEGERS = ("num_blocks", "k", "rows_per_draw", "rows", "ranks", "numel", "block_size")
 
 
 @block_kernel(INTEGERS)
@@ -163,7 +175,7 @@ def _scale_kernel(blocks, addresses, coefficient, PARAM_DTYPE: tl.constexpr, BYT
 
 @block_kernel(INTEGERS)
 def _sketch_kernel(
-    blocks, addresses, first_places, partial, signs, row_signs, rotations, num_blocks, k, rows_per_draw,
+    blocks, addresses, first_places, partial, signs, row_signs, rotations, num_blocks, k, rows_per_draw, rows,
     PARAM_DTYPE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     own = partial + tl.program_id(0).to(tl.int64) * k
@@ -176,7 +188,7 @@ def _sketch_kernel(
             first_row = place // k
             column = (place - first_row * k).to(tl.int32) + element
             # In one row no two elements share a bucket, but elements of two rows may: one row after the other.
-            for beyond in tl.static_range(2):
+            for beyond in range(rows):
                 of_row = exists & (column >= beyond * k) & (column < (beyond + 1) * k)
                 # A block that ends with its row may be the last one, and there is no row beyond.
                 vector_row = first_row + beyond * tl.max(tl.max(of_row.to(tl.int32), axis=1), axis=0)
@@ -187,6 +199,18 @@ def _sketch_kernel(
                 total = tl.load(own + bucket, mask=of_row, other=0.0)
                 tl.store(own + bucket, total + gradient * sign.to(tl.float32), mask=of_row)
                 tl.debug_barrier()  # before another thread adds to the same bucket
+
+
+@block_kernel(INTEGERS)
+def _add_parts_kernel(out, parts, ranks, numel, block_size, BYTES: tl.constexpr):
+    _, element, exists, _ = tile(block_size, BYTES)
+    place = tl.program_id(0).to(tl.int64) * block_size + element
+    exists = exists & (place < numel)
+    total = tl.load(parts + place, mask=exists, other=0.0)
+    for _ in range(1, ranks):
+        parts += numel
+        total += tl.load(parts + place, mask=exists, other=0.0)
+    tl.store(out + place, total, mask=exists)
 
 
 @triton.jit

@@ -44,10 +44,17 @@ BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NE
 )
 STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
 
-ELEMENTS_PER_WARP = 512
+ELEMENTS_PER_WARP = 256
+"""Compiled for sm_90, blocks of 2048, encode and apply need 64 and 92 registers per thread; with 512, 128 and 191, for as
+many blocks at a time but half the warps. Chosen from that, not measured."""
 MAX_WARPS = 16
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float64: tl.float64,
+}
 
 
 class BucketTables:
@@ -61,6 +68,7 @@ class BucketTables:
         layout = memory.layout
         self.members: NDArray[np.int64] = np.unique(layout.parameter)
         """The bucket's parameters, int64 ``[parameters of the bucket]``."""
+        self._member_list: list[int] = self.members.tolist()
         rows = np.zeros((layout.num_blocks, BLOCK_COLUMNS.value), dtype=np.int64)
         rows[:, PARAMETER.value] = layout.parameter
         rows[:, SLOT.value] = np.searchsorted(self.members, layout.parameter)
@@ -83,20 +91,19 @@ class BucketTables:
 
     def update_(self, step: StepInputs) -> None:
         """Send addresses and numbers of ``step``, in one copy, if they are not on the device already."""
-        assert len({step.params[p].dtype for p in self.members} | self._gradient_dtypes(step)) == 1
+        params = [step.params[p] for p in self._member_list]
+        gradients = [step.gradients[p] for p in self._member_list]
+        dtypes = {tensor.dtype for tensor in params}.union(g.dtype for g in gradients if g is not None)
+        assert len(dtypes) == 1, "parameters of a bucket, and their gradients, have one dtype"
         rows = np.empty(tuple(self.numbers.shape), dtype=np.float64)
         addresses = rows.view(np.int64)
-        addresses[:, GRADIENT.value] = [_address(step.gradients[p]) for p in self.members]
-        addresses[:, PARAM.value] = [_address(step.params[p]) for p in self.members]
+        addresses[:, GRADIENT.value] = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        addresses[:, PARAM.value] = [param.data_ptr() for param in params]
         rows[:, FIRST_NUMBER:] = step.numbers[self.members]
         if self._sent is None or not np.array_equal(addresses, self._sent):
             send_(self.addresses, addresses)
             self._sent = addresses
         self._step = weakref.ref(step)
-
-    def _gradient_dtypes(self, step: StepInputs) -> set[torch.dtype]:
-        gradients = (step.gradients[p] for p in self.members)
-        return {gradient.dtype for gradient in gradients if gradient is not None}
 
     def has(self, step: StepInputs) -> bool:
         """Whether what was sent last is of ``step``."""
@@ -120,10 +127,6 @@ def tables_of(memory: BucketMemory) -> BucketTables:
     if memory not in _TABLES:
         _TABLES[memory] = BucketTables(memory)
     return _TABLES[memory]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def is_aligned(flat: Tensor) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -163,8 +162,3 @@ class Workspace:
 def scale_divisors(sizes: Tensor, scale: Scale) -> Tensor:
     """What the norms of blocks are divided by of whose elements ``sizes [blocks]`` count, at least 1."""
     return sizes.sqrt() if scale == "l2" else sizes
-
-
-def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The same memory for numpy."""
-    return tensor.numpy()

@@ -1,5 +1,6 @@
 """``optimizer.state_dict()`` in the compressed phase: a stock optimizer goes on from it, and it takes no second copy."""
 
+from copy import deepcopy
 from itertools import accumulate
 
 import pytest
@@ -23,7 +24,8 @@ def gradient(rank, step, index, shape, dtype=torch.float64):
     if index == UNUSED:
         return None
     generator = torch.Generator().manual_seed(1000 * step + 10 * rank + index)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return g.to(memory_format=torch.channels_last) if g.dim() == 4 else g
 
 
 def parameters(dtype=torch.float32):
@@ -71,7 +73,7 @@ def test_a_stock_optimizer_goes_on_from_it(kind, options, dtype):
 
         params = [nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
         stock = kind(params, lr=1e-2, **options)
-        stock.load_state_dict(state)
+        stock.load_state_dict(deepcopy(state))
         for index, p in enumerate(params):
             p.grad = gradient(0, 99, index, p.shape, p.dtype)
         before = [p.detach().clone() for p in params]

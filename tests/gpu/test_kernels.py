@@ -28,7 +28,7 @@ from buckets import (
     random_step,
     seeded,
 )
-from lightning_onebit.engine.flat import flat_view
+from lightning_onebit.flat import flat_view
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.engine.clipping import NormSketch

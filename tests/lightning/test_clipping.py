@@ -9,7 +9,8 @@ from test_precision import InfiniteOnRank1, ScaledFloat32, adam, mixed16
 from trainers import Classifier, fit, make_trainer, same_params
 from trainers import data as make_data
 
-from lightning_onebit import FixedStep, Phase, PhaseSwitch, engine
+from lightning_onebit import FixedStep, Phase, PhaseSwitch
+from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.clipping import SKETCH_NUMEL
 
 WARMUP_BATCHES, BATCHES = 5, 20

@@ -100,7 +100,9 @@ def everything(optimizer, compressed):
     for i, each in enumerate(compressed._sets):
         tensors[f"steps {i}"] = torch.from_numpy(each.buckets.steps)
         for j, memory in enumerate(each.buckets.memories):
-            buffers = {name: getattr(memory, name) for name in ("error", "server_error", "rms", "result", "live", "live_before")}
+            buffers = {
+                name: getattr(memory, name) for name in ("error", "server_error", "rms", "result", "live", "live_before")
+            }
             late = each.late[j]
             buffers |= {"late": late.places, "late since": late.live_since, "late second moment": late.second_moment}
             for name, buffer in buffers.items():

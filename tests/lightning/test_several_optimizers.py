@@ -388,7 +388,10 @@ def test_it_is_said_once_what_stays_dense_and_why():
         if rank == 0:
             assert messages.count("are never compressed") == 1
             assert messages.count("The gradients of RMSprop, for 293 parameters (34% of the bytes of all gradients)") == 1
-            assert messages.count("torch.optim.rmsprop.RMSprop cannot be compressed. Supported are exactly: torch.optim.Adam") == 1
+            assert (
+                messages.count("torch.optim.rmsprop.RMSprop cannot be compressed. Supported are exactly: torch.optim.Adam")
+                == 1
+            )
         with Messages() as messages:
             compress(Adversaries((amsgrad, adam)))
         assert rank or messages.count("The gradients of Adam, for 225 parameters") == 1

@@ -58,9 +58,7 @@ def random_memory(
     element = exists(layout)
     masks = [element, element]
     if masked:
-        # What was live when the last average was made is live now.
-        chance = torch.rand(layout.flat_numel, generator=seeded(seed + 7))
-        masks = [element & (chance < 0.8), element & (chance < 0.6)]
+        masks = [element & (torch.rand(layout.flat_numel, generator=seeded(seed + s)) < 0.7) for s in (7, 8)]
         memory.live, memory.live_before = map(pack_bits, masks)
     live, live_before = masks
     memory.error.copy_(torch.where(element[memory.share_flat], randn(len(memory.error), seed + 1, dtype), 0.0)).mul_(0.1)

@@ -40,8 +40,8 @@ def test_every_chunk_has_one_server_in_the_order_in_which_messages_are_gathered(
     topologies = ranks(num_nodes, local_world_size)
     assert sorted(t.chunk for t in topologies) == list(range(len(topologies)))
     for t in topologies:
-        assert list(t.shard) == [topologies[peer].chunk for peer in t.peers]
-        assert [chunk for member in t.node for chunk in topologies[member].shard] == list(range(t.world_size))
+        assert list(t.share) == [topologies[peer].chunk for peer in t.peers]
+        assert [chunk for member in t.node for chunk in topologies[member].share] == list(range(t.world_size))
 
 
 @pytest.mark.parametrize("num_nodes", range(1, 5))
@@ -50,5 +50,5 @@ def test_on_a_flat_network_every_rank_serves_its_own_number_and_compresses_all(n
         t = Topology(num_nodes=num_nodes, node_rank=rank)
         assert t.is_flat
         assert (t.rank, t.chunk, t.node) == (rank, rank, [rank])
-        assert t.peers == list(t.shard) == list(range(num_nodes))
+        assert t.peers == list(t.share) == list(range(num_nodes))
     assert not Topology(num_nodes=num_nodes, node_rank=0, local_world_size=2).is_flat

@@ -1,0 +1,126 @@
+"""Constant work (DESIGN 3, invariant 12): what a batch costs on a GPU depends on the number of buckets only.
+
+The Trainer, DDP and the engine are real; the kernels do nothing, and the process group (torch's "fake" one) pretends to have
+other ranks. So thousands of tensors and many ranks can be counted on a CPU.
+"""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+pytest.importorskip("triton")
+from interpreter import use_triton
+from work_counter import WorkCounter, replace_kernels
+
+from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.comm.exchanger import InlineExchanger
+from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.lightning import phase_controller
+
+NUMEL, BUCKETS, BLOCK_SIZE = 96_000, 4, 64
+COUNTED_BATCH = 4
+
+
+class Elsewhere(LightningEnvironment):
+    """This process is rank 0; the others do not exist."""
+
+    creates_processes_externally = True
+
+    def __init__(self, world_size):
+        super().__init__()
+        self._size = world_size
+
+    def world_size(self):
+        return self._size
+
+    def set_world_size(self, size):
+        pass
+
+
+class Model(pl.LightningModule):
+    def __init__(self, tensors, groups):
+        super().__init__()
+        self.tensors = nn.ParameterList(torch.full((NUMEL // tensors,), 0.1) for _ in range(tensors))
+        self._groups = groups
+
+    def training_step(self, batch, batch_idx):
+        return torch.cat(list(self.tensors)).square().mean() * batch.mean()
+
+    def configure_optimizers(self):
+        params = list(self.tensors)
+        groups = [{"params": params[i :: self._groups], "lr": 1e-3 * (1 + i)} for i in range(self._groups)]
+        return torch.optim.AdamW(groups, foreach=True)
+
+
+def count_batch(monkeypatch, *, tensors, groups, ranks):
+    """The events of one batch in the compressed phase, between the strategy's own entry points."""
+    with monkeypatch.context() as patch:
+        use_triton(patch)
+        replace_kernels(patch)
+        patch.setattr(phase_controller, "make_exchanger", lambda device: InlineExchanger())
+        counter, trainer = WorkCounter(patch), None
+
+        def is_other_batch():
+            return trainer is None or trainer.fit_loop.total_batch_idx != COUNTED_BATCH
+
+        for name in ("on_train_batch_start", "pre_backward", "_clip_grad_by_norm"):
+            patch.setattr(OneBitDDPStrategy, name, counter.within(getattr(OneBitDDPStrategy, name), is_other_batch))
+        patch.setattr(phase_controller, "phase_hook", counter.within(phase_controller.phase_hook, is_other_batch))
+        original = OneBitDDPStrategy.optimizer_step
+
+        def optimizer_step(strategy, optimizer, closure, *args, **kwargs):
+            def paused():
+                with counter.pausing():
+                    return closure()
+
+            return original(strategy, optimizer, paused, *args, **kwargs)
+
+        patch.setattr(OneBitDDPStrategy, "optimizer_step", counter.within(optimizer_step, is_other_batch))
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        try:
+            strategy = OneBitDDPStrategy(
+                block_size=BLOCK_SIZE, bucket_cap_mb=4 * NUMEL / BUCKETS / 2**20, cluster_environment=Elsewhere(ranks)
+            )
+            trainer = pl.Trainer(
+                strategy=strategy, accelerator="cpu", devices=1, num_nodes=ranks, max_steps=COUNTED_BATCH + 1, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+                callbacks=[PhaseSwitch(FixedStep(2))], use_distributed_sampler=False,
+            )  # fmt: skip
+            trainer.fit(Model(tensors, groups), torch.utils.data.DataLoader(torch.ones(64), batch_size=4))
+            assert strategy.phase is Phase.COMPRESSED
+            return counter
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def fewest():
+    with pytest.MonkeyPatch.context() as patch:
+        return count_batch(patch, tensors=4, groups=1, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "groups", "ranks"),
+    [(400, 1, 2), (4000, 1, 2), (400, 400, 2), (4, 1, 8), (400, 1, 32), (4000, 400, 32)],
+)
+def test_a_batch_costs_the_same_whatever_the_number_of_tensors_groups_and_ranks(monkeypatch, fewest, tensors, groups, ranks):
+    counter = count_batch(monkeypatch, tensors=tensors, groups=groups, ranks=ranks)
+    assert counter.by_name() == fewest.by_name()
+
+
+def test_what_a_batch_costs(fewest):
+    names = fewest.by_name()
+    for kernel in ("encode", "serve", "apply", "scale", "sketch"):
+        assert names["launch", f"_{kernel}_kernel"] == BUCKETS
+    counts = fewest.counts()
+    assert counts["collective"] == 2 * BUCKETS + 2  # an agreement, and the sketch of the norm
+    assert counts["wait"] == 1
+    assert counts["launch"] <= 7 * BUCKETS + 30
+    kinds = [kind for kind, _ in fewest.events]
+    assert kinds.index("wait") > fewest.events.index(("launch", "_apply_kernel"))
