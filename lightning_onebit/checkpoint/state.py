@@ -4,15 +4,15 @@ The ``.ckpt`` stays an ordinary Lightning checkpoint: ``optimizer_states`` is wh
 :class:`~lightning_onebit.engine.optimizer.CompressedOptimizer`), so plain ``strategy="ddp"`` can load it. What else it takes
 to go on bit for bit is in two places:
 
-* **Under a key of its own**, what all ranks know: the phase, the last average as bits, and what the stock second moment
-  has lost in rounding. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
+* **Under a key of its own**, what all ranks know: the phase, D, the last average as bits, and which coordinates are
+  late. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
 * **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
   errors, the server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank
   ever holds those of another.
 
-With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors and all server
-errors are the same afterwards: nodes take over the worker errors of some of the old ones, weighted, and everyone looks for
-the server errors of its chunks. A part that cannot be used is one warning, and its errors start at zero.
+With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors, that of the late
+second moments, and all server errors are the same afterwards: nodes take over what some of the old ones had, weighted, and
+everyone looks for the server errors of its chunks. A part that cannot be used is one warning, and its errors start at zero.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PartContent:
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
-        """Its errors and private variances. On the CPU no copy is made."""
+        """Its errors and second moments of late coordinates. On the CPU no copy is made."""
         position = len(self.meta["optimizers"])
         entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
         for name, errors in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
@@ -174,7 +174,7 @@ def load_errors(
     parts: Parts | None,
     topology: Topology,
 ) -> dict[int, str]:
-    """Add the errors of a checkpoint to those of ``compressed``, in place, and take over private second moments.
+    """Add the errors of a checkpoint to those of ``compressed``, in place, and its second moments of late coordinates.
 
     Args:
         compressed: the optimizers.
@@ -200,6 +200,9 @@ def load_errors(
             problems[rank] = error.problem
             return False
         for c, content in zip(compressed, contents, strict=True):
+            if weight is not None:
+                places, values = content.late
+                c.add_late_second_moments_(places, values * weight)
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
                 c.add_errors_(
@@ -207,8 +210,6 @@ def load_errors(
                 )
             elif topology.world_size == 1:  # which have no errors: it is the momentum
                 c.add_momentum_(content.worker)
-            if rank // old.local_world_size == min(weights):
-                c.set_late_second_moments_(*content.private)
         return all(content.same_chunks for content in contents)
 
     same = (old.num_nodes, old.local_world_size) == (topology.num_nodes, topology.local_world_size)
@@ -220,7 +221,7 @@ def load_errors(
 
 
 def node_weights(topology: Topology, old: Topology) -> dict[int, float]:
-    """Whose worker errors a node takes over, with which weights, so that the mean over all nodes stays what it was.
+    """Whose worker errors and late second moments a node takes over, with which weights, so that the mean over all nodes stays what it was.
 
     Args:
         topology: where this rank is now.
@@ -263,7 +264,8 @@ class _Content:
     worker: list[ElementRange]
     server: list[ElementRange]
     """Those that touch this rank's chunks."""
-    private: tuple[Tensor, Tensor]
+    late: tuple[Tensor, Tensor]
+    """Places and second moments of late coordinates."""
     same_chunks: bool
 
 
@@ -293,7 +295,7 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         return _Content(
             worker=read_errors("worker"),
             server=read_errors("server", chunks),
-            private=(torch.from_numpy(places), torch.from_numpy(values)),
+            late=(torch.from_numpy(places), torch.from_numpy(values)),
             same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],
         )
 

@@ -239,27 +239,37 @@ class Buckets:
     # The way back
 
     def stock_state(self) -> dict[int, dict[str, Any]]:
-        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
-        host = torch.device("cpu")
-        momenta = [torch.zeros(p.numel(), dtype=self.dtype, device=host) for p in self.params]
-        moments = [torch.zeros_like(m) if self.method.has_second_moment else None for m in momenta]
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
+
+        Beside what it returns, it takes memory for one bucket and one parameter at a time.
+        """
+        stock = {}
+        momentum = second_moment = torch.empty(0)
         for memory, parts in zip(self.memories, self.parts, strict=True):
             u = self.last_average(memory)
-            if memory.rms is not None and self.divides_first:
-                eps = torch.tensor([self.numbers_of(i).eps for i in range(len(self.params))], dtype=self.dtype)
-                for part in parts:
-                    part.of_bucket(u).mul_(part.of_bucket(memory.rms) + float(eps[part.parameter]))
             for part in parts:
-                part.of_parameter(momenta[part.parameter]).copy_(part.of_bucket(u))
-                second_moment = moments[part.parameter]
-                if memory.rms is not None and second_moment is not None:
-                    part.of_parameter(second_moment).copy_(part.of_bucket(memory.rms)).square_()
-        stock = {}
-        for i, (p, m, v) in enumerate(zip(self.params, momenta, moments, strict=True)):
-            like = torch.empty_like(p, device="meta", memory_format=torch.preserve_format)
-            shaped_v = None if v is None else unflatten_like(v, like)
-            stock[i] = self.method.stock_state(unflatten_like(m, like), shaped_v, p, self.group(i), int(self.steps[i]))
+                p, values = self.params[part.parameter], part.of_bucket(u)
+                if part.start == 0:
+                    momentum, second_moment = (torch.empty(p.numel(), dtype=self.dtype) for _ in range(2))
+                if memory.rms is not None:
+                    rms = part.of_bucket(memory.rms)
+                    part.of_parameter(second_moment).copy_(rms).square_()
+                    if self.divides_first:
+                        values.mul_(rms + self.numbers_of(part.parameter).eps)
+                part.of_parameter(momentum).copy_(values)
+                if part.start + part.numel == p.numel():
+                    stock[part.parameter] = self._stock_state_of(part.parameter, momentum, second_moment)
+        for i, p in enumerate(self.params):
+            if not p.numel():  # in no bucket
+                stock[i] = self._stock_state_of(i, *(torch.empty(0, dtype=self.dtype) for _ in range(2)))
         return stock
+
+    def _stock_state_of(self, parameter: int, momentum: Tensor, second_moment: Tensor) -> dict[str, Any]:
+        p = self.params[parameter]
+        like = torch.empty_like(p, device="meta", memory_format=torch.preserve_format)
+        v = unflatten_like(second_moment, like) if self.method.has_second_moment else None
+        steps = int(self.steps[parameter])
+        return self.method.stock_state(unflatten_like(momentum, like), v, p, self.group(parameter), steps)
 
     def numbers_of(self, parameter: int) -> Any:
         """The numbers of the parameter's present step."""
@@ -440,7 +450,7 @@ class Buckets:
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
         if "common_share" in entry:
             expected["common_share"] = (torch.float64, (2,))
-        if self.method.has_second_moment:
+        if self.method.has_second_moment and numel:  # a parameter without elements is in no bucket
             expected["rms"] = (self.dtype, (numel,))
         if "signs" in entry:
             expected["signs"] = (torch.uint8, (sign_nbytes(numel),))

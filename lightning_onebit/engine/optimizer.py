@@ -424,11 +424,11 @@ class CompressedOptimizer:
         order = places.argsort()
         return places[order], values[order]
 
-    def set_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
-        """Take them over from an earlier run, where coordinates are still late."""
+    def add_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Add those of an earlier run, where coordinates are late here. After :meth:`restore_`, which sets them to zero."""
         for each in self._sets:
             for late in each.late:
-                late.set_second_moments_(places, values)
+                late.add_second_moments_(places, values)
 
     def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Per parameter, what all ranks know and a stock state dict does not tell exactly."""
@@ -436,9 +436,12 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
-            for late in each.late:
-                for i, entry in late.shared_state().items():
-                    shared[each.buckets.params[i]].update(entry)
+            late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
+            for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
+                entries = [entry for j, entry in late if j == i]
+                order = torch.cat([entry["late"] for entry in entries]).argsort()
+                joined = {name: torch.cat([entry[name] for entry in entries])[order] for name in entries[0]}
+                shared[each.buckets.params[i]].update(joined)
         return shared
 
     def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
@@ -478,6 +481,9 @@ class CompressedOptimizer:
         """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
         for each in self._sets:
             yield from each.buckets.replicated_state()
+            for late in each.late:
+                for i, entry in late.shared_state().items():
+                    yield each.buckets.params[i], "second moment", entry.values()
 
     @torch.no_grad()
     def give_back_(self) -> None:
@@ -488,13 +494,20 @@ class CompressedOptimizer:
         self._average_gradients_()
         for each in self._sets:
             each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
-        self.close()
+        self._end_()
 
     @torch.no_grad()
     def retire_(self) -> None:
         """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
         for each in self._sets:
             each.buckets.give_back_({})
+        self._end_()
+
+    def _end_(self) -> None:
+        state = self.optimizer.state
+        for p in parameters_of(self.optimizer):  # in the order of a state dict that was never taken apart
+            if p in state:
+                state[p] = state.pop(p)
         self.close()
 
     def close(self) -> None:
@@ -570,6 +583,8 @@ class _ParameterSet:
         rows: list[Coefficients] = [
             buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
         ]
+        if not buckets.divides_first:  # what is clamped in momentum space are gradients, not g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
         if any(row.nesterov for row in rows) and not buckets.keeps_before:
             raise RuntimeError(
                 "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."

@@ -12,8 +12,8 @@ must not stay for ever: a coordinate is renewed at every refresh until it has ta
 r brings one rank's gradients to the scale of the mean's. For a coordinate that has its gradient on one rank at a time, and
 for independent noise, the square of the mean gradient is 1 / n of the mean square; where all ranks have the same gradient, r
 is 1. With s, the share of a tensor's gradient that the ranks have in common, r = s + (1 - s) / n. At each refresh s is
-estimated from the gradients of that step, preconditioned: a_i = g_i / sqrt(v),
-s = (||mean a_i||^2 - q) / (mean ||a_i||^2 - q), q = mean ||a_i||^2 / n. Until a tensor has had a gradient at a refresh, s = 0.
+estimated from the gradients of that step, preconditioned: a_i = g_i / sqrt(v), q = mean ||a_i||^2 / n,
+s = (||mean a_i||^2 - q) / (mean ||a_i||^2 - q). Until a tensor has had a gradient at a refresh, s = 0.
 
 Without a second moment (SGD) there is nothing to gather but whether there was a gradient, which the worker error tells: it
 keeps what is not sent.
@@ -200,7 +200,8 @@ class LateCoordinates:
         if numel:
             peers.all_reduce_max_(touched)
         chosen = touched.repeat_interleave(COORDINATES_PER_FLAG)[:numel].nonzero().view(-1)
-        self.second_moment[chosen] = peers.ordered_mean(self.second_moment[chosen])
+        mean = peers.ordered_mean(self.second_moment[chosen])
+        self.second_moment[chosen] = mean.clamp_(max=torch.finfo(mean.dtype).max)
         if groups.node is None:
             return self.second_moment, chosen
         # Inside the node every rank has those of its own share: put them together, in shares of one length.
@@ -255,6 +256,7 @@ class LateCoordinates:
             correction = 1.0 - beta2 ** int(self._buckets.steps[part.parameter])
             s = float(self._buckets.common_share_of(part.parameter))
             renewed = v[first:last] * ((s + (1.0 - s) / self._buckets.topology.num_nodes) / correction)
+            renewed.clamp_(max=torch.finfo(renewed.dtype).max)
             square_root_(renewed, out=renewed)
             # A v so small that its root would be 0 still belongs to an element that takes part.
             renewed.clamp_(min=torch.finfo(renewed.dtype).tiny)
@@ -275,8 +277,8 @@ class LateCoordinates:
                 values.append(v[v > 0].double().cpu())
         return torch.cat(places), torch.cat(values)
 
-    def set_second_moments_(self, places: Tensor, values: Tensor) -> None:
-        """Take over what :meth:`second_moments` has returned, where coordinates are late here; ``places`` rise."""
+    def add_second_moments_(self, places: Tensor, values: Tensor) -> None:
+        """Add what :meth:`second_moments` has returned, where coordinates are late here; ``places`` rise."""
         if self.memory.rms is None:
             return
         for part, chosen, elements in self._by_part():
@@ -285,7 +287,7 @@ class LateCoordinates:
             wanted = (places[start:stop] - first).to(elements)
             at = torch.searchsorted(elements, wanted).clamp_(max=len(elements) - 1)
             found = elements[at] == wanted
-            self.second_moment[chosen][at[found]] = values[start:stop].to(self.second_moment)[found]
+            self.second_moment[chosen][at[found]] += values[start:stop].to(self.second_moment)[found]
 
     def shared_state(self) -> dict[int, dict[str, Tensor]]:
         """By parameter, ``late``: its late elements, and ``live_since``: since when each is live; int32. Only if any are."""

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning_onebit.engine.pipeline import Pipeline
 from ranks import run_trainers
 from trainers import Classifier, fit, same_params
 
@@ -23,11 +22,14 @@ from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, V
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.consistency.agreement import RanksDisagree
+from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.methods import parameters_of
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 BATCHES = 30
 FREEZE = 10
+REFRESH = 8
+"""Steps between refreshes where they matter, so that runs can be short: late coordinates wait at 15, and train from 17 on."""
 
 
 class Stepwise(Classifier):
@@ -43,23 +45,20 @@ class Stepwise(Classifier):
 
 
 class SaveAt(pl.Callback):
-    """Saves after a number of batches, on all ranks, and keeps what the strategy had outstanding."""
+    """Saves after a number of batches, on all ranks."""
 
     def __init__(self, path, batch):
-        self.path, self.batch, self.outstanding = path, batch, None
+        self.path, self.batch = path, batch
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 == self.batch:
             trainer.save_checkpoint(self.path)
-            if isinstance(trainer.strategy, OneBitDDPStrategy) and trainer.strategy._phases.compressed:
-                compressed = trainer.strategy._phases.compressed[trainer.optimizers[0]]
-                self.outstanding = list(compressed.outstanding().values())
 
 
-def run(world_size, *, strategy=None, **kwargs):
+def run(world_size, *, strategy=None, model=Stepwise, **kwargs):
     callbacks = [PhaseSwitch(FixedStep(FREEZE)), *kwargs.pop("callbacks", [])]
     own = OneBitDDPStrategy(**(strategy or {}))
-    return fit(own, world_size, batches=BATCHES, callbacks=callbacks, model=Stepwise(), **kwargs)
+    return fit(own, world_size, batches=BATCHES, callbacks=callbacks, model=model(), **kwargs)
 
 
 def test_the_criterion_goes_on_with_its_history(tmp_path):
@@ -92,13 +91,14 @@ class Late(Stepwise):
 def everything(strategy):
     """All that a compressed step reads and writes, on this rank."""
     state = []
-    for optimizer, compressed in strategy._phases.compressed.items():
-        state += [run.values for run in (*compressed.worker_errors(), *compressed.server_errors())]
-        state += [value for p in parameters_of(optimizer) for value in optimizer.state[p].values()]
-        for pipeline in compressed._pipelines:
-            for bucket in pipeline._buckets:
-                state += [each for index in range(len(bucket.live)) for each in bucket.result(index)]
-                state += bucket.live
+    for compressed in strategy._phases.compressed.values():
+        for each in compressed._sets:
+            state.append(torch.from_numpy(each.buckets.steps))
+            for memory in each.buckets.memories:
+                state += [memory.error, memory.server_error, memory.rms, memory.live, memory.live_before]
+                state += [memory.result] if memory.results else []  # one rank sends nothing
+            for late in each.late:
+                state += [late.places, late.live_since, late.second_moment]
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 
 
@@ -114,6 +114,7 @@ def same_bits(first, second):
 def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, num_nodes=1, strategy=None, **kwargs):
     """One run that saves after some batches, and runs that resume there: parameters, phases and all state are the same."""
     options = {"world_size": world_size, "num_nodes": num_nodes, "batches": BATCHES, **kwargs}
+    engine.REFRESH_STEPS = REFRESH
 
     def run(callbacks=(), ckpt_path=None):
         last = Everything()
@@ -124,7 +125,7 @@ def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, nu
         return recorder, last.state
 
     full, last = run([SaveAt(tmp_path / f"{k}.ckpt", k) for k in saves])
-    assert len(last) > 10
+    assert len(last) >= 10
     for k in saves:
         resumed, resumed_last = run(ckpt_path=tmp_path / f"{k}.ckpt")
         assert resumed.phases == full.phases[k:], k
@@ -135,7 +136,7 @@ def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, nu
     return full.params[-1]
 
 
-SAVES = (1, 3, FREEZE, FREEZE + 1, FREEZE + 5, BATCHES - 1)
+SAVES = (1, 3, FREEZE, FREEZE + 1, FREEZE + 5, FREEZE + 6, BATCHES - 1)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ SAVES = (1, 3, FREEZE, FREEZE + 1, FREEZE + 5, BATCHES - 1)
     ],
 )
 def test_resuming_is_bitwise(tmp_path, world_size, options):
-    """In both phases, across the switch, with several buckets, and with coordinates whose first gradient comes late."""
+    """In both phases, across the switch, with several buckets, and with late coordinates before, at and after a refresh."""
     results = run_trainers(world_size, check_bitwise_resumes, tmp_path, world_size, SAVES, Late, 1, options)
     assert all(same_params([result], [results[0]]) for result in results)
 
@@ -223,7 +224,7 @@ ERRORS = "worker", "server"
 
 
 class Errors(pl.Callback):
-    """Errors of this rank at the start of a run, dense, in a common order; zero where it has none."""
+    """Errors and late second moments of this rank at the start of a run, dense, in a common order; zero where it has none."""
 
     def on_train_start(self, trainer, pl_module):
         (compressed,) = trainer.strategy._phases.compressed.values()
@@ -237,13 +238,16 @@ def dense_errors(compressed):
         dense[name] = torch.zeros(numel, dtype=torch.float64)
         for run in getattr(compressed, f"{name}_errors")():
             dense[name][run.start :][: run.values.numel()] = run.values
+    places, values = compressed.late_second_moments()
+    dense["late"] = torch.zeros(numel, dtype=torch.float64).index_put((places,), values)
     return dense
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 1), (1, 3), (2, 3)])
 def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new):
+    """And the mean of the second moments of late coordinates, which wait for a refresh."""
     path, start = tmp_path / "old.ckpt", tmp_path / "start.ckpt"
-    options = {"strategy": {"bucket_cap_mb": 0.002, "block_size": 64}}
+    options = {"strategy": {"bucket_cap_mb": 0.002, "block_size": 64}, "model": Late}
 
     class KeepErrors(SaveAt):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -268,11 +272,13 @@ def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tm
     after = run_trainers(new, second)
     assert all(same_params(params, after[0][1]) for _, params in after)
     if old > 1 and new > 1:
-        mean = {name: [sum(e[name] for e, _ in ranks) for ranks in (before, after)] for name in ERRORS}
+        mean = {name: [sum(e[name] for e, _ in ranks) for ranks in (before, after)] for name in (*ERRORS, "late")}
         assert mean["worker"][0].abs().max() > 0.1
         assert mean["server"][0].abs().max() > 0.1
         assert torch.allclose(mean["worker"][1] / new, mean["worker"][0] / old, rtol=1e-6, atol=1e-7)
         assert torch.equal(mean["server"][1], mean["server"][0])
+        assert mean["late"][0].any()
+        assert torch.allclose(mean["late"][1] / new, mean["late"][0] / old, rtol=1e-6, atol=0)
     elif new == 1:  # applied at once
         moved = torch.cat([(a - b).ravel() for a, b in zip(after[0][1][0], before[0][1][19], strict=True)])
         assert 0.001 < moved.norm() < 1
@@ -611,17 +617,17 @@ def test_saving_after_an_exception_does_not_wait_for_the_other_ranks(tmp_path):
 
 
 def test_saving_after_an_exception_within_a_step_says_that_it_is_torn(tmp_path):
-    finish = Pipeline._finish_
+    finish = engine.CompressedOptimizer._finish_
 
     def fn(rank):
         steps = itertools.count()
 
-        def finish_or_fail(pipeline, index, operands):
+        def finish_or_fail(compressed, each, index, exchange):
             if index == 1 and next(steps) == 5:
                 raise OSError("injected")
-            finish(pipeline, index, operands)
+            finish(compressed, each, index, exchange)
 
-        Pipeline._finish_ = finish_or_fail
+        engine.CompressedOptimizer._finish_ = finish_or_fail
         saving = pl.callbacks.OnExceptionCheckpoint(tmp_path, "failed")
         options = {"strategy": {"bucket_cap_mb": 0.001, "block_size": 64}, "enable_checkpointing": True}
         with warnings.catch_warnings(record=True) as caught:

@@ -43,6 +43,17 @@ def flip(tensor, bit):
     flat_view(tensor).view(torch.uint8)[bit // 8] ^= 1 << bit % 8
 
 
+def state_of(strategy, p):
+    """In the compressed phase: the bucket that holds ``p``, its parts of it, and the late coordinates of all buckets."""
+    for compressed in strategy._phases.compressed.values():
+        for each in compressed._sets:
+            for memory, parts in zip(each.buckets.memories, each.buckets.parts, strict=True):
+                own = [part for part in parts if each.buckets.params[part.parameter] is p]
+                if own:
+                    return memory, own, each.late
+    raise LookupError("not compressed")
+
+
 # The checksum
 
 tensors = st.builds(random_tensor, st.integers(0, 99), st.integers(0, 300), st.sampled_from(DTYPES))
@@ -227,13 +238,14 @@ class Probe(pl.Callback):
 
     def __init__(self):
         self.found = []
-        self.exp_avg_sq = None
+        self.late_second_moments = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx not in (3, 8, 15):
             return
         strategy = trainer.strategy
-        self.exp_avg_sq = trainer.optimizers[0].state[pl_module.embedding.weight]["exp_avg_sq"].clone()
+        for compressed in strategy._phases.compressed.values():
+            self.late_second_moments = compressed.late_second_moments()
         strategy.check_ranks_agree()
         for index, (name, kind, tensor) in enumerate(self.targets(trainer, pl_module)):
             rank = index % trainer.world_size
@@ -268,16 +280,19 @@ class Probe(pl.Callback):
         if trainer.strategy.phase is WARMUP:
             return
         names = {p: name for name, p in module.named_parameters()}
-        for pipeline in trainer.strategy._phases.compressed[optimizer]._pipelines:
-            for bucket, pieces in zip(pipeline._buckets, pipeline._pieces, strict=True):
-                for piece in pieces:
-                    name = names[pipeline.parameters[piece.parameter]]
-                    average = bucket.result(piece.index)
-                    yield name, "momentum", average.signs
-                    yield name, "momentum", average.scales
-                    live = bucket.live[piece.index]
-                    if live is not None:
-                        yield name, "momentum and its second moment" if live is average.live else "second moment", live
+        for each in trainer.strategy._phases.compressed[optimizer]._sets:
+            for part in (part for parts in each.buckets.parts for part in parts):
+                name, memory = names[each.buckets.params[part.parameter]], part.memory
+                yield name, "momentum", part.average.signs
+                yield name, "momentum", part.average.scales
+                yield name, "second moment", part.of_bucket(memory.rms)
+                if memory.live is not None:
+                    assert memory.live_before is memory.live
+                    yield name, "momentum and its second moment", part.of_bits(memory.live)
+            for late in each.late:
+                if len(late):
+                    yield "embedding.weight", "second moment", late.places
+                    yield "embedding.weight", "second moment", late.live_since
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -288,39 +303,47 @@ def test_one_flipped_bit_is_found_wherever_it_is(world_size, overlap):
         strategy = OneBitDDPStrategy(overlap=overlap)
         trainer, _ = fit(strategy, world_size, batches=17, model=Words(), callbacks=[switch, probe])
         assert trainer.strategy.phase is COMPRESSED
-        return probe.found, probe.exp_avg_sq
+        return probe.found, probe.late_second_moments
 
     results = run_trainers(world_size, fn)
     messages = results[0][0]
     assert all(found == messages for found, _ in results)
-    assert len(messages) == (7 + 2 * 5) + 2 * (7 + 5 + 2 * 5 + 1)
+    # Values, signs, scales, D; the mask of who takes part, for all three parameters of float32; who is late, and since when.
+    assert len(messages) == (7 + 2 * 5) + 2 * (7 + 3 * 5 + 3 + 2)
     # Meanwhile each rank had a second moment of its own, on purpose, for the rows that came late.
-    late, elsewhere = (exp_avg_sq[20:30] for _, exp_avg_sq in (results[-1], results[0]))
-    assert (late < 0).any()
-    assert not torch.equal(late, elsewhere)
+    (late, values), (elsewhere, _) = results[-1][1], results[0][1]
+    assert len(late) > 0
+    assert (values > 0).all()
+    assert len(elsewhere) == 0
 
 
 def test_late_coordinates_are_compared_as_far_as_ranks_share_them():
-    """Whether they are late, but not their second moment; and of all others every bit."""
+    """Whether they are late, but not their second moment until the next refresh."""
 
     class FlipBits(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx != 15:
                 return
-            exp_avg_sq = trainer.optimizers[0].state[pl_module.embedding.weight]["exp_avg_sq"]
-            late = int((flat_view(exp_avg_sq) < 0).nonzero()[0])
-            seen = int((flat_view(exp_avg_sq) > 0).nonzero()[-1])
-            never = int((flat_view(exp_avg_sq) == 0).nonzero()[-1])
-            for element, bit, shared in [(late, 3, False), (late, 31, True), (seen, 0, True), (never, 31, True)]:
+            memory, parts, late = state_of(trainer.strategy, pl_module.embedding.weight)
+            (part,) = parts
+            (own,) = (each for each in late if each.memory is memory)
+            rms, never = part.of_bucket(memory.rms), int((part.of_bucket(memory.rms) == 0).nonzero()[-1])
+            seen = int((rms > 0).nonzero()[-1])
+            for tensor, bit, shared in [
+                (own.second_moment, 3, False),
+                (own.second_moment, 8 * own.second_moment.nbytes - 1, False),
+                (rms, 32 * seen, True),
+                (rms, 32 * never + 31, True),
+            ]:
                 if trainer.global_rank == 1:
-                    flip(exp_avg_sq, 32 * element + bit)
+                    flip(tensor, bit)
                 if shared:
                     with pytest.raises(DivergenceError, match=r"rank 1 .* 'embedding.weight': its second moment"):
                         trainer.strategy.check_ranks_agree()
                 else:
                     trainer.strategy.check_ranks_agree()
                 if trainer.global_rank == 1:
-                    flip(exp_avg_sq, 32 * element + bit)
+                    flip(tensor, bit)
             trainer.strategy.check_ranks_agree()
 
     run_trainers(
@@ -439,7 +462,12 @@ def test_fabric_compares_as_well(batches):
         strategy = OneBitDDPFabricStrategy(criterion=FixedStep(6), guard=DivergenceGuard(every_n_steps=2))
         loop = Loop(strategy).run(batches)
         if rank == 1:
-            flip(loop.optimizer.state[loop.model.head.bias]["exp_avg_sq"], 5)
+            bias = loop.model.head.bias
+            if batches > 6:
+                memory, (part,), _ = state_of(strategy, bias)
+                flip(part.of_bucket(memory.rms), 5)
+            else:
+                flip(loop.optimizer.state[bias]["exp_avg_sq"], 5)
         with pytest.raises(DivergenceError) as caught:
             loop.run(batches + 2)
         strategy.teardown()

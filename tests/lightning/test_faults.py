@@ -21,12 +21,12 @@ from fault_script import WARMUP_STEPS, Fault, Slow, digest, make_strategy, train
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_onebit.engine.pipeline import Pipeline
 from ranks import _rank_main, free_port, run_trainers
 from test_launchers import start
 from trainers import Classifier, Recorder, adam, data, make_trainer
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.lightning import failures
 from lightning_onebit.lightning.failures import explain_, is_communication_failure
 
@@ -153,16 +153,16 @@ def test_an_error_beside_an_exchange_that_hangs_is_seen_soon(tmp_path):
     marker = tmp_path / "fault"
 
     def fn(rank):
-        encode, steps = Pipeline._encode_, itertools.count()
+        send, steps = CompressedOptimizer._send_, itertools.count()
 
-        def encode_or_raise(pipeline, index, *args, **kwargs):
+        def send_or_raise(compressed, each, index, **kwargs):
             if rank == 0 and index == 1 and next(steps) == 2:
                 while not marker.exists():  # rank 1 hangs in the exchange of bucket 0
                     time.sleep(0.01)
                 raise ValueError("mine")
-            encode(pipeline, index, *args, **kwargs)
+            send(compressed, each, index, **kwargs)
 
-        Pipeline._encode_ = encode_or_raise
+        CompressedOptimizer._send_ = send_or_raise
         faults = [Fault(marker, signal.SIGSTOP, step=WARMUP_STEPS + 2, place="exchange")] if rank == 1 else []
         train(tmp_path, make_strategy("onebit_ddp", 60), RANKS, steps=14, faults=faults)
 

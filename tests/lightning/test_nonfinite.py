@@ -9,11 +9,10 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning_onebit.engine.momentum import LARGEST_VALUE
+from nodes import freeze, on_nodes, take_step, warmed_up
 from ranks import run_ranks, run_trainers
 from test_fabric import Loop
 from test_fabric import ours as fabric_strategy
-from test_hierarchical import TWO_BY_TWO, freeze, on_nodes, take_step, warmed_up
 from test_precision import ScaledFloat32, mixed16
 from test_strategy import Messages
 from torch import nn
@@ -30,11 +29,14 @@ from lightning_onebit import (
     VarianceStability,
     compressed_all_reduce,
 )
+from lightning_onebit.coefficients import LARGEST_VALUE
+from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.clipping import NormSketch
 from lightning_onebit.engine.nonfinite import SkippedSteps
 from lightning_onebit.flat import all_within
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
+WARMUP_STEPS = 10
 SHAPES = [(37, 5), (130,), (12, 4), (3,)]
 EMBEDDING, OFTEN_MISSING = 2, 3
 
@@ -83,7 +85,7 @@ def expected_culprits(case, world_size):
     }[case]
 
 
-# After which steps what is injected: consecutive ones as well, right after the freeze, before and after rows wake up.
+# After which steps what is injected: consecutive ones as well, right after the freeze, before and after rows take part.
 INJECTED = {
     10: ["inf on one rank"],
     13: ["NaN on all ranks", "in a dead row", "in one block"],
@@ -95,18 +97,16 @@ def everything(optimizer, compressed):
     """Copies of all that a step may change, by name."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"parameter {i}": p for i, p in enumerate(params)}
-    for i, p in enumerate(params):
-        tensors.update({f"{name} of {i}": value for name, value in optimizer.state[p].items()})
-    for i, pipeline in enumerate(compressed._pipelines):
-        for j, bucket in enumerate(pipeline._buckets):
-            where = f"of bucket {i}, {j}"
-            tensors[f"worker error {where}"] = bucket.buffers.worker_error
-            tensors[f"server error {where}"] = bucket.buffers.server_error
-            for index in range(len(bucket.live)):
-                result = bucket.result(index)
-                tensors[f"signs {index} {where}"], tensors[f"scales {index} {where}"] = result.signs, result.scales
-                for name, live in (("live", bucket.live[index]), ("live then", result.live)):
-                    tensors[f"{name} {index} {where}"] = torch.empty(0) if live is None else live
+    for i, each in enumerate(compressed._sets):
+        tensors[f"steps {i}"] = torch.from_numpy(each.buckets.steps)
+        for j, memory in enumerate(each.buckets.memories):
+            buffers = {
+                name: getattr(memory, name) for name in ("error", "server_error", "rms", "result", "live", "live_before")
+            }
+            late = each.late[j]
+            buffers |= {"late": late.places, "late since": late.live_since, "late second moment": late.second_moment}
+            for name, buffer in buffers.items():
+                tensors[f"{name} of bucket {i}, {j}"] = torch.empty(0) if buffer is None else buffer
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -120,7 +120,8 @@ def train(groups, *, inject, overlap, dtype=torch.float32, **config):
     """Everything at the end of a run of 12 steps that count."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     params = [nn.Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape).to(dtype)) for shape in SHAPES]
-    optimizer = warmed_up(torch.optim.AdamW(params, lr=1e-2), world_size, gradient)
+    engine.REFRESH_STEPS = 8  # rows 5 and 6 take part from step 17 on
+    optimizer = warmed_up(torch.optim.AdamW(params, lr=1e-2), world_size, gradient, steps=WARMUP_STEPS)
     compressed = freeze(optimizer, groups, overlap=overlap, bucket_cap_mb=0.0005, **config)
     for step in range(10, 22):
         assert take_step(optimizer, compressed, rank, step, gradient, overlap=overlap)
@@ -128,10 +129,10 @@ def train(groups, *, inject, overlap, dtype=torch.float32, **config):
         for case in INJECTED.get(step, []) if inject else []:
             assert not take_step(optimizer, compressed, rank, step, poison_of(case), overlap=overlap)
             assert_untouched(everything(optimizer, compressed), before)
-            found = compressed.consensus.nonfinite_gradients()
+            found = compressed.agreement.nonfinite_gradients()
             culprits = {index: ranks for index, p in enumerate(params) if (ranks := found.get(p))}
             assert culprits == expected_culprits(case, world_size)
-            compressed.consensus.forget_nonfinite()
+            compressed.agreement.forget_nonfinite()
     after = everything(optimizer, compressed)
     assert all(tensor.isfinite().all() for tensor in after.values() if tensor.is_floating_point())
     return after
@@ -142,7 +143,7 @@ def train(groups, *, inject, overlap, dtype=torch.float32, **config):
     [
         ((2, 1), [{}, {"space": "momentum"}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}]),
         ((3, 1), [{"space": "momentum"}]),
-        (TWO_BY_TWO, [{}, {"space": "momentum"}]),
+        ((2, 2), [{}, {"space": "momentum"}]),
     ],
 )
 def test_skipped_steps_touch_no_buffer_and_the_run_is_the_one_without_them(nodes, configs):
@@ -413,13 +414,14 @@ def huge(rank, step, index, shape, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "kind"), [((2, 1), torch.optim.AdamW), ((2, 1), torch.optim.Adam), (TWO_BY_TWO, torch.optim.Adam)]
+    ("nodes", "kind"), [((2, 1), torch.optim.AdamW), ((2, 1), torch.optim.Adam), ((2, 2), torch.optim.Adam)]
 )
 def test_gradients_whose_squares_and_sums_overflow_leave_all_buffers_finite(nodes, kind):
     """In both spaces, in every dtype, overlapped or not, with the same parameters on all ranks."""
 
     def fn(groups):
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        engine.REFRESH_STEPS = 8
         results = []
         dtypes = [torch.float32, torch.bfloat16, torch.float64][: 2 if world_size > 2 else 3]
         for dtype in dtypes:
@@ -427,7 +429,7 @@ def test_gradients_whose_squares_and_sums_overflow_leave_all_buffers_finite(node
                 runs = []
                 for overlap in (False, True):
                     params = [nn.Parameter(torch.linspace(-1, 1, math.prod(s)).view(s).to(dtype)) for s in SHAPES]
-                    optimizer = warmed_up(kind(params, lr=1e-2, weight_decay=0.1), world_size, gradient)
+                    optimizer = warmed_up(kind(params, lr=1e-2, weight_decay=0.1), world_size, gradient, steps=WARMUP_STEPS)
                     compressed = freeze(optimizer, groups, overlap=overlap, space=space, bucket_cap_mb=0.0005)
                     for step in range(10, 24):
                         assert take_step(optimizer, compressed, rank, step, huge, overlap=overlap)
@@ -449,7 +451,7 @@ def test_a_parameter_that_has_diverged_stays_out_of_the_errors():
     def fn(groups):
         rank = torch.distributed.get_rank()
         params = [nn.Parameter(torch.ones(s)) for s in SHAPES]
-        optimizer = warmed_up(torch.optim.Adam(params, lr=1e-2, weight_decay=0.1), 2, gradient)
+        optimizer = warmed_up(torch.optim.Adam(params, lr=1e-2, weight_decay=0.1), 2, gradient, steps=WARMUP_STEPS)
         with torch.no_grad():
             params[1][7], params[1][8] = math.nan, math.inf
         compressed = freeze(optimizer, groups)
