@@ -28,11 +28,11 @@ from buckets import (
     random_step,
     seeded,
 )
-from lightning_onebit.flat import flat_view
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.clipping import NormSketch
+from lightning_onebit.flat import flat_view
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
 pytest.importorskip("triton")
