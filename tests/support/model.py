@@ -47,7 +47,8 @@ class AdamModel:
 
     Coordinates with v = 0 at the freeze are not live, and unchanged. There worker i gathers
     v_i = beta2 v_i + (1 - beta2) g_i^2 / n; every REFRESH_STEPS steps v = mean_i v_i is everybody's v_i, from which
-    D follows, and where it is not 0, the coordinate is live from the next step on. So it goes on until the coordinate has been live for 1 / (1 - beta2) steps.
+    D follows, and where it is not 0, the coordinate is live from the next step on. So it goes on until the coordinate has
+    been live for 1 / (1 - beta2) steps.
     """
 
     def __init__(self, x, world_size, *, lr, betas, eps, weight_decay, decoupled, block_size, scale, space, maximize=False):
