@@ -6,6 +6,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEMO_ARGUMENTS ?=
 TEST_ARGUMENTS ?=
+GPU_ARGUMENTS ?=
 TEST_PROCESSES ?= 2
 EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest install-newest test-newest lint clean
+.PHONY: help demo test test-oldest install-newest test-newest gpu lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo 'make test    run the tests, with the versions of constraints.txt'
 	@echo 'make test-oldest, test-newest'
 	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'
+	@echo 'make gpu     check and measure on a GPU, with the Python that is there: nothing is installed (8 minutes)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
 	@echo
@@ -36,7 +38,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses=$(TEST_PROCESSES) --dist=worksteal $(TEST_ARGUMENTS)
 
-# In environments of their own, beside that of `make test`. The oldest torch pins a Triton that is too old for the kernels.
+# In environments of their own, beside that of `make test`. The oldest torch for CUDA brings a Triton that was never tried.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test,examples
 
@@ -48,6 +50,10 @@ install-newest:
 
 test-newest: install-newest
 	$(MAKE) test $(NEWEST)
+
+# No environment is made: machines with a GPU have a Python with torch for it, and often no network.
+gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(GPU_ARGUMENTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff check .

@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --json > gpu.json
     python benchmarks/gpu.py --interpret      the comparison alone, in Triton's interpreter, on a machine without a GPU
 
-Each part says whether it passed. What a part needs and is not installed is named, and the part is skipped. The exit code is
-0 only if every part has passed.
+Each part runs in a process of its own, with a limit of its own, all within 8 minutes, and says whether it passed. What a part
+needs and is not installed is named, and the part is skipped. The exit code is 0 only if every part has passed. Nothing
+is installed, and nothing but this machine reached.
 
 comparison    every bit of messages, errors, averages and parameters equals the reference's, on the CPU
 check         the check that the library makes at first use
@@ -12,14 +13,23 @@ bandwidth     time of each kernel on one bucket, against ``Tensor.copy_`` that m
 launching     time of the processor for a step of a bucket of 400 tensors, and kernels launched
 memory        bytes per element that stay allocated for a bucket, and what a step allocates besides
 graph         whether a CUDA graph of a step can be captured and replayed; either answer passes
+step          a compressed step with clipping of a model of BERT-large's 398 tensors, as rank 0 of 8 whose messages go nowhere:
+              launches and waits of the host by torch's profiler, time and memory per parameter beside AdamW's
+trainer       a Trainer's run on two ranks over gloo, both on the one GPU: all ranks hold the same bits
+syncbn        the same with SyncBatchNorm
+nccl          a Trainer's run on one rank over NCCL
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, REPETITIONS = 5, 30
 RANKS = 8
+TOTAL_SECONDS = 470
+"""For all parts together."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Part:
     packages: tuple[str, ...] = ("torch", "numpy", "triton")
     in_interpreter: bool = False
     """Whether it runs without a GPU as well."""
+    limit_seconds: int = 60
 
 
 # ---- parts
@@ -180,17 +193,171 @@ def graph(device: Any) -> dict[str, Any]:
     return {"captured": True}
 
 
+def step(device: Any) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from lightning_onebit.comm.primitives import Communicator
+    from lightning_onebit.config import CompressionConfig
+    from lightning_onebit.engine.optimizer import CompressedOptimizer
+    from lightning_onebit.quantize.triton_tables import count_launches
+
+    on_gpu = device.type == "cuda"
+    numels = bert_large_numels() if on_gpu else [2000, 300, 5]
+    params = [torch.nn.Parameter(torch.randn(numel, device=device)) for numel in numels]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, **({"fused": True} if on_gpu else {}))
+    for p in params:
+        p.grad = torch.randn_like(p)
+    result: dict[str, Any] = {"parameters": sum(numels)}
+
+    def allocated(name: str) -> None:
+        if on_gpu:
+            result[f"bytes_per_parameter, {name}"] = round(torch.cuda.memory_allocated() / sum(numels), 2)
+
+    optimizer.step()
+    allocated("dense")
+    if on_gpu:
+        result["seconds, AdamW"] = seconds(optimizer.step)
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    compressed = CompressedOptimizer(optimizer, CompressionConfig(), Communicator(), {})
+
+    def compressed_step() -> None:
+        compressed.clip_grad_norm_(1.0)
+        assert compressed.step(), "the step was skipped"
+
+    compressed_step()
+    allocated("compressed")
+    result["buckets"] = sum(len(each.buckets.memories) for each in compressed._sets)
+    with count_launches() as launched:
+        compressed_step()
+    result["launches"] = dict(launched)
+    assert set(launched.values()) == {result["buckets"]}, launched
+    if on_gpu:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            compressed_step()
+        torch.cuda.synchronize()
+        result["seconds, compressed without network"] = (time.perf_counter() - start) / 10
+        result |= profiled(compressed_step)
+        assert result["launches by the profiler"] <= 200, result
+    dist.destroy_process_group()
+    return result
+
+
+def profiled(call: Callable[[], object]) -> dict[str, Any]:
+    """Launches, copies and waits of the host in one call, by torch's profiler."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    launches = sum(n for key, n in counts.items() if "LaunchKernel" in key)
+    copies = sum(n for key, n in counts.items() if key.startswith(("cudaMemcpy", "cudaMemset")))
+    # The profiler itself ends with a cudaDeviceSynchronize.
+    waits = {key: n for key, n in counts.items() if "Synchronize" in key and "Device" not in key}
+    return {"launches by the profiler": launches + copies, "of which copies": copies, "waits of the host": waits}
+
+
+def trainer(device: Any, *, sync_batchnorm: bool = False) -> dict[str, Any]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "NODE_RANK": str(rank)}
+        variables = {**os.environ, **place, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--rank", "batchnorm" if sync_batchnorm else "plain"]
+        if device.type == "cpu":
+            command.append("--interpret")
+        ranks.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        outputs = [rank.communicate()[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output[-4000:]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first["parameters"] == second["parameters"], (first, second)
+    return first
+
+
+def syncbn(device: Any) -> dict[str, Any]:
+    return trainer(device, sync_batchnorm=True)
+
+
+def nccl(device: Any) -> dict[str, Any]:
+    return train("nccl", 1, on_gpu=True, sync_batchnorm=False)
+
+
+def train(backend: str, ranks: int, *, on_gpu: bool, sync_batchnorm: bool) -> dict[str, Any]:
+    """A short run on this rank; with clipping, so that all kernels of the flat path run."""
+    import torch
+    from torch import nn
+    from trainers import Classifier, data, make_trainer
+
+    from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+
+    strategy = OneBitDDPStrategy(process_group_backend=backend)
+    model = Classifier(hidden=16)
+    if sync_batchnorm:
+        model.body.append(nn.BatchNorm1d(16))
+    options = {"gradient_clip_val": 1.0, "sync_batchnorm": sync_batchnorm, "use_distributed_sampler": True}
+    trainer = make_trainer(
+        strategy, ranks, num_nodes=ranks, accelerator="gpu" if on_gpu else "cpu", callbacks=[PhaseSwitch(FixedStep(4))],
+        **options,
+    )  # fmt: skip
+    trainer.fit(model, data(8, ranks))
+    assert strategy.phase is Phase.COMPRESSED
+    state = torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+    assert bool(state.isfinite().all())
+    names = sorted({name for each in strategy._phases.compressed.values() for name in each.kernel_names})
+    digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()
+    return {
+        "parameters": digest,
+        "steps": trainer.global_step,
+        "kernels": names,
+        "loss": float(trainer.callback_metrics["train_loss"]),
+    }
+
+
+LIGHTNING = ("torch", "numpy", "triton", "lightning", "torchmetrics")
 PARTS = {
-    "comparison": Part(comparison, in_interpreter=True),
-    "check": Part(check, in_interpreter=True),
-    "bandwidth": Part(bandwidth),
+    "check": Part(check, in_interpreter=True, limit_seconds=60),
+    "comparison": Part(comparison, in_interpreter=True, limit_seconds=150),
+    "bandwidth": Part(bandwidth, limit_seconds=80),
     "launching": Part(launching),
     "memory": Part(memory),
     "graph": Part(graph),
+    "step": Part(step, LIGHTNING, in_interpreter=True, limit_seconds=90),
+    "trainer": Part(trainer, (*LIGHTNING, "pytest"), in_interpreter=True, limit_seconds=90),
+    "syncbn": Part(syncbn, (*LIGHTNING, "pytest"), limit_seconds=60),
+    "nccl": Part(nccl, (*LIGHTNING, "pytest"), limit_seconds=60),
 }
 
 
 # ---- what they share
+
+
+def bert_large_numels() -> list[int]:
+    """Of the 398 tensors of BertForPreTraining, large: 336 million elements."""
+    width, wide = 1024, 4096
+    embeddings = [30522 * width, 512 * width, 2 * width, width, width]
+    layer = [width * width, width] * 4 + [width, width, wide * width, wide, width * wide, width, width, width]
+    return embeddings + layer * 24 + [width * width, width, width * width, width, width, width, 30522, 2 * width, 2]
+
+
+def use_interpreted_kernels() -> None:
+    """Have the engine take the path of a GPU for tensors on the CPU."""
+    from interpreter import use_triton
+
+    class Patch:
+        setattr = staticmethod(setattr)
+
+    use_triton(Patch())
 
 
 def run_step(kernels: Any, memory: Any, step: Any, *, early: bool) -> None:
@@ -288,9 +455,12 @@ def import_without_lightning() -> None:
         sys.modules["lightning_onebit"] = package
 
 
+def missing_packages(part: Part) -> list[str]:
+    return [name for name in part.packages if importlib.util.find_spec(name) is None]
+
+
 def run(part: Part, device: Any) -> dict[str, Any]:
-    missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages(part):
         return {"status": "skipped", "why": f"not installed: {', '.join(missing)}"}
     start = time.perf_counter()
     try:
@@ -298,6 +468,34 @@ def run(part: Part, device: Any) -> dict[str, Any]:
     except Exception as error:
         outcome = {"status": "failed", "why": str(error), "traceback": traceback.format_exc()}
     return {**outcome, "part_seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_apart(name: str, seconds: float, *, interpret: bool) -> dict[str, Any]:
+    """Run a part in a process of its own, so that a failure of any kind is that part's only."""
+    if seconds < 5:
+        return {"status": "failed", "why": f"no time was left within {TOTAL_SECONDS} s"}
+    command = [sys.executable, __file__, "--part", name, *(["--interpret"] if interpret else [])]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=hasattr(os, "killpg")
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "why": f"not done within {seconds:.0f} s"}
+    finally:
+        end(process)
+    try:
+        return json.loads(output.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"status": "failed", "why": f"exit code {process.returncode}", "traceback": errors[-4000:]}
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a part and all that it has started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError):
+        process.kill()
 
 
 def describe(name: str, outcome: dict[str, Any]) -> str:
@@ -315,6 +513,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print results as JSON")
     parser.add_argument("--interpret", action="store_true", help="only what Triton's interpreter can run, on the CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", choices=("plain", "batchnorm"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     if importlib.util.find_spec("torch") is None:
@@ -331,9 +531,23 @@ def main() -> int:
     versions = environment("triton")
     if not arguments.interpret:
         versions["hardware"]["gpu"] = torch.cuda.get_device_name(device)
-    outcomes = {
-        name: run(PARTS[name], device) for name in arguments.parts if PARTS[name].in_interpreter or not arguments.interpret
-    }
+    if arguments.part or arguments.rank:
+        if arguments.interpret and PARTS["step"].packages and not missing_packages(PARTS["step"]):
+            use_interpreted_kernels()
+        if arguments.rank:
+            outcome = train("gloo", 2, on_gpu=not arguments.interpret, sync_batchnorm=arguments.rank == "batchnorm")
+        else:
+            outcome = run(PARTS[arguments.part], device)
+        sys.stdout.flush()
+        print("\n" + json.dumps(outcome, default=str))
+        return 0
+    outcomes, deadline = {}, time.monotonic() + TOTAL_SECONDS
+    for name in arguments.parts:
+        if PARTS[name].in_interpreter or not arguments.interpret:
+            limit = PARTS[name].limit_seconds * (4 if arguments.interpret else 1)
+            left = deadline - time.monotonic()
+            outcomes[name] = run_apart(name, min(limit, left), interpret=arguments.interpret)
+            print(f"{name}: {outcomes[name]['status']}", file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps({"environment": versions, "parts": outcomes}, indent=1, default=asdict))
     else:

@@ -82,7 +82,9 @@ def main() -> None:
     print(environment())
     print(f"{arguments.tensors} tensors in {arguments.param_groups} parameter groups, 2 ranks, {STEPS} steps a round")
     for name, values in times.items():
-        print(f"{name:<12} median {statistics.median(values):6.1f} ms per step   from {min(values):.1f} to {max(values):.1f}")
+        print(
+            f"{name:<12} median {statistics.median(values):6.1f} ms per step   from {min(values):.1f} to {max(values):.1f}"
+        )
     ratios = [b / a for a, b in zip(times["ddp"], times["onebit_ddp"], strict=True)]
     print(f"ratio        median {statistics.median(ratios):6.2f}                from {min(ratios):.2f} to {max(ratios):.2f}")
 

@@ -48,6 +48,10 @@ class Phases(Protocol):
     def space(self) -> str: ...
     @property
     def compressed(self) -> dict[Optimizer, CompressedOptimizer]: ...
+    @property
+    def steps_made(self) -> list[int]: ...
+    @property
+    def stock_state_tells_all(self) -> bool: ...
     def ddp_buckets(self, *, of_next_backward: bool = False) -> list[list[str]]: ...
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None: ...
 
@@ -87,7 +91,7 @@ class CheckpointManager:
         number = torch.tensor(name, device=self._strategy.root_device)
         Communicator().all_reduce_max_(number)
         save_id = f"{int(number):016x}" if number else None
-        if in_warmup and save_id is None and not ddp_buckets:
+        if in_warmup and save_id is None and not ddp_buckets and phases.stock_state_tells_all:
             return None
         header = self._header(save_id=save_id, has_gradients=bool(waiting))
         if save_id is None:
@@ -127,6 +131,7 @@ class CheckpointManager:
             "block_size": self._strategy.config.block_size,
             "space": phases.space,
             "ddp_buckets": phases.ddp_buckets(),
+            "optimizer_steps": phases.steps_made,
             "optimizers": shared_state(list(phases.compressed.values())) if self._strategy.is_global_zero else [],
         }
 

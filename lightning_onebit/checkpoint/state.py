@@ -48,11 +48,13 @@ _HEADER: dict[str, type | tuple[type, ...]] = {
     "block_size": int,
     "space": str,
     "ddp_buckets": list,
+    "optimizer_steps": list,
     "optimizers": list,
 }
 """What is always there, and of which type."""
 MOST_RANKS = 2**20
 """A number that is larger is no number of ranks."""
+MOST_STEPS = 2**53
 _ERROR_DTYPES = {"float32": np.float32, "float64": np.float64}
 
 
@@ -132,6 +134,8 @@ def read_header(state: Any) -> Mapping[str, Any]:
         raise _damaged(f"save_id is {state['save_id']!r:.80}")
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in state["ddp_buckets"]):
         raise _damaged("ddp_buckets are no lists of names")
+    if not all(isinstance(steps, int) and 0 <= steps < MOST_STEPS for steps in state["optimizer_steps"]):
+        raise _damaged(f"optimizer_steps are {state['optimizer_steps']!r:.80}")
     return state
 
 

@@ -99,7 +99,8 @@ class CompressedOptimizer:
         ]
         self._params = [p for each in self._sets for p in each.buckets.params]
         self._queue = [(each, index) for each in self._sets for index in range(len(each.buckets.memories))]
-        self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in set(self._params)}
+        known = set(self._params)
+        self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in known}
         if not self._groups.topology.is_flat:
             for each in self._sets:
                 each.node_average = NodeAverage(each.buckets.memories, self._groups)
@@ -459,7 +460,7 @@ class CompressedOptimizer:
         self._knows_live = (
             self.method.has_second_moment
             or self.communicator.world_size == 1
-            or any("scales" in entry and bool(entry["scales"].any()) for entry in shared.values())
+            or any("live" in entry or ("scales" in entry and bool(entry["scales"].any())) for entry in shared.values())
         )
 
     @torch.no_grad()
@@ -589,6 +590,8 @@ class _ParameterSet:
                 "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
                 " HINT: set it when the optimizer is created."
             )
+        if not buckets.divides_first:  # the clamp is one of g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
 
     def take_gradients_(self, index: int) -> None:

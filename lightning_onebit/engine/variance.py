@@ -12,8 +12,8 @@ must not stay for ever: a coordinate is renewed at every refresh until it has ta
 r brings one rank's gradients to the scale of the mean's. For a coordinate that has its gradient on one rank at a time, and
 for independent noise, the square of the mean gradient is 1 / n of the mean square; where all ranks have the same gradient, r
 is 1. With s, the share of a tensor's gradient that the ranks have in common, r = s + (1 - s) / n. At each refresh s is
-estimated from the gradients of that step, preconditioned: a_i = g_i / sqrt(v),
-s = (||mean a_i||^2 - q) / (mean ||a_i||^2 - q), q = mean ||a_i||^2 / n. Until a tensor has had a gradient at a refresh, s = 0.
+estimated from the gradients of that step, preconditioned: a_i = g_i / sqrt(v), q = mean ||a_i||^2 / n,
+s = (||mean a_i||^2 - q) / (mean ||a_i||^2 - q). Until a tensor has had a gradient at a refresh, s = 0.
 
 Without a second moment (SGD) there is nothing to gather but whether there was a gradient, which the worker error tells: it
 keeps what is not sent.

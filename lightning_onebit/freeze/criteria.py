@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 OBSERVATIONS_PER_WINDOW = 10
 DEFAULT_MIN_STEPS = 100
@@ -71,6 +72,9 @@ class Plan:
 class Criterion(ABC):
     """Decides from a history of observations whether the second moment is to be frozen now."""
 
+    judges_second_moment: ClassVar[bool] = False
+    """Whether there is nothing to judge where no optimizer has a second moment (SGD): the run starts compressed then."""
+
     @abstractmethod
     def plan(self, *, total_steps: float, beta2: float) -> Plan:
         """The settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
@@ -116,8 +120,11 @@ class VarianceStability(Criterion):
     """Freeze once the second moment of every parameter tensor has stopped changing.
 
     Compares v_hat, bias-corrected, with itself one window earlier, tensor by tensor: |ratio - 1| <= tolerance must hold
-    for the one that changes most, at several observations in a row, while the learning rate does not rise.
+    for the one that changes most, at several observations in a row, while the learning rate does not rise. A run without
+    any second moment starts compressed.
     """
+
+    judges_second_moment = True
 
     tolerance: float = 0.04
     """Largest relative change of ||v_hat||_1 over one window. > 0."""

@@ -48,7 +48,8 @@ class FabricCheckpoints:
     def with_header(self, optimizer: Optimizer, state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` with what the header says of the run and of this optimizer."""
         position = list(self._phases.steps.made).index(optimizer)
-        own = {**header, "optimizers": header["optimizers"][position : position + 1], POSITION: position}
+        of_all = ("optimizers", "optimizer_steps")
+        own = {**header, **{name: header[name][position : position + 1] for name in of_all}, POSITION: position}
         return {**state_dict, CHECKPOINT_KEY: own}
 
     def load(
@@ -101,7 +102,8 @@ class FabricCheckpoints:
             self._headers[optimizer] = read_header(state_dict[CHECKPOINT_KEY])
 
     def _after_loading(self, optimizer: Optimizer) -> None:
-        self._phases.steps.count_loaded()
+        header = self._headers.get(optimizer)
+        self._phases.steps.count_loaded(optimizer, () if header is None else header["optimizer_steps"])
         if self._path is None:
             self._resume_when_all_are_loaded()
 

@@ -210,6 +210,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     @override
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with self._failures_explained():
+            self._start_switch()  # which may begin to compress with this very gradient
             super().backward(*args, **kwargs)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -217,9 +218,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:  # type: ignore[override]
         phases = self._phases
         with self._failures_explained():
-            if self._first_step:
-                self._first_step = False
-                self.switch.start(self, total_steps=self.total_steps or math.inf)
+            self._start_switch()
             if unaveraged := phases.steps.unaveraged():
                 reason = (
                     "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT:"
@@ -233,6 +232,12 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
             self.guard.after_step(self)
             return output
+
+    def _start_switch(self) -> None:
+        """Before the first backward, when all is set up; a checkpoint may have been loaded."""
+        if self._first_step and self.optimizers:
+            self._first_step = False
+            self.switch.start(self, total_steps=self.total_steps or math.inf)
 
     def _agree_on_infinities(self, optimizer: Optimizer) -> CompressedOptimizer | None:
         """Before gradients are unscaled: see :mod:`lightning_onebit.lightning.loss_scaling`. Doing it twice is no harm.

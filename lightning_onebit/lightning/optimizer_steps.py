@@ -20,7 +20,7 @@ from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.flat import all_finite
 from lightning_onebit.lightning.compressible import listed
 from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
-from lightning_onebit.methods import parameters_of
+from lightning_onebit.methods import counted_steps, parameters_of
 from lightning_onebit.phase import Phase
 
 
@@ -154,12 +154,33 @@ class OptimizerSteps:
             has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
             self.made[optimizer] += has_gradient
 
-    def count_loaded(self) -> None:
-        """Go on counting where the state that was loaded into the optimizers stopped."""
-        for optimizer in self.made:
-            # torch's SGD does not count: then the number is in our own part of a checkpoint, or lost.
-            steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
-            self.made[optimizer] = int(max(steps, default=0))
+    def count_loaded(self, optimizer: Optimizer, saved: Sequence[int] = ()) -> None:
+        """Go on counting where the state that was loaded into ``optimizer`` stopped.
+
+        Args:
+            optimizer: one of the run.
+            saved: the number, if the checkpoint holds a header of ours. Otherwise the state tells it, but for that of SGD.
+        """
+        steps = (float(state["step"]) for state in optimizer.state.values() if "step" in state)
+        self.made[optimizer] = saved[0] if len(saved) == 1 else int(max(steps, default=0))
+
+    def count_all_loaded(self, saved: Sequence[int], *, total: int) -> None:
+        """The same for all optimizers.
+
+        Args:
+            saved: the number of each, if the checkpoint holds a header of ours.
+            total: of all optimizers: without a header, those whose state does not count (SGD) have made the rest.
+        """
+        for index, optimizer in enumerate(self.made):
+            self.count_loaded(optimizer, saved[index : index + 1] if len(saved) == len(self.made) else ())
+        uncounted = [optimizer for optimizer in self._skipped if counted_steps(optimizer) is None]
+        if uncounted and len(saved) != len(self.made):
+            rest = max(0, total - sum(self.made.values()))
+            self.made.update(dict.fromkeys(uncounted, rest // len(uncounted)))
+
+    def is_told_by_stock_state(self) -> bool:
+        """Whether a checkpoint without a header of ours tells how many steps were made."""
+        return all(counted_steps(optimizer) is not None or not self.made[optimizer] for optimizer in self._skipped)
 
     def unaveraged(self) -> list[Tensor]:
         """Parameters that are trained, but that DDP does not know. A single process need not average any."""

@@ -102,6 +102,16 @@ class PhaseController:
         return min((self.steps.made[optimizer] for optimizer in self.optimizers.compressed), default=0)
 
     @property
+    def steps_made(self) -> list[int]:
+        """Steps of each optimizer of the run."""
+        return list(self.steps.made.values())
+
+    @property
+    def stock_state_tells_all(self) -> bool:
+        """In warm-up, whether a checkpoint of plain DDP would let a run go on as it was."""
+        return self.steps.is_told_by_stock_state()
+
+    @property
     def space(self) -> str:
         """What errors are kept in; a single rank decides for itself."""
         return self._strategy.config.space if self._strategy.world_size > 1 else "update"

@@ -55,7 +55,7 @@ START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "
 
 
 class OneBitDDPStrategy(DDPStrategy):
-    """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888).
+    """DDP with 1-bit error-feedback communication (1-bit Adam, arXiv 2102.02888; 1-bit SGD, Seide et al. 2014).
 
     Starts as plain DDP, bitwise. :meth:`freeze_variance`, called by :class:`~lightning_onebit.PhaseSwitch`, starts the
     compressed phase: gradients stay local, and the optimizer step exchanges signs and block scales.
@@ -139,11 +139,11 @@ class OneBitDDPStrategy(DDPStrategy):
         """Freeze the second moment and compress from the next optimizer step on.
 
         Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
-        quantized: training goes on as exact Adam with a frozen second moment.
+        quantized: training goes on as exact Adam with a frozen second moment, or as exact SGD.
 
         Raises:
             ValueError: if a second moment is infinite or NaN.
-            RuntimeError: outside a running training, or before every optimizer that can be compressed has made a step.
+            RuntimeError: outside a running training, or before every optimizer that has a second moment has made a step.
         """
         self._phases.freeze_variance()
 
@@ -392,8 +392,9 @@ class OneBitDDPStrategy(DDPStrategy):
         self._phases.drop_compressed_state()
         with agreement(Communicator(), self.root_device, about="the checkpoint that they resume from") as settings:
             super().load_optimizer_state_dict(checkpoint)
-            steps.count_loaded()
             header = read_header(checkpoint[CHECKPOINT_KEY]) if CHECKPOINT_KEY in checkpoint else None
+            saved = [] if header is None else header["optimizer_steps"]
+            steps.count_all_loaded(saved, total=checkpoint.get("global_step", 0))
             settings.update(checkpoint_settings(steps.made.values(), header))
         if header is not None:
             optimizers = header["optimizers"]

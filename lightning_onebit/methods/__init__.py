@@ -40,6 +40,13 @@ def needs_warmup(optimizer: Optimizer) -> bool:
     return method_for(optimizer).has_second_moment
 
 
+def counted_steps(optimizer: Optimizer) -> int | None:
+    """Steps that the stock state of ``optimizer`` tells of; ``None`` if it never does."""
+    method = method_for(optimizer)
+    states = optimizer.state.values()
+    return max(map(method.steps_done, states), default=0) if method.counts_steps else None
+
+
 def hyperparameters(optimizer: Optimizer) -> dict[str, str]:
     """What the ranks must agree on, by name: the values in the parameter groups, as a schedule has set them last."""
     return {

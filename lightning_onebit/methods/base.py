@@ -26,6 +26,9 @@ class Method(ABC):
     has_second_moment: ClassVar[bool]
     """Whether there is a D, which needs a warm-up before it can be frozen."""
 
+    counts_steps: ClassVar[bool] = True
+    """Whether the stock state tells how many steps were made."""
+
     @abstractmethod
     def check(self, group: Mapping[str, Any], index: int) -> None:
         """Raise ``ValueError`` if an option of parameter group ``index`` has no meaning here; says what to do instead."""

@@ -23,6 +23,7 @@ class SGDMethod(Method):
 
     optimizer_types = (SGD,)
     has_second_moment = False
+    counts_steps = False
 
     @override
     def check(self, group: Mapping[str, Any], index: int) -> None:

@@ -249,10 +249,13 @@ class CpuKernels:
             param.add_(move)
             return
         params = [step.params[p] if _is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
-        if not isinstance(c.shrink, float):
-            torch._foreach_mul_(params, c.shrink.tolist())
-        elif c.shrink != 1.0:
-            torch._foreach_mul_(params, c.shrink)
+        if not isinstance(c.shrink, float) or c.shrink != 1.0:
+            shrinks = np.broadcast_to(c.shrink, len(params)).tolist()
+            if params[0].dtype == memory.dtype:
+                torch._foreach_mul_(params, shrinks)
+            else:  # there it would round the number to bfloat16 first: 0.999 to 1
+                for param, shrink in zip(params, shrinks, strict=True):
+                    param.mul_(shrink)
         torch._foreach_add_(params, [move[place] for _, _, place in part.members])
 
     def _commit_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
@@ -366,7 +369,7 @@ class CpuKernels:
             self._expand_mask(live, work)
             # Where an element is not live: the sign that, times the zero of the mask and the factor, gives -0.0.
             signs = encoded.signs.numpy()
-            if np.any(factor < 0):
+            if np.any(np.signbit(factor)):  # -0.0, as of a step size of 0, as well
                 np.invert(work.bytes, out=work.bytes)
                 np.bitwise_or(work.bytes, signs, out=work.bytes)
             else:

@@ -31,7 +31,8 @@ class ExactKernels:
                 self._before[flat.start] = u.clone()
             a = torch.zeros_like(u) if gradient is None else gradient[elements].to(u.dtype, copy=True).mul_(c.sign)
             if c.coupled_decay:
-                a.add_(step.params[p][elements].to(u.dtype, copy=True).mul_(c.coupled_decay).nan_to_num_(0.0, 0.0, 0.0))
+                decay = step.params[p][elements].to(u.dtype) * c.coupled_decay
+                a.add_(decay.nan_to_num_(0.0, 0.0, 0.0))
             if memory.rms is not None:
                 a.div_(memory.rms[flat] + c.eps)
             a.clamp_(-c.kappa, c.kappa)

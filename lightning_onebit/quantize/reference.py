@@ -158,7 +158,8 @@ class ReferenceKernels:
 
     def _keep_last_average_(self, memory: BucketMemory, step: StepInputs) -> None:
         blocks = (0, memory.layout.num_blocks)
-        (signs, scales), (last_signs, last_scales) = (self._read(memory, each, 0, blocks) for each in memory.results)
+        signs, scales = self._read(memory, memory.result, 0, blocks)
+        last_signs, last_scales = self._read(memory, memory.result_before, 0, blocks)
         active = step.is_active[torch.from_numpy(memory.layout.parameter)]
         signs = torch.where(active[self._block_of(memory, blocks)], signs, last_signs)
         self._write(memory, memory.result, 0, blocks, signs, torch.where(active, scales, last_scales))

@@ -11,7 +11,7 @@ from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
 from lightning_onebit.quantize.triton import TritonKernels
-from lightning_onebit.quantize.triton_gradients import SketchDraws, draw_sketch, gather_, scale_, sketch_
+from lightning_onebit.quantize.triton_gradients import SketchDraws, add_parts_, draw_sketch, gather_, scale_, sketch_
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 2048
@@ -81,6 +81,9 @@ def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: St
         gather_(flat, memory, step, 0.37)
         name = "sketch"
         sketch_(partial, memory, step, draws, first_places)
+        name = "add_parts"
+        total = torch.empty(SKETCH_NUMEL, device=device)
+        add_parts_(total, partial, memory)
         name = "scale"
         scale_(memory, step, factor.to(device))
     except Exception as error:
@@ -88,6 +91,7 @@ def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: St
     _compare("gather", "the gradient", flat, gradient * factor, device)
     # The sketch was made of gradients as they were before they were scaled.
     _compare("sketch", "the sketch", partial.sum(dim=0), _sketch(expected_step, expected_draws), device, SKETCH_TOLERANCE)
+    _compare("add_parts", "a sum", total, partial[0].cpu() + partial[1].cpu(), device)
     for p, (one, other) in enumerate(zip(step.gradients, expected_step.gradients, strict=True)):
         if one is not None and other is not None:
             _compare("scale", f"gradient {p}", one, other * factor, device)

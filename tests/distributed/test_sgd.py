@@ -420,12 +420,45 @@ def test_before_the_first_average_a_resumed_run_still_asks_who_is_live():
     run_threads(2, fn)
 
 
-def test_schedules_of_all_combinations_have_finite_numbers():
-    """Every option of torch's constructor at once: what is not refused makes steps."""
+def test_a_run_of_one_rank_resumed_on_two_leaves_alone_what_never_had_a_gradient():
+    def gradients(step, rank):
+        each = gradients_of(step, rank, torch.float32)
+        each[3][:70] = 0.0
+        return each
+
+    def alone(communicator):
+        params = params_of(torch.float32)
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        compressed = compress(optimizer, communicator)
+        for step in range(3):
+            make_step(compressed, params, gradients(step, 0))
+        shared = compressed.shared_state()
+        state = copy.deepcopy(optimizer.state_dict())
+        return {"params": [p.detach() for p in params], "optimizer": state, "shared": [shared[p] for p in params]}
+
+    (saved,) = run_threads(1, alone)
+
+    def fn(communicator):
+        params, _, compressed = resumed(saved, communicator, momentum=0.9)
+        for step in range(3, 6):
+            make_step(compressed, params, gradients(step, communicator.rank))
+        assert torch.equal(params[3][:70], saved["params"][3][:70])
+        assert (params[3][70:] != saved["params"][3][70:]).all()
+
+    run_threads(2, fn)
+
+
+def test_every_combination_makes_steps_whatever_torchs_implementation_would_be():
+    """What torch's constructor allows; torch's own step is not called, so ``fused`` and ``foreach`` change no bit."""
+
+    def train(options):
+        return run_threads(2, lambda communicator: saved_run(communicator, 3, **options))[0]["params"]
+
     for momentum, dampening, nesterov in itertools.product((0.0, 0.9), (0.0, 0.5), (False, True)):
         if nesterov and (not momentum or dampening):
             continue  # torch refuses it
-        saved = run_threads(
-            2, lambda c, o=(momentum, dampening, nesterov): saved_run(c, 3, momentum=o[0], dampening=o[1], nesterov=o[2])
-        )[0]
-        assert all(bool(x.isfinite().all()) for x in saved["params"])
+        options = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        params = train(options)
+        assert all(bool(x.isfinite().all()) for x in params)
+        for implementation in ("fused", "foreach"):
+            assert all(torch.equal(a, b) for a, b in zip(params, train({**options, implementation: True}), strict=True))

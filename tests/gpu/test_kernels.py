@@ -28,19 +28,21 @@ from buckets import (
     random_step,
     seeded,
 )
-from lightning_onebit.flat import flat_view
 
 from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.clipping import NormSketch
+from lightning_onebit.flat import flat_view
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
 pytest.importorskip("triton")
 from interpreter import patch_once
+from work_counter import NoKernel, replace_kernels
 
+from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables
 from lightning_onebit.quantize import triton as triton_kernels
-from lightning_onebit.quantize import triton_check, triton_gradients, triton_tables
 from lightning_onebit.quantize.triton import TritonKernels
-from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_
+from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
 from lightning_onebit.quantize.triton_tables import count_launches, tables_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -422,29 +424,9 @@ def test_parameters_of_several_dtypes_are_refused():
 # ---- launches, and copies to the device
 
 
-class NoKernel:
-    """Stands for a kernel, whose launches it counts."""
-
-    def __init__(self, name):
-        self.__name__, self.launches = name, 0
-
-    def __getitem__(self, grid):
-        def call(*arguments, **constants):
-            self.launches += 1
-
-        return call
-
-
 @pytest.fixture
 def no_kernels(monkeypatch):
-    kernels = {}
-    for module, name in (
-        (triton_kernels, "_encode_kernel"), (triton_kernels, "_serve_kernel"), (triton_kernels, "_apply_kernel"),
-        (triton_gradients, "_gather_kernel"), (triton_gradients, "_scale_kernel"), (triton_gradients, "_sketch_kernel"),
-    ):  # fmt: skip
-        kernels[name] = NoKernel(name)
-        monkeypatch.setattr(module, name, kernels[name])
-    return kernels
+    return replace_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("tensors", [4, 400, 4000])
@@ -463,6 +445,7 @@ def test_one_launch_each_whatever_the_number_of_tensors(no_kernels, tensors, ran
             gather_(torch.zeros(layout.flat_numel, device=DEVICE), memory, step)
             scale_(memory, step, torch.ones((), device=DEVICE))
             sketch_(torch.zeros(4, 64, device=DEVICE), memory, step, draws, places)
+            add_parts_(torch.zeros(64, device=DEVICE), torch.zeros(ranks, 64, device=DEVICE), memory)
     assert counted == {name: len(layouts) for name in no_kernels}
     assert {kernel.launches for kernel in no_kernels.values()} == {len(layouts)}
 
@@ -582,16 +565,32 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_gather_kernel",
         "_scale_kernel",
         "_sketch_kernel",
+        "_add_parts_kernel",
     }
 
 
-@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch"])
+@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts"])
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
     for _ in range(2):  # the verdict is kept
         with pytest.raises(triton_check.KernelMismatchError, match=f"Triton's kernel '{name}' .* on {DEVICE}"):
             triton_check.check_kernels(DEVICE)
+
+
+def test_a_triton_that_computes_something_else_is_not_used_and_it_is_said(unchecked, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_serve_kernel", NoKernel("serve"))
+    # As where there is a GPU; the check itself runs here.
+    monkeypatch.setattr(triton_check, "check_kernels", lambda device, check=triton_check.check_kernels: check(DEVICE))
+    with pytest.warns(UserWarning, match="'serve' differs from the reference"):
+        kernels = make_kernels(CompressionConfig(), device=torch.device("cuda"), dtype=torch.float32)
+    assert kernels.name == "reference"
+
+
+def test_the_kernels_are_used_where_they_pass(monkeypatch):
+    monkeypatch.setattr(triton_check, "check_kernels", lambda device: None)
+    kernels = make_kernels(CompressionConfig(scale="l1"), device=torch.device("cuda"), dtype=torch.float32)
+    assert (kernels.name, kernels.scale, kernels.reads_flags_on_device) == ("triton", "l1", True)
 
 
 # ---- on a GPU only

@@ -209,6 +209,7 @@ MISMATCHES = {
         says(f"{GROUP} 0, betas", (0.9, 0.999), (0.9, 0.99)),
     ),
     "AdamW": (configure(made_by(torch.optim.AdamW)), says("optimizer 0", ADAM, "torch.optim.adamw.AdamW")),
+    "SGD": (configure(made_by(torch.optim.SGD)), says("optimizer 0", ADAM, "torch.optim.sgd.SGD")),
     "RMSprop": (
         configure(made_by(torch.optim.RMSprop)),
         "rank 1: ValueError: The optimizer torch.optim.rmsprop.RMSprop cannot be",

@@ -10,20 +10,21 @@ import pytest
 import torch
 from ranks import run_ranks, run_trainers
 from test_engine import WARMUP_STEPS, compressed_steps, freeze, gradient, make_optimizer, params_of, warm_up
+from thread_ranks import ThreadCommunicator, exchange_groups, run_threads
 from torch import nn
 from torch.nn import functional as F
 from trainers import Classifier, adam, fit, make_trainer, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
-from lightning_onebit.comm.compressed_allreduce import CompressedBucket
-from lightning_onebit.comm.exchanger import Lane
+from lightning_onebit.comm.exchanger import ThreadExchanger
 from lightning_onebit.comm.groups import new_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine import frozen
+from lightning_onebit.engine import buckets as engine_buckets
+from lightning_onebit.engine import optimizer as engine_optimizer
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.quantize.reference import ReferenceCodec
+from lightning_onebit.quantize.reference import ReferenceKernels
 
 STEPS = 30
 
@@ -56,18 +57,25 @@ def some_late(rank, step, index, shape, dtype=torch.float64):
     return g
 
 
-def train(rank, overlap, gradient, kind=torch.optim.AdamW, optimizer_options=None, **config):
+def groups_of(communicator):
+    """Process groups that the exchanger's thread has for itself."""
+    if isinstance(communicator, ThreadCommunicator):
+        return exchange_groups(communicator)
+    return new_groups(Topology(num_nodes=communicator.world_size, node_rank=communicator.rank), None)
+
+
+def train(communicator, overlap, gradient, kind=torch.optim.AdamW, optimizer_options=None, **config):
     """Everything that a run leaves behind, after each step."""
     optimizer = make_optimizer(kind, torch.float32, **(optimizer_options or {}))
     warm_up(optimizer, WARMUP_STEPS, 2, gradient)
-    lane = Lane()
+    rank, exchanger = communicator.rank, ThreadExchanger()
     compressed = CompressedOptimizer(
         optimizer,
         CompressionConfig(**config),
-        Communicator(),
+        communicator,
         {},
-        groups=new_groups(Topology(num_nodes=2, node_rank=rank), None),
-        lane=lane,
+        groups=groups_of(communicator),
+        exchanger=exchanger,
         overlap=overlap,
     )
     # Ranks see gradients become ready in different orders and portions, and of some they never hear.
@@ -85,7 +93,7 @@ def train(rank, overlap, gradient, kind=torch.optim.AdamW, optimizer_options=Non
         history.append(
             [torch.tensor(stepped), *(p.detach().clone() for p in params), *state, *compressed.outstanding().values()]
         )
-    lane.close()
+    exchanger.close()
     return history
 
 
@@ -93,25 +101,35 @@ def train(rank, overlap, gradient, kind=torch.optim.AdamW, optimizer_options=Non
 @pytest.mark.parametrize("gradient", [every_gradient, some_missing, some_not_finite, some_late])
 @pytest.mark.parametrize("bucket_cap_mb", [0.0005, 0.001, None])
 def test_overlapped_equals_deferred_bitwise(space, gradient, bucket_cap_mb):
-    def fn(rank):
+    def fn(communicator):
         deferred, overlapped = (
-            train(rank, overlap, gradient, space=space, bucket_cap_mb=bucket_cap_mb, block_size=16)
+            train(communicator, overlap, gradient, space=space, bucket_cap_mb=bucket_cap_mb, block_size=16)
             for overlap in (False, True)
         )
         assert same_params(overlapped, deferred)
         return sum(not stepped for stepped, *_ in overlapped)
 
-    skipped = run_ranks(2, fn)
+    skipped = run_threads(2, fn)
     assert skipped == [3 if gradient is some_not_finite else 0] * 2
+
+
+def test_on_gloo_overlapped_equals_deferred_bitwise():
+    def fn(rank):
+        runs = (
+            train(Communicator(), overlap, some_missing, block_size=16, bucket_cap_mb=0.001) for overlap in (False, True)
+        )
+        assert same_params(*runs)
+
+    run_ranks(2, fn)
 
 
 @pytest.mark.parametrize("options", [{"maximize": True}, {"weight_decay": 0.1}])
 def test_coupled_decay_and_maximize_overlap_too(options):
-    def fn(rank):
-        runs = (train(rank, overlap, every_gradient, torch.optim.Adam, options) for overlap in (False, True))
+    def fn(communicator):
+        runs = (train(communicator, overlap, every_gradient, torch.optim.Adam, options) for overlap in (False, True))
         assert same_params(*runs)
 
-    run_ranks(2, fn)
+    run_threads(2, fn)
 
 
 def test_a_step_that_is_taken_back_leaves_all_state_untouched():
@@ -122,11 +140,10 @@ def test_a_step_that_is_taken_back_leaves_all_state_untouched():
         list(compressed_steps(optimizer, compressed, rank, range(10, 15)))
 
         def state():
-            tensors = [*params_of(optimizer), *(t for s in optimizer.state.values() for t in s.values())]
-            buffers = [bucket.buffers for pipeline in compressed._pipelines for bucket in pipeline._buckets]
-            results = [pipeline._buckets[0].result(0).signs for pipeline in compressed._pipelines]
-            errors = [error for b in buffers for error in (b.worker_error, b.server_error)]
-            return [t.detach().clone() for t in (*tensors, *errors, *results)]
+            memories = [memory for each in compressed._sets for memory in each.buckets.memories]
+            tensors = [t for m in memories for t in (m.error, m.server_error, m.rms, m.result)]
+            stock = [t for entry in optimizer.state_dict()["state"].values() for t in entry.values()]
+            return [t.detach().clone() for t in (*params_of(optimizer), *tensors, *stock)]
 
         before = state()
         for index, p in enumerate(params_of(optimizer)):
@@ -249,16 +266,16 @@ def test_the_first_bucket_is_sent_before_backward_ends():
 
     def fn(rank):
         events = []
-        exchange = CompressedBucket.exchange_
+        exchange = engine_optimizer.exchange_
 
-        def noting(self, *args, **kwargs):
+        def noting(*args, **kwargs):
             events.append("sent")
-            exchange(self, *args, **kwargs)
+            exchange(*args, **kwargs)
 
-        CompressedBucket.exchange_ = noting
+        engine_optimizer.exchange_ = noting
 
         class Slow(torch.autograd.Function):
-            """Before the first layer's gradient, long enough for the lane to begin."""
+            """Before the first layer's gradient, long enough for the exchanger's thread to begin."""
 
             @staticmethod
             def forward(ctx, x):
@@ -361,18 +378,18 @@ def test_the_choice_is_said_once_with_its_reason(caplog):
 @pytest.mark.parametrize(("rank_to_fail", "step_to_fail", "bucket_to_fail"), [(0, 0, 0), (1, 2, 1), (1, 3, 2)])
 def test_an_exception_in_an_exchange_ends_every_rank_with_the_cause(overlap, rank_to_fail, step_to_fail, bucket_to_fail):
     def fn(rank):
-        exchange, calls, buckets = CompressedBucket.exchange_, {}, []
+        exchange, calls, buckets = engine_optimizer.exchange_, {}, []
 
-        def failing(self, *args, **kwargs):
-            if self not in buckets:
-                buckets.append(self)
-            step = calls[self] = calls.get(self, -1) + 1
-            here = (self.groups.topology.rank, step, buckets.index(self))
+        def failing(memory, groups, *args, **kwargs):
+            if memory not in buckets:
+                buckets.append(memory)
+            step = calls[memory] = calls.get(memory, -1) + 1
+            here = (groups.topology.rank, step, buckets.index(memory))
             if here == (rank_to_fail, step_to_fail, bucket_to_fail):
                 raise OSError("injected")
-            exchange(self, *args, **kwargs)
+            exchange(memory, groups, *args, **kwargs)
 
-        CompressedBucket.exchange_ = failing
+        engine_optimizer.exchange_ = failing
         started = time.monotonic()
         message = "injected" if rank == rank_to_fail else "A compressed exchange failed|Connection closed|Connection reset"
         strategy = OneBitDDPStrategy(block_size=16, bucket_cap_mb=0.001, overlap=overlap)
@@ -383,10 +400,10 @@ def test_an_exception_in_an_exchange_ends_every_rank_with_the_cause(overlap, ran
     run_trainers(2, fn)
 
 
-def test_the_codec_in_use_is_said(caplog, monkeypatch):
-    def fn(rank, codec):
-        if codec == "reference":
-            monkeypatch.setattr(frozen, "make_codec", lambda config, **_: ReferenceCodec(block_size=config.block_size))
+def test_the_kernels_in_use_are_said(caplog, monkeypatch):
+    def fn(rank, kernels):
+        if kernels == "reference":
+            monkeypatch.setattr(engine_buckets, "make_kernels", lambda config, **_: ReferenceKernels(scale=config.scale))
         caplog.clear()
         with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -394,7 +411,7 @@ def test_the_codec_in_use_is_said(caplog, monkeypatch):
         slow = [w for w in caught if "no fast codec for this device" in str(w.message)]
         return [r.message for r in caplog.records if "compressing with the codec" in r.message], len(slow)
 
-    fast, slow = (run_trainers(2, fn, codec)[0] for codec in ("cpu", "reference"))
+    fast, slow = (run_trainers(2, fn, kernels)[0] for kernels in ("cpu", "reference"))
     assert fast == (["OneBitDDPStrategy: compressing with the codec 'cpu'."], 0)
     assert slow == (["OneBitDDPStrategy: compressing with the codec 'reference'."], 1)
 

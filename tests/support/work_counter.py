@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.quantize import triton_tables
@@ -124,13 +123,12 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, counter = kwargs or {}, self._counter
         out = func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = list(_tensors_of((*args, *kwargs.values())))
         on_host = all(counter.is_host(x) for x in tensors) if tensors else kwargs.get("generator") is not None
         name = func._schema.name.split("::")[1]
         if on_host:
-            for x in tree_leaves(out):
-                if isinstance(x, torch.Tensor):
-                    counter.mark(x, host=True)
+            for x in _tensors_of((out,)):
+                counter.mark(x, host=True)
         elif func.namespace == "aten":
             if name.startswith(WAITS):
                 counter.note("wait", name)
@@ -138,6 +136,14 @@ class _Operations(TorchDispatchMode):
                 times = len(args[0]) if name.startswith("_foreach") else 1
                 counter.note("launch", name, times)
         return out
+
+
+def _tensors_of(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_of(value)
 
 
 class _Functions(TorchFunctionMode):

@@ -12,20 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from buckets import random_layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_onebit.quantize.encoded import Encoded
 from torch import nn
 
 from lightning_onebit.checkpoint.parts import PROBLEMS, PartError, Parts
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PartContent, load_errors, read_header, restore, shared_state
+from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.quantize.cpu import CpuCodec
-from lightning_onebit.quantize.layout import num_blocks, sign_nbytes
-from lightning_onebit.quantize.reference import ReferenceCodec
+from lightning_onebit.engine.ranges import ElementRange, add_ranges_
+from lightning_onebit.quantize.cpu import CpuKernels
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference import ReferenceKernels
 
 GUARD = 64
 """Elements on either side that nobody may touch."""
@@ -34,58 +36,76 @@ GUARD = 64
 # The wire
 
 
-def message_of(numel):
-    size = sign_nbytes(numel) + 4 * num_blocks(numel, 16)
-    return st.tuples(st.just(numel), st.binary(min_size=size, max_size=size))
+NUMELS = [37, 0, 3, 160]
+NUM_RANKS = 3
+
+(LAYOUT,) = random_layouts(NUMELS, block_size=16, num_chunks=NUM_RANKS)
+any_messages = st.binary(min_size=LAYOUT.message_nbytes, max_size=LAYOUT.message_nbytes)
 
 
-messages = st.integers(0, 200).flatmap(message_of)
+def both_kernels():
+    return ReferenceKernels(), CpuKernels(block_size=16, dtype=torch.float32)
 
 
-def received(message):
-    numel, content = message
-    scales = torch.from_numpy(np.frombuffer(content[: 4 * num_blocks(numel, 16)], np.float32).copy())
-    signs = torch.from_numpy(np.frombuffer(content[4 * num_blocks(numel, 16) :], np.uint8).copy())
-    return Encoded(signs=signs, scales=scales)
+def make_memory():
+    return BucketMemory(
+        LAYOUT,
+        share=range(NUM_RANKS),
+        chunk=1,
+        has_rms=False,
+        keeps_before=True,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
 
 
-def guarded(numel):
-    memory = torch.full((numel + 2 * GUARD,), 7.0)
-    return memory, memory[GUARD : GUARD + numel]
+def guarded_step():
+    """Parameters with other memory around them, and a step that makes them the average: x = 0 x + u."""
+    memories = [torch.full((numel + 2 * GUARD,), 7.0) for numel in NUMELS]
+    params = [memory[GUARD : GUARD + numel] for memory, numel in zip(memories, NUMELS, strict=True)]
+    return memories, StepInputs(
+        params=params,
+        gradients=[None] * len(NUMELS),
+        numbers=np.array([Coefficients(beta=0.0, weight=1.0, shrink=0.0, step_size=-1.0)] * len(NUMELS)),
+        flags=torch.tensor([0] + [1] * len(NUMELS), dtype=torch.int32),
+    )
 
 
-@settings(max_examples=200, deadline=None)
-@given(message=messages)
-def test_any_message_decodes_to_its_scales_with_signs(message):
-    """Infinite and NaN scales as well; nothing beyond the segment is written. All codecs agree."""
-    numel = message[0]
-    encoded = received(message)
+def as_message(content):
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=any_messages)
+def test_any_message_decodes_to_its_scales_with_signs(content):
+    """Infinite and NaN scales as well; nothing beyond the parameters is written. All kernels agree."""
     results = []
-    for codec in (ReferenceCodec(block_size=16), CpuCodec(block_size=16, scale="l2", max_numel=4096, dtype=torch.float32)):
-        memory, out = guarded(numel)
-        codec.decode_(out, encoded)
-        assert (memory[:GUARD] == 7).all()
-        assert (memory[GUARD + numel :] == 7).all()
-        results.append(out.clone())
-    expected = encoded.scales.abs().repeat_interleave(16)[:numel]
+    for kernels in both_kernels():
+        memory, (memories, step) = make_memory(), guarded_step()
+        memory.result.copy_(as_message(content))
+        kernels.apply_(memory, 0, step, commit=False)
+        for each in memories:
+            assert (each[:GUARD] == 7).all()
+            assert (each[len(each) - GUARD :] == 7).all()
+        results.append(torch.cat(list(step.params)))
+    scales = as_message(content).view(torch.float32)[torch.from_numpy(LAYOUT.scale_byte // 4)]
+    expected = scales.abs().repeat_interleave(torch.from_numpy(LAYOUT.numel))
     for result in results:
         assert torch.equal(result.abs().nan_to_num(-1), expected.nan_to_num(-1))
     assert torch.equal(results[0].nan_to_num(-1), results[1].nan_to_num(-1))
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=st.data(), numel=st.integers(1, 200))
-def test_a_server_takes_any_messages(data, numel):
-    """Or refuses them; and it writes into the memory of this segment only."""
-    contents = [received(data.draw(message_of(numel))) for _ in range(3)]
-    for codec in (ReferenceCodec(block_size=16), CpuCodec(block_size=16, scale="l2", max_numel=4096, dtype=torch.float32)):
-        memory, error = guarded(numel)
-        error.zero_()
-        sent = Encoded(signs=torch.zeros(sign_nbytes(numel), dtype=torch.uint8), scales=torch.zeros(num_blocks(numel, 16)))
+@given(content=any_messages)
+def test_a_server_takes_any_messages(content):
+    """Or refuses them; the message that it sends lies within its own chunk, and its bits are those of the reference."""
+    for kernels in both_kernels():
+        memory, (_, step) = make_memory(), guarded_step()
+        memory.received.copy_(as_message(content))
         with suppress(FloatingPointError):  # infinite scales: the one documented error
-            codec.encode_mean_(error, error, contents, sent)
-        assert (memory[:GUARD] == 7).all()
-        assert (memory[GUARD + numel :] == 7).all()
+            kernels.serve_(memory, step, commit=False)
+        assert not memory.server_error.any()
+        assert not memory.result.any()
 
 
 # Parts of a checkpoint
@@ -321,11 +341,12 @@ def test_what_would_be_dangerous_is_refused(entry, name, value):
         read_header({**entry, name: value})
 
 
-def test_runs_meet_where_they_overlap():
-    a, b = Run(10, torch.arange(10.0)), Run(15, torch.arange(100.0, 110.0))
-    own, other = a.overlap(b)
-    assert (own.tolist(), other.tolist()) == ([5, 6, 7, 8, 9], [100, 101, 102, 103, 104])
-    for run in (Run(20, torch.ones(3)), Run(0, torch.ones(10)), Run(12, torch.ones(0))):
-        assert [len(part) for part in a.overlap(run)] == [0, 0]
-    own += 1
-    assert a.values[5] == 6
+def test_ranges_are_added_where_they_overlap():
+    target = ElementRange(10, torch.zeros(10))
+    sources = [
+        ElementRange(15, torch.arange(100.0, 110.0)),
+        ElementRange(0, torch.ones(12)),
+        ElementRange(20, torch.ones(3)),
+    ]
+    add_ranges_([target, ElementRange(30, torch.zeros(2))], [*sources, ElementRange(12, torch.ones(0))])
+    assert target.values.tolist() == [1, 1, 0, 0, 0, 100, 101, 102, 103, 104]

@@ -257,14 +257,13 @@ spanned = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(spanned, st.sampled_from([8, 2048, 16384]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
-def test_spans_cover_all_blocks_and_join_only_small_parameters_of_one_group(numels, block_size, ranks, groups, first_chunk):
+@given(spanned, st.sampled_from([8, 2048, 16384]), st.integers(1, 3), st.integers(1, 3))
+def test_spans_cover_all_blocks_and_join_only_small_parameters(numels, block_size, ranks, first_chunk):
     layouts = plan_buckets(numels, block_size=block_size, num_chunks=ranks, bucket_numel=10**6)
-    group_of = [p * groups // len(numels) for p in range(len(numels))]
     for layout in layouts:
         chunks = range(min(first_chunk, ranks) - 1, ranks)
         chunk_of = {block: chunk for chunk in chunks for block in blocks_of_chunk(layout, chunk)}
-        spans = layout.spans(chunks, numels, group_of)
+        spans = layout.spans(chunks, numels)
         assert [block for span in spans for block in range(span.first, span.last)] == list(chunk_of)
         for span in spans:
             blocks = range(span.first, span.last)
@@ -274,7 +273,6 @@ def test_spans_cover_all_blocks_and_join_only_small_parameters_of_one_group(nume
             assert span.is_packed == (numels[span.parameters[0]] <= SMALL_NUMEL)
             if len(span.parameters) > 1:
                 assert all(numels[p] <= SMALL_NUMEL for p in span.parameters)
-                assert len({group_of[p] for p in span.parameters}) == 1
         for span, after in pairwise(spans):  # none could be longer
             both = {*span.parameters, *after.parameters}
             numel = int(layout.offset[after.first + 1] - layout.offset[span.first])
@@ -282,7 +280,6 @@ def test_spans_cover_all_blocks_and_join_only_small_parameters_of_one_group(nume
                 chunk_of[span.first] != chunk_of[after.first]
                 or numel > SPAN_NUMEL
                 or any(numels[p] > SMALL_NUMEL for p in both)
-                or len({group_of[p] for p in both}) > 1
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_onebit.engine.clipping import NormSketch
+from lightning_onebit.engine.clipping import NormSketch, sketch_numel
 
 CPU = torch.device("cpu")
 
@@ -108,3 +108,11 @@ def test_shapes_and_dtypes():
 
 def test_nonfinite_values_show():
     assert not torch.isfinite(sketch_of([torch.tensor([1.0, float("nan")])]).norm())
+
+
+@pytest.mark.parametrize(
+    ("numel", "k"),
+    [(0, 256), (1000, 256), (300_000, 256), (524_288, 512), (3_200_000, 2048), (2**24, 16384), (10**9, 16384)],
+)
+def test_the_size_follows_that_of_the_model(numel, k):
+    assert sketch_numel(numel) == k

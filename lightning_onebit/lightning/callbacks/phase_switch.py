@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
+from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
 
 
@@ -25,6 +26,9 @@ class PhaseSwitch(Callback):
 
     Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step.
     The strategy adds one with the default criterion if the Trainer has none.
+
+    A run whose optimizers have no second moment (SGD) starts compressed, unless the criterion is a ``FixedStep``. Beside
+    an Adam, SGD is switched with it.
 
     With several optimizers, the steps that count are those of the one that has made fewest, of those that can be
     compressed. After ``strategy.resume_warmup()`` steps are counted anew.
@@ -71,7 +75,9 @@ class PhaseSwitch(Callback):
         if strategy.world_size == 1:
             return
         self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
-        if strategy.phase is Phase.WARMUP:
+        if self._needs_no_warmup(strategy):
+            self._freeze_at_once(strategy)
+        elif strategy.phase is Phase.WARMUP:
             for remark in self._plan.remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
@@ -82,6 +88,9 @@ class PhaseSwitch(Callback):
         if strategy.phase is Phase.COMPRESSED:
             # Another warm-up would begin here.
             self._start, self._last_step = strategy.optimizer_steps, 0
+            return
+        if self._needs_no_warmup(strategy):  # somebody has resumed it, as parameters were added perhaps
+            self._freeze_at_once(strategy)
             return
         if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
             self._start = 0
@@ -102,11 +111,25 @@ class PhaseSwitch(Callback):
             if verdict is not None:
                 announce = rank_zero_warn if verdict.forced else rank_zero_info
                 anew = f" (step {step} of this warm-up)" if self._start else ""
-                announce(
-                    f"{type(self).__name__}: freezing the second moment after step {strategy.optimizer_steps}{anew}:"
-                    f" {verdict.reason}."
+                what = (
+                    "freezing the second moment" if any(map(needs_warmup, strategy.compressed_optimizers)) else "compressing"
                 )
+                announce(f"{type(self).__name__}: {what} after step {strategy.optimizer_steps}{anew}: {verdict.reason}.")
             self._history = []
+            strategy.freeze_variance()
+
+    def _needs_no_warmup(self, strategy: TwoPhaseStrategy) -> bool:
+        optimizers = strategy.compressed_optimizers
+        return self.criterion.judges_second_moment and bool(optimizers) and not any(map(needs_warmup, optimizers))
+
+    def _freeze_at_once(self, strategy: TwoPhaseStrategy) -> None:
+        """Without a second moment all ranks know alike that there is nothing to wait for. Collective."""
+        if strategy.phase is Phase.WARMUP:
+            kinds = " and ".join(sorted({type(optimizer).__name__ for optimizer in strategy.compressed_optimizers}))
+            rank_zero_info(
+                f"{type(self).__name__}: {kinds} has no second moment that must settle first: compressing from step"
+                f" {strategy.optimizer_steps + 1} on. HINT: PhaseSwitch(criterion=FixedStep(n)) makes n dense steps before."
+            )
             strategy.freeze_variance()
 
     @override
@@ -144,30 +167,33 @@ class PhaseSwitch(Callback):
 
 
 def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
-    """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it."""
+    """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it.
+
+    The learning rate is that of optimizers with a second moment; if there are none, of all.
+    """
     name_of = {p: name for name, p in module.named_parameters()}
-    param_groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     names: list[str] = []
     norms: list[Tensor] = []
-    corrections: list[float] = []
-    for optimizer, group in param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if "exp_avg_sq" in state and float(state["step"]) > 0:
-                names.append(name_of.get(p, f"parameter {len(names)}"))
-                norms.append(state["exp_avg_sq"].sum(dtype=torch.float32))
-                corrections.append(1.0 - float(group["betas"][1]) ** float(state["step"]))
+    for optimizer in optimizers:
+        method = method_for(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                second_moment = method.second_moment(optimizer.state.get(p, {}), group)
+                if second_moment is not None:
+                    names.append(name_of.get(p, f"parameter {len(names)}"))
+                    norms.append(second_moment.sum(dtype=torch.float32))
     values = torch.stack(norms).tolist() if norms else []
+    judged = [optimizer for optimizer in optimizers if needs_warmup(optimizer)] or optimizers
     return Observation(
         step=step,
-        variances={n: value / correction for n, value, correction in zip(names, values, corrections, strict=True)},
-        learning_rate=max((float(group["lr"]) for _, group in param_groups), default=0.0),
+        variances=dict(zip(names, values, strict=True)),
+        learning_rate=max((float(group["lr"]) for o in judged for group in o.param_groups), default=0.0),
     )
 
 
 def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
     """The decay of the second moment that averages over most steps."""
-    return max((float(group["betas"][1]) for o in optimizers for group in o.param_groups), default=0.0)
+    return max((method_for(o).second_moment_decay(group) for o in optimizers for group in o.param_groups), default=0.0)
 
 
 def _total_steps(trainer: pl.Trainer) -> float:

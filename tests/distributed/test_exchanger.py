@@ -1,4 +1,4 @@
-"""The thread that exchanges: order, failures, and that it changes no result."""
+"""What carries out exchanges beside other work: order, failures, and that it changes no result."""
 
 import contextlib
 import threading
@@ -6,85 +6,83 @@ import time
 
 import pytest
 import torch
-from ranks import run_ranks, run_trainers
+from ranks import run_trainers
 from test_engine import WARMUP_STEPS, compressed_steps, make_optimizer, params_of, warm_up
+from thread_ranks import exchange_groups, run_threads
 from trainers import fit
 
 from lightning_onebit import FixedStep, PhaseSwitch
-from lightning_onebit.comm.exchanger import InlineLane, Lane, StreamLane, make_lane
-from lightning_onebit.comm.groups import new_groups
-from lightning_onebit.comm.primitives import Communicator
-from lightning_onebit.comm.topology import Topology
+from lightning_onebit.comm.exchanger import InlineExchanger, StreamExchanger, ThreadExchanger, make_exchanger
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 
 
 @pytest.fixture
-def lane():
-    lane = Lane()
-    yield lane
-    lane.close()
-    assert not lane._thread.is_alive()
+def exchanger():
+    exchanger = ThreadExchanger()
+    yield exchanger
+    exchanger.close()
+    assert not exchanger._thread.is_alive()
 
 
-def test_works_in_order_and_in_another_thread(lane):
+def test_works_in_order_and_in_another_thread(exchanger):
     done = []
 
     def work(i):
         time.sleep(0.01 * (3 - i))
         done.append((i, threading.current_thread().name))
 
-    tickets = [lane.submit(lambda i=i: work(i)) for i in range(3)]
-    tickets[-1].wait()
-    assert done == [(i, "onebit-lane") for i in range(3)]
-    assert all(ticket.done() for ticket in tickets)
+    exchanges = [exchanger.submit(lambda i=i: work(i)) for i in range(3)]
+    exchanges[-1].wait()
+    assert done == [(i, "onebit-exchanger") for i in range(3)]
+    assert all(exchange.done() for exchange in exchanges)
 
 
-def test_a_failure_reaches_the_waiting_thread_and_all_later_work_fails_with_it(lane):
+def test_a_failure_reaches_the_waiting_thread_and_all_later_work_fails_with_it(exchanger):
     done = []
 
     def fail():
         raise OSError("the cable is unplugged")
 
-    tickets = [lane.submit(work) for work in (lambda: done.append(1), fail, lambda: done.append(2))]
-    tickets[0].wait()
-    for ticket in tickets[1:]:
+    exchanges = [exchanger.submit(work) for work in (lambda: done.append(1), fail, lambda: done.append(2))]
+    exchanges[0].wait()
+    for exchange in exchanges[1:]:
         with pytest.raises(RuntimeError, match="the cable is unplugged") as info:
-            ticket.wait()
+            exchange.wait()
         assert isinstance(info.value.__cause__, OSError)
     assert done == [1]
 
 
-def test_inline_lane_has_done_it_when_it_returns():
+def test_inline_exchanger_has_done_it_when_it_returns():
     done = []
-    ticket = InlineLane().submit(lambda: done.append(1))
+    exchange = InlineExchanger().submit(lambda: done.append(1))
     assert done == [1]
-    assert ticket.done()
+    assert exchange.done()
 
     def fail():
         raise ValueError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        InlineLane().submit(fail).wait()
+        InlineExchanger().submit(fail).wait()
 
 
 @pytest.mark.parametrize("bucket_cap_mb", [0.0005, 0.002, None])
 @pytest.mark.parametrize("space", ["update", "momentum"])
 def test_the_thread_changes_no_bit(bucket_cap_mb, space):
-    def fn(rank, threaded):
+    def fn(communicator, threaded):
         optimizer = make_optimizer(torch.optim.AdamW, torch.float32)
         warm_up(optimizer, WARMUP_STEPS, 3)
         config = CompressionConfig(block_size=8, bucket_cap_mb=bucket_cap_mb, space=space)
-        lane = Lane() if threaded else InlineLane()
-        groups = new_groups(Topology(num_nodes=3, node_rank=rank), None) if threaded else None
-        compressed = CompressedOptimizer(optimizer, config, Communicator(), {}, groups=groups, lane=lane)
+        exchanger = ThreadExchanger() if threaded else InlineExchanger()
+        groups = exchange_groups(communicator) if threaded else None
+        compressed = CompressedOptimizer(optimizer, config, communicator, {}, groups=groups, exchanger=exchanger)
         history = []
-        for _ in compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 30)):
+        for _ in compressed_steps(optimizer, compressed, communicator.rank, range(WARMUP_STEPS, WARMUP_STEPS + 30)):
             history.append([p.detach().clone() for p in params_of(optimizer)])
-        lane.close()
+        exchanger.close()
         return history
 
-    for threaded, inline in zip(run_ranks(3, fn, True), run_ranks(3, fn, False), strict=True):
+    for threaded, inline in zip(run_threads(3, fn, True), run_threads(3, fn, False), strict=True):
         for a, b in zip(threaded, inline, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -92,7 +90,7 @@ def test_the_thread_changes_no_bit(bucket_cap_mb, space):
 def test_no_thread_is_left_after_a_fit():
     def fn(rank):
         fit("onebit_ddp", 2, callbacks=[PhaseSwitch(FixedStep(3))])
-        assert "onebit-lane" not in [thread.name for thread in threading.enumerate()]
+        assert "onebit-exchanger" not in [thread.name for thread in threading.enumerate()]
 
     run_trainers(2, fn)
 
@@ -143,35 +141,35 @@ def cuda(monkeypatch):
     return fake
 
 
-def test_stream_lane_orders_streams_and_never_blocks_the_host(cuda):
-    lane = StreamLane(torch.device("cuda", 0))
-    ticket = lane.submit(lambda: cuda.log.append(f"work on {cuda.current.name}"))
-    assert not ticket.done()
+def test_stream_exchanger_orders_streams_and_never_blocks_the_host(cuda):
+    exchanger = StreamExchanger(torch.device("cuda", 0))
+    exchange = exchanger.submit(lambda: cuda.log.append(f"work on {cuda.current.name}"))
+    assert not exchange.done()
     cuda.complete = True
-    assert ticket.done()
-    ticket.wait()
+    assert exchange.done()
+    exchange.wait()
     assert cuda.log == ["side waits for main", "work on side", "event on side", "main waits for what side had"]
 
 
-def test_stream_lane_fails_all_later_work_after_a_failure(cuda):
-    lane = StreamLane(torch.device("cuda", 0))
+def test_stream_exchanger_fails_all_later_work_after_a_failure(cuda):
+    exchanger = StreamExchanger(torch.device("cuda", 0))
 
     def fail():
         raise OSError("no route")
 
-    failed, later = lane.submit(fail), lane.submit(lambda: cuda.log.append("never"))
-    for ticket in (failed, later):
+    failed, later = exchanger.submit(fail), exchanger.submit(lambda: cuda.log.append("never"))
+    for exchange in (failed, later):
         with pytest.raises(RuntimeError, match="no route"):
-            ticket.wait()
+            exchange.wait()
     assert "never" not in cuda.log
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_stream_lane_on_a_gpu():
+def test_stream_exchanger_on_a_gpu():
     device = torch.device("cuda")
-    lane, source = make_lane(device), torch.randn(1 << 24, device=device)
+    exchanger, source = make_exchanger(device), torch.randn(1 << 24, device=device)
     result = torch.zeros_like(source)
     source.mul_(2)
-    ticket = lane.submit(lambda: result.copy_(source))
-    ticket.wait()
+    exchange = exchanger.submit(lambda: result.copy_(source))
+    exchange.wait()
     assert torch.equal(result, source)
