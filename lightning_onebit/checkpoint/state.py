@@ -221,7 +221,7 @@ def load_errors(
 
 
 def node_weights(topology: Topology, old: Topology) -> dict[int, float]:
-    """Whose worker errors and late second moments a node takes over, with which weights, so that the mean over all nodes stays what it was.
+    """Whose worker errors and late second moments a node takes over, weighted so that their means over all nodes stay.
 
     Args:
         topology: where this rank is now.

@@ -51,7 +51,7 @@ def test_a_stock_optimizer_goes_on_from_it(kind, options, dtype):
 
     def fn(rank):
         groups = flat_groups(Communicator())
-        optimizer = warmed_up(kind(parameters(dtype), lr=1e-2, **options), 2, gradient, steps=WARMUP_STEPS)
+        optimizer = warmed_up(kind(parameters(dtype), lr=0.1, **options), 2, gradient, steps=WARMUP_STEPS)
         expected = optimizer.state_dict()
         compressed = freeze(optimizer, groups)
         at_freeze = optimizer.state_dict()
@@ -72,7 +72,7 @@ def test_a_stock_optimizer_goes_on_from_it(kind, options, dtype):
                     assert (at_freeze["state"][i][name], now) == (WARMUP_STEPS, WARMUP_STEPS + 3)
 
         params = [nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
-        stock = kind(params, lr=1e-2, **options)
+        stock = kind(params, lr=0.1, **options)
         stock.load_state_dict(deepcopy(state))
         for index, p in enumerate(params):
             p.grad = gradient(0, 99, index, p.shape, p.dtype)

@@ -29,7 +29,7 @@ WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 BATCHES = 30
 FREEZE = 10
 REFRESH = 8
-"""Steps between refreshes where they matter, so that runs can be short: late coordinates wait at 15, and train from 17 on."""
+"""Steps between refreshes where they matter, for short runs: late coordinates wait at 15, and train from 17 on."""
 
 
 class Stepwise(Classifier):
@@ -224,7 +224,7 @@ ERRORS = "worker", "server"
 
 
 class Errors(pl.Callback):
-    """Errors and late second moments of this rank at the start of a run, dense, in a common order; zero where it has none."""
+    """Errors and late second moments of this rank at the start, dense, in a common order; zero where it has none."""
 
     def on_train_start(self, trainer, pl_module):
         (compressed,) = trainer.strategy._phases.compressed.values()

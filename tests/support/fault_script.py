@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from trainers import BATCH_SIZE, CLASSES, FEATURES, Classifier, data
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, PhaseSwitch
-from lightning_onebit.comm.compressed_allreduce import CompressedBucket
+from lightning_onebit.quantize.cpu import CpuKernels
 
 WARMUP_STEPS = 6
 PLACES = ("batch", "backward", "exchange", "save")
@@ -52,17 +52,17 @@ class Fault(pl.Callback):
                     time.sleep(0.5)  # threads are stopped one by one, this one perhaps a little later
 
     def setup(self, trainer, pl_module, stage):
-        served, save = CompressedBucket._served, trainer.strategy.save_checkpoint
+        serve, save = CpuKernels.serve_, trainer.strategy.save_checkpoint
 
-        def strike_and_serve(bucket, *args):
+        def strike_and_serve(kernels, *args, **kwargs):
             self.strike("exchange", trainer.global_step)
-            return served(bucket, *args)
+            serve(kernels, *args, **kwargs)
 
         def strike_and_save(*args, **kwargs):
             self.strike("save", trainer.global_step)
             return save(*args, **kwargs)
 
-        CompressedBucket._served = strike_and_serve  # between all-to-all and all-gather, in the thread that exchanges
+        CpuKernels.serve_ = strike_and_serve  # between all-to-all and all-gather, in the thread that exchanges
         trainer.strategy.save_checkpoint = strike_and_save
 
     def on_train_batch_start(self, trainer, *_):
