@@ -316,7 +316,12 @@ def train(backend: str, ranks: int, *, on_gpu: bool, sync_batchnorm: bool) -> di
     assert bool(state.isfinite().all())
     names = sorted({name for each in strategy._phases.compressed.values() for name in each.kernel_names})
     digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()
-    return {"parameters": digest, "steps": trainer.global_step, "kernels": names, "loss": float(trainer.callback_metrics["train_loss"])}
+    return {
+        "parameters": digest,
+        "steps": trainer.global_step,
+        "kernels": names,
+        "loss": float(trainer.callback_metrics["train_loss"]),
+    }
 
 
 LIGHTNING = ("torch", "numpy", "triton", "lightning", "torchmetrics")

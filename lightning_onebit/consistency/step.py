@@ -81,9 +81,7 @@ class StepAgreement:
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
         has_gradient = [p.grad is not None for p in self._parameters]
-        words = torch.tensor(
-            [skip, *has_gradient, self._digest, -self._digest, has_news, *self.requests], dtype=torch.int32
-        )
+        words = torch.tensor([skip, *has_gradient, self._digest, -self._digest, has_news, *self.requests], dtype=torch.int32)
         if self._device.type == "cuda":
             words = words.pin_memory()
         return words.to(self._device, non_blocking=True)

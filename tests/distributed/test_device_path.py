@@ -138,7 +138,9 @@ def test_overlapped_equals_deferred(monkeypatch, arguments):
     results = []
     use_triton(monkeypatch, LateReferenceKernels)
     for overlap in (False, True):
-        results.append(run_threads(2, lambda communicator, overlap=overlap: train(communicator, 5, overlap=overlap, **arguments)))
+        results.append(
+            run_threads(2, lambda communicator, overlap=overlap: train(communicator, 5, overlap=overlap, **arguments))
+        )
     for actual, expected in zip(*results, strict=True):
         same(actual, expected)
 
