@@ -6,9 +6,10 @@ encode  steps 1 and 2: divide by D, clamp, momentum, error, norm, signs, residua
 serve   step 4: decode n messages, average, error, norm, signs, residual, for 1/n of the elements
 apply   step 6: decode and add to the parameter
 
-Each is one call of the kernels for CPUs for a bucket of one large tensor, or of 400 small ones. Rates are of float32: 4 bytes
-per element. The roofline is the traffic with main memory that cannot be avoided, over the measured bandwidth of a copy.
-(A copy also loads what it overwrites: what works in place can do better than 100%.) On a GPU: benchmarks/gpu.py.
+Each is one call of the kernels for CPUs, for a bucket of one large tensor or of 400 small ones. Its time is that of the
+processor, so that what else runs on the machine counts little. Rates are of float32: 4 bytes per element. The roofline is
+the traffic with main memory that cannot be avoided, over the measured bandwidth of a copy. (A copy also loads what it
+overwrites: what works in place can do better than 100%.) On a GPU: benchmarks/gpu.py.
 """
 
 from __future__ import annotations

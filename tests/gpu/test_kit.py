@@ -56,7 +56,9 @@ def test_a_part_that_hangs_or_dies_fails_alone(monkeypatch, tmp_path):
     script = tmp_path / "part.py"
     monkeypatch.setattr(gpu, "__file__", str(script))
     script.write_text(
-        "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(9)'])\ntime.sleep(60)"
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "time.sleep(60)"
     )
     assert gpu.run_apart("check", 5.0, interpret=False) == {"status": "failed", "why": "not done within 5 s"}
     script.write_text("import os, sys\nsys.stderr.write('the reason')\nos.abort()")
