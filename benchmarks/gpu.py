@@ -1,10 +1,10 @@
 """What only a GPU can tell: kernels against the reference, their time against a copy, memory.
 
     python benchmarks/gpu.py --json > gpu.json
-    python benchmarks/gpu.py --interpret      the comparison alone, in Triton's interpreter, on a machine without a GPU
+    python benchmarks/gpu.py --interpret      the parts that Triton's interpreter can run, on a machine without a GPU
 
-Each part runs in a process of its own, with a limit of its own, all within 8 minutes, and says whether it passed. What a part
-needs and is not installed is named, and the part is skipped. The exit code is 0 only if every part has passed. Nothing
+Each part runs in a process of its own, with a limit of its own, all within 8 minutes, and says whether it passed. What a
+part needs and is not installed is named, and the part is skipped. The exit code is 0 only if every part has passed. Nothing
 is installed, and nothing but this machine reached.
 
 comparison    every bit of messages, errors, averages and parameters equals the reference's, on the CPU
@@ -13,8 +13,8 @@ bandwidth     time of each kernel on one bucket, against ``Tensor.copy_`` that m
 launching     time of the processor for a step of a bucket of 400 tensors, and kernels launched
 memory        bytes per element that stay allocated for a bucket, and what a step allocates besides
 graph         whether a CUDA graph of a step can be captured and replayed; either answer passes
-step          a compressed step with clipping of a model of BERT-large's 398 tensors, as rank 0 of 8 whose messages go nowhere:
-              launches and waits of the host by torch's profiler, time and memory per parameter beside AdamW's
+step          a compressed step with clipping of BERT-large's 398 tensors, as rank 0 of 8 whose messages go nowhere: launches
+              and waits of the host by torch's profiler, time and memory per parameter beside AdamW's
 trainer       a Trainer's run on two ranks over gloo, both on the one GPU: all ranks hold the same bits
 syncbn        the same with SyncBatchNorm
 nccl          a Trainer's run on one rank over NCCL

@@ -66,7 +66,7 @@ class LateCoordinates:
         self.second_moment = torch.zeros(self._own.stop - self._own.start, dtype=self.memory.dtype, device=places.device)
 
     def _locate_(self) -> None:
-        """Note which of the coordinates are in this rank's share, and whose these are. Waits for the device."""
+        """Note which of the coordinates are in this rank's share, and of which parameters. Waits for the device."""
         share, parts, device = self.memory.share_flat, self._buckets.parts[self._index], self.places.device
         bounds = torch.tensor([share.start, share.stop], dtype=torch.int32, device=device)
         self._own = slice(*torch.searchsorted(self.places, bounds).tolist())

@@ -60,7 +60,6 @@ class AgreedSignals:
         """
         told = [each.last_outcome.requests for each in compressed if each.last_outcome is not None]
         for each in compressed:
-            each.agreement.requests = self._requests
             each.last_outcome = None
         if not told:
             asked = torch.tensor(self._requests, dtype=torch.int32, device=self._trainer.strategy.root_device)
@@ -73,6 +72,11 @@ class AgreedSignals:
         if terminate and not self._connector.received_sigterm:
             rank_zero_info("SIGTERM reached this rank or another: all ranks end after this batch.")
             self._connector.received_sigterm = True
+
+    def travel_with(self, compressed: Collection[CompressedOptimizer]) -> None:
+        """From now on, tell the other ranks of this one's requests with the steps of these optimizers."""
+        for each in compressed:
+            each.agreement.requests = self._requests
 
     def end_alone(self) -> None:
         """Before an evaluation, which has no point where ranks meet: end at the next batch, without the others."""

@@ -291,6 +291,7 @@ class OneBitDDPStrategy(DDPStrategy):
             )
             phases.resume_warmup()
         phases.begin_compressing()
+        self._signals.travel_with(phases.compressed.values())
 
     # Steps
 

@@ -1,4 +1,4 @@
-"""The engine as it runs on a GPU: Triton's kernels, errors committed late, no wait for the device. Here they are interpreted.
+"""The engine as it runs on a GPU: Triton's kernels, errors committed late, no wait for the device. Here it is interpreted.
 
 The expected results are those of the reference kernels, which commit at once, when all ranks know that the step counts.
 """
@@ -95,9 +95,9 @@ def same(actual, expected):
 def run_both(monkeypatch, world_size, steps, kernels=None, **arguments):
     """The results of all ranks: of Triton's ``kernels``, or others that commit late, and of the reference."""
     results = []
-    for kernels in (kernels, ReferenceKernels):
+    for each in (kernels, ReferenceKernels):
         with monkeypatch.context() as patch:
-            use_triton(patch, kernels)
+            use_triton(patch, each)
             results.append(run_threads(world_size, lambda communicator: train(communicator, steps, **arguments)))
     for actual, expected in zip(*results, strict=True):
         same(actual, expected)

@@ -242,7 +242,7 @@ def test_a_block_with_a_bad_gradient_is_bad_and_no_other(early):
     step.gradients[1][3] = math.nan
     memory, step = copy_of_memory(memory, DEVICE), copy_of_step(step, DEVICE)
     TritonKernels().encode_(memory, 0, step, commit=early)
-    scales = memory.encoded(memory.sent, 0, memory.share_blocks, None).scales
+    scales = memory.encoded(memory.sent, 0, memory.share_blocks).scales
     assert torch.isfinite(scales).tolist() == [True, False, True]
     assert torch.isfinite(memory.error).all() == (not early)
     assert torch.isfinite(memory.error[:64]).all()
@@ -265,7 +265,7 @@ def test_a_value_that_is_not_finite_in_a_dead_element_is_noticed():
 def encoded_by(kernels, memory, step):
     memory, step = copy_of_memory(memory, DEVICE), copy_of_step(step, DEVICE)
     kernels.encode_(memory, 0, step, commit=True)
-    return memory, memory.encoded(memory.sent, 0, memory.share_blocks, None)
+    return memory, memory.encoded(memory.sent, 0, memory.share_blocks)
 
 
 def memory_of(values, block_size):
@@ -380,7 +380,7 @@ def test_a_block_does_not_depend_on_how_its_parameter_was_cut(scale, masked):
             TritonKernels(scale=scale).encode_(memory, 0, step, commit=True)
             encoded.append([memory.error])
             for chunk in range(num_chunks):
-                sent = memory.encoded(memory.sent, 0, layout.blocks_of(range(chunk, chunk + 1)), None)
+                sent = memory.encoded(memory.sent, 0, layout.blocks_of(range(chunk, chunk + 1)))
                 encoded.append([sent.signs, sent.scales])
         results.append([
             torch.cat([each[0] for each in encoded if len(each) == 1]),
@@ -606,7 +606,7 @@ def test_places_are_not_limited_to_32_bits():
     step = random_step([1])
     step.params = [torch.zeros(numel, device=DEVICE)]
     step.gradients, step.flags = [None], step.flags.to(DEVICE)
-    last = memory.encoded(memory.result, 0, (layout.num_blocks - 1, layout.num_blocks), None)
+    last = memory.encoded(memory.result, 0, (layout.num_blocks - 1, layout.num_blocks))
     last.signs[-1] = 0b10101
     last.scales.fill_(3.0)
     TritonKernels().apply_(memory, 0, step, commit=False)
@@ -659,7 +659,7 @@ def test_the_table_of_a_step_is_not_overwritten_while_it_is_being_sent():
         TritonKernels().apply_(memory, 0, step, commit=False)
         moved.append(step.params[0])
     largest = torch.stack(moved).abs().amax(dim=1)
-    scale = memory.encoded(memory.result, 0, memory.share_blocks, None).scales[0]
+    scale = memory.encoded(memory.result, 0, memory.share_blocks).scales[0]
     assert_same_bits(largest, scale * torch.arange(200, device=DEVICE, dtype=torch.float32))
 
 

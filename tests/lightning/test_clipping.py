@@ -16,12 +16,6 @@ from lightning_onebit.engine.clipping import SKETCH_NUMEL
 WARMUP_BATCHES, BATCHES = 5, 20
 
 
-@pytest.fixture
-def full_sketch(monkeypatch):
-    """As if these models had 16 million parameters: the sketch of a small one has 4% deviation, see test_sketch.py."""
-    monkeypatch.setattr(engine, "sketch_numel", lambda numel: SKETCH_NUMEL)
-
-
 LARGE = 300
 """Units of a hidden layer with which a model has six times more elements than a sketch has buckets."""
 
@@ -77,7 +71,6 @@ def train(model, *, watch=None, strategy="onebit_ddp", **options):
 # Norm
 
 
-@pytest.mark.usefixtures("full_sketch")
 def test_by_norm_the_coefficient_is_within_3_percent_of_ddps():
     """With the learning rate 0 both see the same gradients."""
 
@@ -106,7 +99,6 @@ def test_by_norm_the_coefficient_is_within_3_percent_of_ddps():
     assert ours[WARMUP_BATCHES:] != pytest.approx(dense[WARMUP_BATCHES:], rel=0.001)
 
 
-@pytest.mark.usefixtures("full_sketch")
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_all_ranks_get_the_same_norm_bitwise_and_it_is_that_of_the_mean(kind):
     """Whatever they have: another gradient, or none."""

@@ -47,13 +47,16 @@ class Elsewhere(LightningEnvironment):
 
 
 class Model(pl.LightningModule):
-    def __init__(self, tensors, groups):
+    def __init__(self, tensors, groups, unseen=0):
         super().__init__()
+        mask = torch.ones(tensors, NUMEL // tensors)
+        mask[:, :unseen] = 0.0  # elements without a gradient
+        self.mask = mask.flatten()
         self.tensors = nn.ParameterList(torch.full((NUMEL // tensors,), 0.1) for _ in range(tensors))
         self._groups = groups
 
     def training_step(self, batch, batch_idx):
-        return torch.cat(list(self.tensors)).square().mean() * batch.mean()
+        return (torch.cat(list(self.tensors)).square() * self.mask).mean() * batch.mean()
 
     def configure_optimizers(self):
         params = list(self.tensors)
@@ -61,7 +64,7 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(groups, foreach=True)
 
 
-def count_batch(monkeypatch, *, tensors, groups, ranks):
+def count_batch(monkeypatch, *, tensors, groups, ranks, unseen=0):
     """The events of one batch in the compressed phase, between the strategy's own entry points."""
     with monkeypatch.context() as patch:
         use_triton(patch)
@@ -99,7 +102,7 @@ def count_batch(monkeypatch, *, tensors, groups, ranks):
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
                 callbacks=[PhaseSwitch(FixedStep(2))], use_distributed_sampler=False,
             )  # fmt: skip
-            trainer.fit(Model(tensors, groups), torch.utils.data.DataLoader(torch.ones(64), batch_size=4))
+            trainer.fit(Model(tensors, groups, unseen), torch.utils.data.DataLoader(torch.ones(64), batch_size=4))
             assert strategy.phase is Phase.COMPRESSED
             return counter
         finally:
@@ -119,6 +122,18 @@ def fewest():
 def test_a_batch_costs_the_same_whatever_the_number_of_tensors_groups_and_ranks(monkeypatch, fewest, tensors, groups, ranks):
     counter = count_batch(monkeypatch, tensors=tensors, groups=groups, ranks=ranks)
     assert counter.by_name() == fewest.by_name()
+
+
+def test_unseen_elements_cost_the_same_in_any_number_of_tensors(monkeypatch, fewest):
+    """Their second moments are gathered bucket by bucket, too."""
+    few, many = (
+        count_batch(monkeypatch, tensors=tensors, groups=groups, ranks=2, unseen=2)
+        for tensors, groups in ((4, 1), (400, 40))
+    )
+    assert many.by_name() == few.by_name()
+    assert few.counts()["wait"] == 1
+    assert few.by_name()["launch", "_gather_kernel"] == BUCKETS
+    assert few.counts()["launch"] <= fewest.counts()["launch"] + 12 * BUCKETS
 
 
 def test_what_a_batch_costs(fewest):
