@@ -205,7 +205,7 @@ def report(outcomes: list[Outcome], settings: Settings, seeds: list[int]) -> str
         "Mean over the seeds, in brackets their standard deviation.\n\n"
         f"{table(header, rows)}\n\n"
         f"Above SGD's mean loss, in standard deviations of SGD's over seeds ({spread:.4f}): {'; '.join(conclusions)}."
-        f"\nSeconds of one core in all: {sum(o.seconds for o in outcomes):.0f}.\n"
+        f"\nSeconds in all, on cores shared with other work: {sum(o.seconds for o in outcomes):.0f}.\n"
     )
 
 

@@ -349,9 +349,9 @@ def test_a_first_step_that_does_not_count_makes_nothing_live(overlap):
         trace = []
         for step in range(-1 if bad else 0, 70):
             p.grad = noise(256, 28, step + 1, communicator.rank)
-            p.grad[:100] = 0.0
+            p.grad[::2] = 0.0  # in blocks whose other elements train
             if step < 0 and communicator.rank == 1:
-                p.grad[:50] = torch.inf
+                p.grad[:100:2] = torch.inf
             compressed.gradients_ready([p])
             assert compressed.step() == (step >= 0)
             trace.append(p.detach().clone())
@@ -359,7 +359,7 @@ def test_a_first_step_that_does_not_count_makes_nothing_live(overlap):
 
     expected, trace = (run_threads(2, fn, bad)[0] for bad in (False, True))
     assert torch.equal(expected, trace)
-    assert torch.equal(trace[:, :100], trace[:1, :100].expand(70, 100))
+    assert torch.equal(trace[:, ::2], noise(256, 27)[::2].expand(70, 128))
 
 
 # Saved and resumed
