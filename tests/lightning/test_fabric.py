@@ -111,8 +111,7 @@ def test_accumulation_without_sync_equals_larger_batches():
 
 
 def test_clipping_by_norm_means_the_same_as_under_ddp():
-    """With the learning rate 0 both see the same gradients: norms agree up to the deviation of a sketch of 256 floats, which
-    is 4.4%, and bitwise between ranks. How it falls with the size of the model: tests/unit/test_sketch.py."""
+    """With the learning rate 0 both see the same gradients: norms agree within 3%, and bitwise between ranks."""
 
     def standing(module):
         return torch.optim.Adam(module.parameters(), lr=0.0)
@@ -125,10 +124,7 @@ def test_clipping_by_norm_means_the_same_as_under_ddp():
     (dense, norms), (_, others) = run_trainers(2, fn)
     assert torch.equal(norms, others)
     assert torch.equal(norms[:FREEZE], dense[:FREEZE])
-    deviations = norms[FREEZE:] / dense[FREEZE:] - 1
-    assert deviations.abs().max() < 4 * 0.044
-    assert deviations.mean().abs() < 4 * 0.044 / len(deviations) ** 0.5
-    assert deviations.any()
+    assert torch.allclose(norms, dense, rtol=0.03)
 
 
 def test_clipped_gradients_are_what_is_compressed():
