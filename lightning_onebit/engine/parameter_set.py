@@ -1,0 +1,123 @@
+"""The parameters of one dtype and device, and what the present step brings for their buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
+from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.comm.hierarchical import NodeAverage
+from lightning_onebit.consistency.step import Outcome
+from lightning_onebit.engine.buckets import Buckets
+from lightning_onebit.engine.variance import LateCoordinates
+from lightning_onebit.flat import flat_gradient, flat_view
+from lightning_onebit.quantize.memory import StepInputs
+
+
+class ParameterSet:
+    """See the module.
+
+    Args:
+        buckets: of these parameters.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self.late = [LateCoordinates(buckets, index) for index in range(len(buckets.memories))]
+        self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
+        self.node_average: NodeAverage | None = None
+        self.gradients: list[Tensor | None] = [None] * len(buckets.params)
+        self._taken: set[int] = set()
+        self._step: StepInputs | None = None
+        self._share_gradient: Tensor | None = None
+
+    def step_inputs(self, num_averaged: int) -> StepInputs:
+        """What the present step brings; made at the first call."""
+        if self._step is None:
+            buckets = self.buckets
+            self._step = StepInputs(
+                params=[flat_view(p) for p in buckets.params],
+                gradients=self.gradients,
+                numbers=self._numbers(num_averaged),
+                flags=self.flags,
+            )
+        return self._step
+
+    def _numbers(self, num_averaged: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The numbers of every parameter's next step: computed once for each group and step."""
+        buckets = self.buckets
+        keys = np.stack([np.asarray(buckets.param_group_of, dtype=np.int64), buckets.steps + 1], axis=1)
+        unique, inverse = np.unique(keys, axis=0, return_inverse=True)
+        groups = buckets.optimizer.param_groups
+        rows: list[Coefficients] = [
+            buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
+        ]
+        if not buckets.divides_first:  # what is clamped in momentum space are gradients, not g / D
+            rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
+        if any(row.nesterov for row in rows) and not buckets.keeps_before:
+            raise RuntimeError(
+                "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
+                " HINT: set it when the optimizer is created."
+            )
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
+
+    def take_gradients_(self, index: int) -> None:
+        """Look up the gradients of a bucket's parameters."""
+        for i in self.buckets.parameters_of_bucket[index]:
+            if i not in self._taken:
+                self._taken.add(i)
+                self.gradients[i] = flat_gradient(self.buckets.params[i])
+
+    def set_active_(self, outcome: Outcome, params: Sequence[Tensor]) -> None:
+        """Note which parameters have a gradient on any rank."""
+        if self._step is None or self._step.active is not None:
+            return
+        active = dict(zip(params, outcome.active, strict=True))
+        self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+
+    def average_inside_node_(self, index: int, *, keep: bool) -> None:
+        """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""
+        assert self.node_average is not None
+        assert self._step is not None
+        memory = self.buckets.memories[index]
+        flat, kernels = self.node_average.flat_gradient(memory), self.buckets.device_kernels
+        if kernels is not None:
+            kernels.gather_(flat, memory, self._step)
+        else:
+            flat.zero_()
+            for part in self.buckets.parts[index]:
+                gradient = self.gradients[part.parameter]
+                if gradient is not None:
+                    part.of_bucket(flat).copy_(part.of_parameter(gradient))
+        if keep or self._share_gradient is None:
+            numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
+            buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
+            self._share_gradient = None if keep else buffer
+        else:
+            buffer = self._share_gradient
+        self._step.share_gradients[index] = buffer[: memory.error.numel()]
+        self.node_average.average_(self._step.share_gradients[index], memory, kernels)
+
+    def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
+        """Count the step of the parameters that were active, and refresh late coordinates."""
+        if self._step is not None and self._step.active is not None:
+            self.buckets.steps += self._step.active
+        for index, coordinates in enumerate(self.late):
+            if late and self._step is not None:
+                coordinates.collect_(index, self._step)
+            self.buckets.note_average_(index, None if self._step is None else self._step.active)
+            if refresh:
+                assert self._step is not None
+                coordinates.refresh_(groups, index, self._step, number=int(self.buckets.steps.max(initial=0)))
+
+    def forget_step_(self) -> None:
+        """The step is over: gradients must not be kept alive."""
+        self._step = None
+        self._taken.clear()
+        self.gradients[:] = [None] * len(self.gradients)
+        self.flags.zero_()
