@@ -250,7 +250,7 @@ class LateCoordinates:
         for part in self._buckets.parts[self._index]:
             bounds = torch.tensor([part.flat, part.flat + part.numel], dtype=torch.int32, device=self.places.device)
             first, last = torch.searchsorted(self.places, bounds).tolist()
-            if first == last:
+            if first == last or not self._buckets.steps[part.parameter]:  # never had a gradient: t = 0
                 continue
             beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
             correction = 1.0 - beta2 ** int(self._buckets.steps[part.parameter])
