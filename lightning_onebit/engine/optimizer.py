@@ -37,7 +37,7 @@ from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
+from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_, refresh_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.methods import method_for, parameters_of
 from lightning_onebit.quantize.memory import StepInputs
@@ -640,9 +640,9 @@ class _ParameterSet:
             if late and self._step is not None:
                 coordinates.collect_(index, self._step)
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
-            if refresh:
-                assert self._step is not None
-                coordinates.refresh_(groups, index, self._step, number=int(self.buckets.steps.max(initial=0)))
+        if refresh:
+            assert self._step is not None
+            refresh_(self.late, self.buckets, groups, self._step, number=int(self.buckets.steps.max(initial=0)))
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

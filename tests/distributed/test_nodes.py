@@ -32,6 +32,7 @@ from torch import nn
 from lightning_onebit.comm.exchanger import ThreadExchanger
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.stats import ring_all_reduce_nbytes
 from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.variance import REFRESH_STEPS
 from lightning_onebit.quantize.layout import plan_buckets
@@ -279,7 +280,7 @@ def test_result_does_not_depend_on_buckets(scenario, monkeypatch):
     make, gradients = SCENARIOS[scenario]
 
     def fn(*ranks):
-        caps = (None, 1e-6, 0.0003, 0.0005)
+        caps = (None, 1e-6, 0.0005)
         return [train(*ranks, make, gradients, steps=24, bucket_cap_mb=bucket_cap_mb) for bucket_cap_mb in caps]
 
     for expected, *others in on_threads(TWO_BY_TWO, fn):
@@ -354,7 +355,8 @@ def test_bytes_between_nodes_are_an_lth_of_the_flat_exchange(nodes):
         assert sent == flat_between_nodes / local_world_size
         to_others = (local_world_size - 1) / local_world_size
         assert within == to_others * 4 * numel + to_others * encoded_nbytes
-        assert agreement == flat_agreement < 32  # four integers
+        # int32: whether it counts, the parameter's, a digest twice, whether to refresh, and two requests
+        assert agreement == flat_agreement == ring_all_reduce_nbytes(4 * 7, world_size)
 
 
 # Invariants, by themselves
@@ -528,4 +530,5 @@ def test_memory_per_parameter():
         first = state_bytes(small)
         return (state_bytes(large) - first) / (large - small) / 4
 
-    assert 8 < on_threads(TWO_BY_TWO, fn)[0] <= (8 + 4 / 4) * 1.05
+    # D, error of half of it, server error of a quarter; and the bound
+    assert 4 + 4 / 2 + 4 / 4 < on_threads(TWO_BY_TWO, fn)[0] <= (8 + 4 / 4) * 1.05
