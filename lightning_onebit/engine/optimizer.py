@@ -212,7 +212,8 @@ class CompressedOptimizer:
             each.set_active_(counts, self._params)
         if each.node_average is not None:  # hierarchical: g_i is the mean of this node
             with record_function("onebit::node_average"):
-                each.average_inside_node_(index, keep=not commit)
+                needed_later = counts is None or (counts.has_news and self._is_refresh_due and len(each.late[index]) > 0)
+                each.average_inside_node_(index, keep=needed_later)
         with record_function("onebit::encode"):  # steps 1 and 2
             buckets.kernels.encode_(memory, index, step, commit=commit)
             if commit:
@@ -623,13 +624,14 @@ class _ParameterSet:
                 gradient = self.gradients[part.parameter]
                 if gradient is not None:
                     part.of_bucket(flat).copy_(part.of_parameter(gradient))
-        if keep or self._share_gradient is None:
-            numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
-            buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
-            self._share_gradient = None if keep else buffer
-        else:
-            buffer = self._share_gradient
-        self._step.share_gradients[index] = buffer[: memory.error.numel()]
+        if keep:
+            buffer = torch.empty_like(memory.error)
+        else:  # one for all buckets, until the next of them
+            if self._share_gradient is None:
+                numel = max(each.error.numel() for each in self.buckets.memories)
+                self._share_gradient = torch.empty(numel, dtype=memory.dtype, device=memory.device)
+            buffer = self._share_gradient[: memory.error.numel()]
+        self._step.share_gradients[index] = buffer
         self.node_average.average_(self._step.share_gradients[index], memory, kernels)
 
     def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
