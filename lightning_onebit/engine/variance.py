@@ -215,7 +215,15 @@ class LateCoordinates:
 
     @torch.no_grad()
     def add_squares_(self, squares: Tensor, groups: ExchangeGroups, index: int, step: StepInputs, chosen: Tensor) -> None:
-        """Add ||mean a_i||^2 and ||a_i||^2 of the share's coordinates ``chosen`` to ``squares [2, parameters]``. Collective."""
+        """Add ||mean a_i||^2 and ||a_i||^2 of the share's coordinates ``chosen`` to ``squares``. Collective.
+
+        Args:
+            squares: float64 ``[2, parameters]``.
+            groups: the ranks.
+            index: of the bucket.
+            step: the gradients g_i; a_i = g_i / sqrt(v).
+            chosen: which of the share's late coordinates have a second moment on any rank, or neighbours that have.
+        """
         if not len(self):
             return
         gradient = self._gradient(index, step)[chosen]

@@ -223,10 +223,10 @@ SCENARIOS = {
 )
 def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, scenario, space, monkeypatch):
     """With one rank per node that holds the mean, in one bucket; here in several, in a thread."""
-    monkeypatch.setattr(engine, "REFRESH_STEPS", 8)  # two refreshes at least
+    monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     make, gradients = SCENARIOS[scenario]
     num_nodes, local_world_size = nodes
-    steps = 24 if scenario in ("outliers and decay", "dead and late rows") else 14
+    steps = 16  # the last one with what the second refresh has changed
     warm = gradients, num_nodes * local_world_size
     options = {"warm": warm, "space": space, "steps": steps}
 
@@ -274,18 +274,21 @@ def test_bfloat16_ranks_agree_bitwise_after_every_step(nodes):
     assert not any(torch.equal(a, b) for a, b in zip(first[:4], last[:4], strict=True))
 
 
-@pytest.mark.parametrize("scenario", ["missing gradients", "dead and late rows"])
-def test_result_does_not_depend_on_buckets(scenario, monkeypatch):
+@pytest.mark.parametrize(("scenario", "smallest_mb"), [("missing gradients", 1e-6), ("dead and late rows", 0.0003)])
+def test_result_does_not_depend_on_buckets(scenario, smallest_mb, monkeypatch):
+    """The refreshes of late coordinates included, which learn about a tensor from all of its buckets."""
     monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     make, gradients = SCENARIOS[scenario]
 
     def fn(*ranks):
-        caps = (None, 1e-6, 0.0005)
-        return [train(*ranks, make, gradients, steps=24, bucket_cap_mb=bucket_cap_mb) for bucket_cap_mb in caps]
+        caps = (None, smallest_mb, 0.0005)
+        return [train(*ranks, make, gradients, steps=16, bucket_cap_mb=bucket_cap_mb) for bucket_cap_mb in caps]
 
-    for expected, *others in on_threads(TWO_BY_TWO, fn):
-        for outcome in others:
-            assert_same(outcome, expected)
+    for (history, _, outstanding), *others in on_threads(TWO_BY_TWO, fn):
+        for other_history, _, other_outstanding in others:
+            assert all(map(all_equal, other_history, history))
+            # Which ranks an element's errors are on, and so the order of this sum over all ranks, depends on buckets.
+            assert all(map(torch.allclose, other_outstanding, outstanding))
 
 
 # The mean inside a node
