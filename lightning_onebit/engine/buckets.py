@@ -151,9 +151,12 @@ class Buckets:
         return cast(DeviceKernels, self.kernels) if self.kernels.reads_flags_on_device else None
 
     def common_share_of(self, parameter: int) -> float:
-        """s, the share of a tensor's gradient that the ranks have in common, in [0, 1]; 0 if nothing is known."""
+        """s, the share of a tensor's gradient that the ranks have in common, in [0, 1]; 0 if nothing is known.
+
+        Rounded to float32, for which it does not matter in which order, that of the buckets, squares were added.
+        """
         numerator, denominator = self.common_share[:, parameter].tolist()
-        return min(max(numerator / denominator, 0.0), 1.0) if denominator > 0 else 0.0
+        return float(np.float32(min(max(numerator / denominator, 0.0), 1.0))) if denominator > 0 else 0.0
 
     def group(self, parameter: int) -> dict[str, Any]:
         """The parameter's group, looked up anew, as ``load_state_dict`` replaces them."""

@@ -210,7 +210,8 @@ class CompressedOptimizer:
             each.set_active_(counts, self._params)
         if each.node_average is not None:  # hierarchical: g_i is the mean of this node
             with record_function("onebit::node_average"):
-                each.average_inside_node_(index, keep=not commit)
+                needed_later = counts is None or (counts.has_news and self._is_refresh_due and len(each.late[index]) > 0)
+                each.average_inside_node_(index, keep=needed_later)
         with record_function("onebit::encode"):  # steps 1 and 2
             buckets.kernels.encode_(memory, index, step, commit=commit)
             if commit:

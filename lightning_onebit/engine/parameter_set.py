@@ -14,7 +14,7 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.consistency.step import Outcome
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.variance import LateCoordinates
+from lightning_onebit.engine.variance import LateCoordinates, refresh_
 from lightning_onebit.flat import flat_gradient, flat_view
 from lightning_onebit.quantize.memory import StepInputs
 
@@ -94,13 +94,14 @@ class ParameterSet:
                 gradient = self.gradients[part.parameter]
                 if gradient is not None:
                     part.of_bucket(flat).copy_(part.of_parameter(gradient))
-        if keep or self._share_gradient is None:
-            numel = memory.error.numel() if keep else max(each.error.numel() for each in self.buckets.memories)
-            buffer = torch.empty(numel, dtype=memory.dtype, device=memory.device)
-            self._share_gradient = None if keep else buffer
-        else:
-            buffer = self._share_gradient
-        self._step.share_gradients[index] = buffer[: memory.error.numel()]
+        if keep:
+            buffer = torch.empty_like(memory.error)
+        else:  # one for all buckets, until the next of them
+            if self._share_gradient is None:
+                numel = max(each.error.numel() for each in self.buckets.memories)
+                self._share_gradient = torch.empty(numel, dtype=memory.dtype, device=memory.device)
+            buffer = self._share_gradient[: memory.error.numel()]
+        self._step.share_gradients[index] = buffer
         self.node_average.average_(self._step.share_gradients[index], memory, kernels)
 
     def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
@@ -111,9 +112,9 @@ class ParameterSet:
             if late and self._step is not None:
                 coordinates.collect_(index, self._step)
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
-            if refresh:
-                assert self._step is not None
-                coordinates.refresh_(groups, index, self._step, number=int(self.buckets.steps.max(initial=0)))
+        if refresh:
+            assert self._step is not None
+            refresh_(self.late, self.buckets, groups, self._step, number=int(self.buckets.steps.max(initial=0)))
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

@@ -149,16 +149,11 @@ class LateCoordinates:
         return unpack_bits(self.memory.live)[self.memory.share_flat]
 
     @torch.no_grad()
-    def refresh_(self, groups: ExchangeGroups, index: int, step: StepInputs, *, number: int) -> None:
-        """Make second moments those of all ranks, and let coordinates take part that have one. Collective.
+    def gather_(self, groups: ExchangeGroups) -> tuple[Tensor, Tensor]:
+        """Make second moments those of all ranks. Collective.
 
-        Valid from the next step on.
-
-        Args:
-            groups: the ranks.
-            index: of the bucket.
-            step: the gradients of this step, from which r is learned.
-            number: of this step, from which it follows for how long coordinates have taken part.
+        Returns:
+            v of all coordinates, and which of those in this rank's share have travelled.
         """
         memory = self.memory
         if memory.rms is None:
@@ -166,11 +161,16 @@ class LateCoordinates:
             error = memory.error[(self.places[self._own] - memory.share_flat.start).long()]
             self.second_moment = error.ne(0).to(memory.dtype)
         if not len(self):
+            return self.second_moment, torch.zeros(0, dtype=torch.int64, device=self.places.device)
+        return self._mean_over_ranks_(groups)
+
+    @torch.no_grad()
+    def renew_(self, v: Tensor, *, number: int) -> None:
+        """Let coordinates with a second moment ``v`` take part, or renew their D, from the next step on."""
+        if not len(self):
             return
-        v, chosen = self._mean_over_ranks_(groups)
-        has_v = v > 0
+        memory, has_v = self.memory, v > 0
         if memory.rms is not None:
-            self._learn_common_share_(groups, self._gradient(index, step)[chosen], chosen)
             self._renew_rms_(v, has_v)
         if bool((has_v & (self.live_since == NEVER)).any()):
             live = self._live_bits()
@@ -213,27 +213,24 @@ class LateCoordinates:
         v = torch.cat([part[:size] for part, size in zip(gathered.view(len(sizes), -1), sizes, strict=True)])
         return v, chosen
 
-    def _learn_common_share_(self, groups: ExchangeGroups, gradient: Tensor, chosen: Tensor) -> None:
-        """Add this step's gradients to what is known of s. Collective.
+    @torch.no_grad()
+    def add_squares_(self, squares: Tensor, groups: ExchangeGroups, index: int, step: StepInputs, chosen: Tensor) -> None:
+        """Add ||mean a_i||^2 and ||a_i||^2 of the share's coordinates ``chosen`` to ``squares``. Collective.
 
         Args:
+            squares: float64 ``[2, parameters]``.
             groups: the ranks.
-            gradient: g_i of the coordinates ``chosen``.
-            chosen: which of this rank's share.
+            index: of the bucket.
+            step: the gradients g_i; a_i = g_i / sqrt(v).
+            chosen: which of the share's late coordinates have a second moment on any rank, or neighbours that have.
         """
-        n, common = groups.peers.world_size, self._buckets.common_share
+        if not len(self):
+            return
+        gradient = self._gradient(index, step)[chosen]
         a = gradient.div_(self.second_moment[chosen].sqrt()).nan_to_num_(0.0, 0.0, 0.0)  # 0 / 0: no gradient anywhere
         a_bar, tensor = groups.peers.ordered_mean(a), self._parameter[chosen]
-        squares = torch.zeros(2, common.shape[1], dtype=torch.float64, device=a.device)
         for row, values in zip(squares, (a_bar, a), strict=True):
             row.index_add_(0, tensor, values.double().square())
-        squares = groups.peers.ordered_mean(squares.view(-1)).view(2, -1)  # the same bits on all ranks
-        if groups.node is not None:
-            squares = groups.node.ordered_mean(squares.view(-1)).view(2, -1)
-        of_mean, mean = squares.cpu()
-        here = mean > 0
-        common[:, here] *= MEMORY_OF_REFRESHES
-        common[:, here] += torch.stack([of_mean - mean / n, mean - mean / n])[:, here]
 
     def _share_sizes(self) -> list[int]:
         topology, layout = self._buckets.topology, self.memory.layout
@@ -250,7 +247,7 @@ class LateCoordinates:
         for part in self._buckets.parts[self._index]:
             bounds = torch.tensor([part.flat, part.flat + part.numel], dtype=torch.int32, device=self.places.device)
             first, last = torch.searchsorted(self.places, bounds).tolist()
-            if first == last:
+            if first == last or not self._buckets.steps[part.parameter]:  # never had a gradient: t = 0
                 continue
             beta2 = self._buckets.method.second_moment_decay(self._buckets.group(part.parameter))
             correction = 1.0 - beta2 ** int(self._buckets.steps[part.parameter])
@@ -344,6 +341,42 @@ class LateCoordinates:
         self.second_moment = self.second_moment[keep[self._own]]
         self.places, self.live_since = self.places[keep], self.live_since[keep]
         self._locate_()
+
+
+def refresh_(
+    all_late: Sequence[LateCoordinates], buckets: Buckets, groups: ExchangeGroups, step: StepInputs, *, number: int
+) -> None:
+    """Make second moments those of all ranks, and let coordinates take part that have one. Collective.
+
+    Valid from the next step on.
+
+    Args:
+        all_late: those of ``buckets``, bucket by bucket.
+        buckets: their r is learned from the gradients of this step; a tensor may be in several.
+        groups: the ranks.
+        step: the gradients.
+        number: of this step, from which it follows for how long coordinates have taken part.
+    """
+    gathered = [late.gather_(groups) for late in all_late]
+    if buckets.method.has_second_moment and any(len(late) for late in all_late):
+        squares = torch.zeros(2, len(buckets.params), dtype=torch.float64, device=buckets.device)
+        for index, (late, (_, chosen)) in enumerate(zip(all_late, gathered, strict=True)):
+            late.add_squares_(squares, groups, index, step, chosen)
+        _learn_common_share_(buckets, groups, squares)
+    for late, (v, _) in zip(all_late, gathered, strict=True):
+        late.renew_(v, number=number)
+
+
+def _learn_common_share_(buckets: Buckets, groups: ExchangeGroups, squares: Tensor) -> None:
+    """Add this step's ||mean a_i||^2 and ||a_i||^2 to what is known of s: once per tensor, not per bucket. Collective."""
+    n, common = groups.peers.world_size, buckets.common_share
+    squares = groups.peers.ordered_mean(squares.view(-1)).view(2, -1)  # the same bits on all ranks
+    if groups.node is not None:  # the sum over the shares
+        squares = groups.node.ordered_mean(squares.view(-1)).view(2, -1) * groups.node.world_size
+    of_mean, mean = squares.cpu()
+    here = mean > 0
+    common[:, here] *= MEMORY_OF_REFRESHES
+    common[:, here] += torch.stack([of_mean - mean / n, mean - mean / n])[:, here]
 
 
 def first_gradients_(buckets: Buckets, gradients: Sequence[Tensor | None], groups: ExchangeGroups) -> None:

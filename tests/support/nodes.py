@@ -47,9 +47,9 @@ def warmed_up(optimizer, world_size, gradient, *, steps):
     return optimizer
 
 
-def freeze(optimizer, groups, *, overlap=False, **config):
-    config = CompressionConfig(**{"block_size": 8, **config})
-    return CompressedOptimizer(optimizer, config, Communicator(), {}, groups=groups, overlap=overlap)
+def freeze(optimizer, groups, *, communicator=None, exchanger=None, overlap=False, **config):
+    config, communicator = CompressionConfig(**{"block_size": 8, **config}), communicator or Communicator()
+    return CompressedOptimizer(optimizer, config, communicator, {}, groups=groups, exchanger=exchanger, overlap=overlap)
 
 
 def take_step(optimizer, compressed, rank, step, gradient, *, overlap=False):
