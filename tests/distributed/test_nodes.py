@@ -70,14 +70,18 @@ def outliers(rank, step, index, shape, dtype=torch.float64):
     return grad
 
 
+def params_now(optimizer):
+    return [p.detach().clone() for p in params_of(optimizer)]
+
+
 def state_of(optimizer):
     """Copies of the parameters, and of what a stock optimizer would have in its state."""
     state = [value.clone() for entry in optimizer.state_dict()["state"].values() for _, value in sorted(entry.items())]
-    return [p.detach().clone() for p in params_of(optimizer)] + state
+    return params_now(optimizer) + state
 
 
 def train(communicator, groups, make, gradient=outliers, *, warm=None, steps=30, overlap=False, **options):
-    """:func:`state_of` after every compressed step, whether it counted, and what is outstanding in the end.
+    """Parameters after every step, at some :func:`state_of`; whether each counted; what is outstanding in the end.
 
     ``warm``: gradients and number of the ranks of the warm-up, if others than those of the compressed steps.
     """
@@ -87,7 +91,8 @@ def train(communicator, groups, make, gradient=outliers, *, warm=None, steps=30,
     history, counted = [], []
     for step in range(AFTER, AFTER + steps):
         counted.append(take_step(optimizer, compressed, communicator.rank, step, gradient, overlap=overlap))
-        history.append(state_of(optimizer))
+        # All of it now and then, for time.
+        history.append(state_of(optimizer) if step % 4 == 0 or step == AFTER + steps - 1 else params_now(optimizer))
     errors = compressed.outstanding()
     compressed.close()
     return history, counted, [errors[p] for p in params_of(optimizer)]
@@ -226,7 +231,7 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
     monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     make, gradients = SCENARIOS[scenario]
     num_nodes, local_world_size = nodes
-    steps = 16  # the last one with what the second refresh has changed
+    steps = 16 if scenario == "dead and late rows" else 12  # the last ones with what the second refresh has changed
     warm = gradients, num_nodes * local_world_size
     options = {"warm": warm, "space": space, "steps": steps}
 
@@ -256,15 +261,14 @@ def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, sc
         assert changed.nonzero().ravel().tolist() == [0, 1, 2, 3, 4, 5, 6, 20, 30]
 
 
-@pytest.mark.parametrize("nodes", [TWO_BY_TWO, TWO_BY_THREE])
-def test_bfloat16_ranks_agree_bitwise_after_every_step(nodes):
+def test_bfloat16_ranks_agree_bitwise_after_every_step():
     """Their errors, and the means inside a node, are float32."""
     make = functools.partial(make_optimizer, torch.optim.AdamW, torch.bfloat16)
 
     def fn(*ranks):
         return [train(*ranks, make, steps=8, bucket_cap_mb=0.001, overlap=overlap) for overlap in (False, True)]
 
-    outcomes = on_threads(nodes, fn)
+    outcomes = on_threads(TWO_BY_THREE, fn)
     expected = outcomes[0][0]
     for deferred, overlapped in outcomes:
         assert_same(deferred, expected)
