@@ -128,7 +128,7 @@ class SGDModel:
         self.x = x.detach().double().numpy().ravel().copy()
         self.lr, self.momentum, self.dampening = lr, momentum, dampening
         self.weight_decay, self.nesterov, self.sign = weight_decay, nesterov, -1.0 if maximize else 1.0
-        self.u, self.first = np.zeros_like(self.x), True, np.zeros_like(self.x)
+        self.u, self.first = np.zeros_like(self.x), True
         self.reduction = ErrorFeedbackModel(len(self.x), world_size, BLOCK_SIZE)
 
     def _local(self, gradients):

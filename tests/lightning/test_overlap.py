@@ -408,12 +408,12 @@ def test_the_kernels_in_use_are_said(caplog, monkeypatch):
         with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fit(OneBitDDPStrategy(), 2, batches=4, callbacks=[PhaseSwitch(FixedStep(2))])
-        slow = [w for w in caught if "no fast codec for this device" in str(w.message)]
-        return [r.message for r in caplog.records if "compressing with the codec" in r.message], len(slow)
+        slow = [w for w in caught if "no fast kernels for this device" in str(w.message)]
+        return [r.message for r in caplog.records if "compressing with the kernels" in r.message], len(slow)
 
     fast, slow = (run_trainers(2, fn, kernels)[0] for kernels in ("cpu", "reference"))
-    assert fast == (["OneBitDDPStrategy: compressing with the codec 'cpu'."], 0)
-    assert slow == (["OneBitDDPStrategy: compressing with the codec 'reference'."], 1)
+    assert fast == (["OneBitDDPStrategy: compressing with the kernels 'cpu'."], 0)
+    assert slow == (["OneBitDDPStrategy: compressing with the kernels 'reference'."], 1)
 
 
 def test_one_process_and_unknown_values():

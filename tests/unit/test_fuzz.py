@@ -139,6 +139,7 @@ HEADER = {
     "block_size": 16,
     "space": "update",
     "ddp_buckets": [],
+    "optimizer_steps": [7],
 }
 
 

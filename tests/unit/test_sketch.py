@@ -112,7 +112,7 @@ def test_nonfinite_values_show():
 
 @pytest.mark.parametrize(
     ("numel", "k"),
-    [(0, 256), (1000, 256), (300_000, 256), (524_288, 512), (3_200_000, 2048), (2**24, 16384), (10**9, 16384)],
+    [(0, 4096), (3_200_000, 4096), (2**23, 8192), (2**24, 16384), (10**9, 16384)],
 )
 def test_the_size_follows_that_of_the_model(numel, k):
     assert sketch_numel(numel) == k
