@@ -11,7 +11,10 @@ from torch.nn.utils import get_total_norm
 
 def flat_view(tensor: Tensor) -> Tensor:
     """The elements in memory order, ``[numel]``, sharing storage. The tensor must be dense: :func:`is_dense`."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dim() == 1 and tensor.is_contiguous():
+        return tensor
     return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 

@@ -168,10 +168,10 @@ class CompressedOptimizer:
             RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, are not the same.
             RuntimeError: if the optimizer has other parameters than when it was frozen.
         """
-        outcome = None
+        outcome, changed = None, self._changed_parameters()
         if not self._commits_late:
-            outcome = self._agree(skip=skip or not self._all_finite())
-            self._check_same_parameters()
+            outcome = self._agree(skip=skip or not self._all_finite(), changed=changed)
+            self._refuse(changed)
         else:
             self._learn_live_()
         if outcome is None or outcome.counts:
@@ -181,14 +181,14 @@ class CompressedOptimizer:
                     self._finish_(*self._sent.popleft())  # step 6, while others travel
         if self._commits_late:
             # Other parameters than at the freeze stop the step for all ranks, and are refused when these have agreed.
-            words = self._agree_on_device(skip=skip or bool(self._changed_parameters()))
+            words = self._agree_on_device(skip=skip or bool(changed), changed=changed)
             outcome = None if self._waits_last else self._read(words)
         while self._sent:
             self._finish_(*self._sent.popleft())
         if outcome is None:
             outcome = self._read(words)
         self._end_step_(outcome)
-        self._check_same_parameters()
+        self._refuse(changed)
         return outcome.counts
 
     def _read(self, words: Tensor) -> Outcome:
@@ -266,10 +266,11 @@ class CompressedOptimizer:
 
     # What ranks tell each other
 
-    def _agree(self, *, skip: bool) -> Outcome:
+    def _agree(self, *, skip: bool, changed: Sequence[Tensor]) -> Outcome:
         """Before anything is sent, in one small message."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip, has_news=any(bool(flag) for flag in self._news()))
+            has_news = any(bool(flag) for flag in self._news())
+            words = self.agreement.propose(skip=skip, has_news=has_news, changed=changed)
             self.agreement.share_(words)
             outcome = self.agreement.read(words)
         if outcome.counts:
@@ -277,10 +278,10 @@ class CompressedOptimizer:
             self._learn_live_()
         return outcome
 
-    def _agree_on_device(self, *, skip: bool) -> Tensor:
+    def _agree_on_device(self, *, skip: bool, changed: Sequence[Tensor]) -> Tensor:
         """After everything is sent: kernels have noted in their flags whether gradients are finite."""
         with record_function("onebit::agree"):
-            words = self._propose(skip=skip, has_news=False)
+            words = self.agreement.propose(skip=skip, has_news=False, changed=changed)
             self.agreement.add_(words, skip=[each.flags[:1] for each in self._sets], has_news=self._news())
             self.agreement.share_(words)
             self.agreement.stop_if_different_(words)
@@ -295,9 +296,6 @@ class CompressedOptimizer:
             each.flags[:1].copy_(words[:1])
             each.flags[1:].copy_(words[start : start + numel])
             start += numel
-
-    def _propose(self, *, skip: bool, has_news: bool) -> Tensor:
-        return self.agreement.propose(skip=skip, has_news=has_news, changed=self._changed_parameters())
 
     def _news(self) -> list[Tensor]:
         """Where a refresh is due, whether each bucket has something to tell; int32 ``[1]``."""
@@ -530,8 +528,8 @@ class CompressedOptimizer:
         now = _param_group_indices(self.optimizer)
         return [*self.added_parameters(), *(p for p, index in self._param_group_of.items() if now.get(p) != index)]
 
-    def _check_same_parameters(self) -> None:
-        if self._changed_parameters():
+    def _refuse(self, changed: Sequence[Tensor]) -> None:
+        if changed:
             raise RuntimeError(
                 "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
                 " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."

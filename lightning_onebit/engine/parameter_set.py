@@ -31,6 +31,7 @@ class ParameterSet:
         self.late = [LateCoordinates(buckets, index) for index in range(len(buckets.memories))]
         self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
         self.node_average: NodeAverage | None = None
+        self._params = [flat_view(p) for p in buckets.params]
         self.gradients: list[Tensor | None] = [None] * len(buckets.params)
         self._taken: set[int] = set()
         self._step: StepInputs | None = None
@@ -39,14 +40,20 @@ class ParameterSet:
     def step_inputs(self, num_averaged: int) -> StepInputs:
         """What the present step brings; made at the first call."""
         if self._step is None:
-            buckets = self.buckets
             self._step = StepInputs(
-                params=[flat_view(p) for p in buckets.params],
+                params=self._flat_params(),
                 gradients=self.gradients,
                 numbers=self._numbers(num_averaged),
                 flags=self.flags,
             )
         return self._step
+
+    def _flat_params(self) -> list[Tensor]:
+        """Flat views of the parameters, made anew only where a parameter has got other memory."""
+        for i, (p, flat) in enumerate(zip(self.buckets.params, self._params, strict=True)):
+            if flat.data_ptr() != p.data_ptr():
+                self._params[i] = flat_view(p)
+        return self._params
 
     def _numbers(self, num_averaged: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The numbers of every parameter's next step: computed once for each group and step."""

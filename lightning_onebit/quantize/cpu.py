@@ -468,7 +468,7 @@ def _active_parts(memory: BucketMemory, view: _SpanViews, step: StepInputs, *, c
 def _all_active(view: _SpanViews, step: StepInputs) -> bool:
     if step.active is None:
         step.active = step.is_active.numpy()
-    return all(step.active[p] for p, _, _ in view.members)
+    return step.all_are_active or all(step.active[p] for p, _, _ in view.members)
 
 
 def _current(memory: BucketMemory, part: _SpanViews) -> Encoded:

@@ -157,5 +157,10 @@ class StepInputs:
         """``bool [parameters]``"""
         return self.flags[1:] != 0
 
+    @cached_property
+    def all_are_active(self) -> bool:
+        """Whether no parameter sits out; to be asked once :attr:`active` is known."""
+        return self.active is not None and bool(self.active.all())
+
     def coefficients(self, parameter: int) -> Coefficients:
         return Coefficients(*self.numbers[parameter].tolist())
