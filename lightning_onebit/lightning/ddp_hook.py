@@ -2,7 +2,7 @@
 
 # DDP inspects the hook's annotations: no `from __future__ import annotations` here.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import ReferenceType
 
 import torch
@@ -81,7 +81,7 @@ class HookState:
         self.communicator = communicator
         self.local_world_size = 1
         """Ranks of a node, if they exchange as one."""
-        self.local: Set[Tensor] = frozenset()
+        self.local: frozenset[Tensor] = frozenset()
         """Parameters of compressed optimizers, whose gradients are left as they are: none in warm-up."""
         self.gradients_ready: Callable[[Iterable[Tensor]], None] | None = None
         """Told the parameters whose local gradients are final; ``None``: nobody wants to know."""
@@ -125,7 +125,9 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
     state.buckets.append(params)
     dense: dict[Tensor, Tensor] = {}
     local_numel = 0
-    if state.local or state.regrouping is not None:
+    if state.regrouping is None and state.local.issuperset(params):  # nothing is averaged: views would be made for nothing
+        local_numel = buffer.numel()
+    elif state.local or state.regrouping is not None:
         for p, gradient in zip(params, bucket.gradients(), strict=True):
             if p in state.local:
                 local_numel += gradient.numel()

@@ -162,7 +162,7 @@ class PhaseController:
         assert self.hook_state is not None
         compressed, dense = parameters_of(*self.optimizers.compressed), parameters_of(*self.optimizers.dense)
         # What a dense optimizer has as well is averaged: that one needs the mean, and the compressed one can do with it.
-        self.hook_state.local = set(compressed) - set(dense)
+        self.hook_state.local = frozenset(compressed) - frozenset(dense)
         have_state = {p for optimizer in self.optimizers.compressed for p, state in optimizer.state.items() if state}
         self._frozen = {p for p in compressed if p.requires_grad or p in have_state}
         self.is_pending = True
