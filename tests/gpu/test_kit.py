@@ -61,7 +61,7 @@ def test_a_part_that_hangs_or_dies_fails_alone(monkeypatch, tmp_path):
         "time.sleep(60)"
     )
     assert gpu.run_apart("check", 5.0, interpret=False) == {"status": "failed", "why": "not done within 5 s"}
-    script.write_text("import os, sys\nsys.stderr.write('the reason')\nos.abort()")
+    script.write_text("import os, sys\nprint('the reason', file=sys.stderr, flush=True)\nos.abort()")
     outcome = gpu.run_apart("check", 30.0, interpret=False)
     assert outcome["status"] == "failed"
     assert "the reason" in outcome["traceback"]
