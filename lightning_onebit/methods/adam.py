@@ -41,11 +41,7 @@ class AdamMethod(Method):
                 f"amsgrad=True (parameter group {index}) is not supported: its running maximum of the second moment"
                 " contradicts a frozen one. Use amsgrad=False."
             )
-        if group["differentiable"]:
-            raise ValueError(
-                f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
-                " signs. Use differentiable=False."
-            )
+        super().check(group, index)
 
     @override
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:

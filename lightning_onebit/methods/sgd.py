@@ -26,14 +26,6 @@ class SGDMethod(Method):
     counts_steps = False
 
     @override
-    def check(self, group: Mapping[str, Any], index: int) -> None:
-        if group["differentiable"]:
-            raise ValueError(
-                f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
-                " signs. Use differentiable=False."
-            )
-
-    @override
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:
         momentum = float(group["momentum"])
         # torch ignores dampening at the first step, and without momentum.
