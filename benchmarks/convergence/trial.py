@@ -2,11 +2,11 @@
 
     python -m benchmarks.convergence.trial --workloads cnn vit gpt --arms adam renewed20 --seeds 0 1 2 --out trial.jsonl
 
-What it computes: the n gradients of one model, error feedback with signs in blocks of 2,048, each rank's v_i, r per tensor from
-the clamped preconditioned gradients, refreshes as 8-bit logarithms. Beside it, on its own trajectory, it keeps what Adam
-would do: ``v_true``, the second moment of the mean gradient, and the sum of Adam's steps. A scale that is wrong by a factor
-acts as a learning rate and can look better than Adam: look at ``speed`` (the displacement projected on that of Adam, 1 is
-right) and ``scatter`` (quartiles of sqrt(v / v_true)) before the loss.
+What it computes: the n gradients of one model, error feedback with signs in blocks of 2,048, each rank's v_i, r per tensor
+from the clamped preconditioned gradients, refreshes as 8-bit logarithms. Beside it, on its own trajectory, it keeps what
+Adam would do: ``v_true``, the second moment of the mean gradient, and the sum of Adam's steps. A scale that is wrong by a
+factor acts as a learning rate and can look better than Adam: look at ``speed`` (the displacement projected on that of
+Adam, 1 is right) and ``scatter`` (quartiles of sqrt(v / v_true)) before the loss.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,9 @@ ARMS = {
     "true20_rescaled": replace(RENEWED, true_v=True, rescale_u=True),
     "r_one20": replace(RENEWED, r_fixed=1.0),
     "interval_8th20": replace(RENEWED, interval=lambda step: max(1, min(64, step // 8))),
+    "rescaled_8th20": replace(RENEWED, interval=lambda step: max(1, min(64, step // 8)), rescale_u=True),
+    "rescaled_8th5": replace(RENEWED, interval=lambda step: max(1, min(64, step // 8)), rescale_u=True, dense_steps=5),
+    "interval_16th20": replace(RENEWED, interval=lambda step: max(1, min(64, step // 16))),
     "interval_half20": replace(RENEWED, interval=lambda step: max(1, min(64, step // 2))),
     "interval16_20": replace(RENEWED, interval=lambda step: max(1, min(16, step // 4))),
     "interval256_20": replace(RENEWED, interval=lambda step: max(1, min(256, step // 4))),
@@ -164,7 +168,8 @@ class Simulation:
         self.of_mean, self.mean_of, self.estimates = torch.zeros(tensors), torch.zeros(tensors), 0
         self.r = torch.full((tensors,), 1.0 / ranks)
         self.code = Log8(self.layout)
-        self.refreshes, self.scatter = 0, []
+        self.refreshes = 0
+        self.scatter: list[list[Any]] = []
         exact = [p.numel() < arm.dense_below for p in params]
         self.is_exact = self.layout.spread(torch.tensor(exact), self.layout.tensor_of)
         self.bits = 0.0

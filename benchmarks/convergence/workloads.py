@@ -146,7 +146,9 @@ def rising(seed: int, size: int, steps: int) -> Task:
 
 def appearing(seed: int, size: int, steps: int) -> Task:
     torch.manual_seed(seed)
-    return _classifier(models.ViT(), Digits(seed, 0.1, shift=0), size, largest_label=lambda step: 4 if step < steps // 2 else 9)
+    return _classifier(
+        models.ViT(), Digits(seed, 0.1, shift=0), size, largest_label=lambda step: 4 if step < steps // 2 else 9
+    )
 
 
 @functools.cache

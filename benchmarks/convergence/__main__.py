@@ -1,0 +1,141 @@
+"""Does training with this library end where Adam ends? Trains small models on data that comes with Python, and reports.
+
+    python -m benchmarks.convergence run                          # the core: 11 workloads, 5 methods, seeds 0 to 2, 4 ranks
+    python -m benchmarks.convergence run --set further            # what else was asked for; see `list`
+    python -m benchmarks.convergence run --workloads gpt --methods adam renewed --seeds 0 --ranks 16 --beta2 0.95
+    python -m benchmarks.convergence report                       # tables, and curves as PNG where matplotlib is
+    python -m benchmarks.convergence list
+
+`run` appends a line of JSON per training to --results; what is there already is not done again, so it can be stopped and
+started. Run from the root of the repository. The core takes about an hour of two cores, of which nothing else uses any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from benchmarks.convergence.methods import CORE, METHODS  # noqa: E402
+from benchmarks.convergence.report import write_report  # noqa: E402
+from benchmarks.convergence.training import Setting, train  # noqa: E402
+from benchmarks.convergence.workloads import WORKLOADS  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "convergence.jsonl"
+SEEDS = (0, 1, 2)
+TWO = ("gpt", "vit")
+"""The workloads of the further settings."""
+
+
+def core() -> Iterator[Setting]:
+    for seed, workload, method in itertools.product(SEEDS, WORKLOADS, CORE):
+        yield Setting(workload=workload, method=method, seed=seed)
+
+
+def further() -> Iterator[Setting]:
+    """On two workloads: other methods, more ranks, another beta2, other learning rates, a long run."""
+    for seed, workload in itertools.product(SEEDS, TWO):
+        for method in (name for name in METHODS if name not in CORE):
+            yield Setting(workload=workload, method=method, seed=seed)
+        for method in CORE:
+            for ranks in (16, 32):
+                yield Setting(workload=workload, method=method, seed=seed, ranks=ranks)
+            yield Setting(workload=workload, method=method, seed=seed, beta2=0.95)
+            for lr_scale in (0.5, 2.0):
+                yield Setting(workload=workload, method=method, seed=seed, lr_scale=lr_scale)
+    for method in CORE:
+        yield Setting(workload="vit", method=method, seed=0, steps=5000)
+
+
+SETS = {"core": core, "further": further}
+
+
+def chosen(arguments: argparse.Namespace) -> Iterator[Setting]:
+    if arguments.set is not None:
+        settings: Iterator[Setting] = SETS[arguments.set]()
+    elif any((arguments.ranks, arguments.steps, arguments.beta2, arguments.lr_scale, arguments.methods)):
+        settings = (
+            Setting(
+                workload=workload,
+                method=method,
+                seed=seed,
+                ranks=arguments.ranks or 4,
+                steps=arguments.steps,
+                beta2=arguments.beta2,
+                lr_scale=arguments.lr_scale or 1.0,
+            )
+            for seed, workload, method in itertools.product(
+                arguments.seeds or SEEDS, arguments.workloads or WORKLOADS, arguments.methods or CORE
+            )
+        )
+    else:
+        settings = core()
+    for setting in settings:
+        if arguments.workloads and setting.workload not in arguments.workloads:
+            continue
+        if arguments.methods and setting.method not in arguments.methods:
+            continue
+        if arguments.seeds is None or setting.seed in arguments.seeds:
+            yield setting
+
+
+def key(line: dict[str, object]) -> tuple[object, ...]:
+    """What is the same in two lines about the same training."""
+    return tuple(line[name] for name in ("workload", "method", "seed", "ranks", "steps", "beta2", "lr_scale"))
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    done = {key(line) for line in read(arguments.results)}
+    for setting in chosen(arguments):
+        steps = setting.of_workload().steps
+        wanted = (setting.workload, setting.method, setting.seed, setting.ranks, steps, setting.beta2, setting.lr_scale)
+        if wanted in done:
+            continue
+        line = train(setting)
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{setting}: loss {line['loss']}, {line['seconds']} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convergence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["run", "report", "list"])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a .jsonl; the report goes beside it")
+    parser.add_argument("--set", choices=list(SETS))
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--beta2", type=float)
+    parser.add_argument("--lr-scale", type=float)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments)
+    elif arguments.command == "report":
+        print(write_report(read(arguments.results), arguments.results))
+    else:
+        for workload in WORKLOADS.values():
+            print(f"{workload.name}: {workload.steps} steps, lr {workload.lr}, {workload.note}")
+        for method in METHODS.values():
+            print(f"{method.name}: {method.text}")
+
+
+if __name__ == "__main__":
+    main()

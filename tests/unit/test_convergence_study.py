@@ -1,0 +1,154 @@
+"""The study's own arithmetic: what its numbers mean. Its results are those of a run by hand, not of these tests."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import sklearn.datasets  # noqa: F401  # sets environment variables; here, not within a test
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.convergence import __main__ as command
+from benchmarks.convergence import report, trial
+from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.training import Setting, train
+from benchmarks.convergence.workloads import WORKLOADS
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Short trainings on the cheapest workload."""
+    names = ("adam", "frozen15", "powersgd2", "bf16", "exact_frozen")
+    return {name: train(Setting(workload="table", method=name, seed=0, steps=40), timeout=60) for name in names}
+
+
+def test_all_ranks_end_with_the_same_parameters(results):
+    assert all(result["ranks_equal"] for result in results.values())
+
+
+def test_bytes_are_those_of_the_whole_run(results):
+    assert results["adam"]["bytes"] == results["adam"]["ddp_bytes"]
+    assert results["bf16"]["bytes"] == results["adam"]["bytes"] / 2
+    frozen = results["frozen15"]
+    assert frozen["dense_bytes"] == frozen["ddp_bytes"] * 6 / 40  # 15% of 40 steps
+    # The other 34 steps: in a model as small as this one, what the ranks agree on at each step is a fourth of it.
+    assert frozen["bytes"] - frozen["dense_bytes"] < frozen["ddp_bytes"] * 34 / 40 / 20
+    # 96 x 96 as 2 x (96 + 96), and so on; the dense first 5% is 2 of 40 steps.
+    assert results["powersgd2"]["dense_bytes"] == results["powersgd2"]["ddp_bytes"] * 2 / 40
+    assert results["powersgd2"]["bytes"] < results["powersgd2"]["ddp_bytes"] / 2
+
+
+def test_adam_is_its_own_measure(results):
+    assert results["adam"]["speed"] == [1.0]
+    assert results["adam"]["scatter"] == [[pytest.approx(1.0, abs=1e-3)] * 5]
+    assert results["frozen15"]["scatter"][0][2] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_methods_see_the_same_data(results):
+    # The dense steps, of which the first point of the curve is one, are the same.
+    assert results["frozen15"]["curve"][0] == results["adam"]["curve"][0]
+
+
+def test_powersgd_is_another_method(results):
+    assert results["powersgd2"]["loss"] != results["adam"]["loss"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "table", "vae"])
+def test_ranks_and_seeds_have_different_batches(name):
+    workload = WORKLOADS[name]
+    first, second = (workload.make(seed, 4, 100).parts[0].loss for seed in (0, 1))
+    assert len({loss.item() for loss in (first(0, 0), first(0, 1), first(1, 0), second(0, 0))}) == 4
+    assert first(3, 2).item() == first(3, 2).item()
+
+
+def test_learning_rate_warms_up_and_decays():
+    workload = WORKLOADS["gpt"]
+    factors = [workload.lr_factor(step, 400) for step in range(400)]
+    assert max(factors) == factors[50] == 1.0
+    assert factors[0] == 1 / 50
+    assert factors[-1] == pytest.approx(workload.lr_end, abs=1e-3)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    trained = []
+
+    def train_nothing(setting):
+        trained.append(setting)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        steps = setting.of_workload().steps
+        return {"loss": 0.0, "seconds": 0.0, **vars(setting), "steps": steps}
+
+    monkeypatch.setattr(command, "train", train_nothing)
+    chosen = dict(set=None, workloads=["vit"], methods=["adam", "bf16"], seeds=[0, 1], ranks=None, steps=None)
+    arguments = argparse.Namespace(results=tmp_path / "r.jsonl", beta2=None, lr_scale=None, **chosen)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(arguments)
+    command.run(arguments)
+    keys = [command.key(line) for line in command.read(tmp_path / "r.jsonl")]
+    assert len(keys) == len(set(keys)) == 4
+    assert len(trained) == 5  # the third twice
+
+
+def test_differences_are_paired_by_seed_and_in_units_of_adams_spread(tmp_path):
+    setting = {"workload": "cnn", "ranks": 4, "steps": 300, "beta2": None, "lr_scale": 1.0, "seconds": 1.0}
+    numbers = {"bytes": 1, "ddp_bytes": 30, "speed": [1.0], "scatter": [[1.0] * 5], "ranks_equal": True}
+    losses = {"adam": [1.0, 2.0, 3.0], "frozen15": [1.5, 2.5, 3.8]}
+    lines = [
+        {**setting, **numbers, "method": method, "seed": seed, "loss": loss, "curve": [[300, loss]]}
+        for method, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    text = report.write_report(lines[::-1], tmp_path / "r.jsonl")
+    assert "2.0000 (1.0000; 3)" in text
+    assert "+0.6000 (0.1732) / +0.6" in text
+    assert "1/30.0" in text
+    assert (tmp_path / "r.txt").read_text() == text
+    assert (tmp_path / "r.png").exists()
+
+
+def test_sets_hold_what_they_say():
+    assert len(list(command.core())) == 11 * 5 * 3
+    further = list(command.further())
+    assert {setting.ranks for setting in further} == {4, 16, 32}
+    assert {setting.method for setting in further} == set(METHODS)
+    assert max(setting.steps or 0 for setting in further) >= 5000
+
+
+# The simulation
+
+
+def test_blocks_lie_within_tensors():
+    layout = trial.Layout([5000, 10], 2048)
+    x = torch.zeros(layout.numel)
+    x[:5000], x[layout.starts[1] : layout.starts[1] + 10] = 1.0, 2.0
+    assert layout.sums(x, layout.block_of, layout.blocks).tolist() == [2048, 2048, 5000 - 4096, 20]
+    assert layout.sums(x, layout.tensor_of, 2).tolist() == [5000, 20]
+
+
+def test_logarithms_are_within_half_a_level():
+    layout = trial.Layout([2048], 2048)
+    root = torch.logspace(0, math.log10(2**-23), 2047)
+    v = torch.cat([root, torch.zeros(1)]).square()
+    decoded = trial.Log8(layout)(v[None])[0]
+    assert decoded[-1] == 0
+    assert float((decoded[:-1].sqrt() / root).log2().abs().max()) <= trial.Log8.STEP / 2 + 1e-5
+
+
+def test_the_simulated_sketch_is_unbiased():
+    simulation = argparse.Namespace(arm=trial.ARMS["renewed20"])
+    x = torch.randn(5000)
+    torch.manual_seed(0)
+    estimates = torch.stack([trial.Simulation.sketched_square(simulation, x) for _ in range(400)]) / x.square().sum()
+    assert float(estimates.mean()) == pytest.approx(1.0, abs=0.02)
+    assert float(estimates.std()) == pytest.approx(math.sqrt(2 / 256), rel=0.2)
+
+
+def test_the_simulation_is_adam_without_compression():
+    results = [json.loads(json.dumps(trial.simulate(WORKLOADS["table"], arm, 0, steps=30))) for arm in ("adam", "renewed45")]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-5)  # 45 dense steps of 30
+    assert results[0]["speed"] == [pytest.approx(1.0, abs=1e-3)]
