@@ -152,3 +152,13 @@ def test_the_simulation_is_adam_without_compression():
     results = [json.loads(json.dumps(trial.simulate(WORKLOADS["table"], arm, 0, steps=30))) for arm in ("adam", "renewed45")]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-5)  # 45 dense steps of 30
     assert results[0]["speed"] == [pytest.approx(1.0, abs=1e-3)]
+
+
+def test_the_trials_table_pairs_by_seed():
+    scatter = [[70, "v_i", 0.8, 0.9, 1.0, 1.1, 1.2, 0.5], [70, "D", 0.6, 0.7, 0.8, 0.9, 1.0, 0.4]]
+    line = {"workload": "cnn", "ranks": 4, "steps": 300, "speed": [1.1], "scatter": scatter, "bits": 3.0}
+    losses = [("adam", 0, 1.0), ("adam", 1, 2.0), ("renewed20", 1, 2.5), ("renewed20", 0, 1.25)]
+    text = trial.summary([{**line, "arm": arm, "seed": seed, "loss": loss} for arm, seed, loss in losses])
+    assert "+0.3750 | +0.5000 +0.2500" in text
+    assert "0.70 0.80 0.90" in text  # D, then v_i
+    assert "0.90 1.00 1.10" in text
