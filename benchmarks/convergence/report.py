@@ -16,7 +16,8 @@ Line = dict[str, Any]
 
 def write_report(lines: Sequence[Line], results: Path) -> str:
     """Write a .txt and, where matplotlib is installed, a .png beside ``results``; return the text."""
-    parts = [describe(environment("scikit-learn")), EXPLANATION]
+    versions = {**environment("scikit-learn"), "command": "python -m benchmarks.convergence report"}
+    parts = [describe(versions), EXPLANATION]
     for (ranks, steps, beta2, lr_scale), group in _groups(lines).items():
         changes = [f"{ranks} ranks"]
         changes += [f"{steps} steps"] if steps is not None else []
@@ -31,11 +32,11 @@ def write_report(lines: Sequence[Line], results: Path) -> str:
 
 EXPLANATION = """\
 Held-out loss (DCGAN: Frechet distance of pixels), minus Adam's with the same seed, in its own units and, after the slash, in
-standard deviations of Adam's loss over the seeds; in brackets the standard deviation of the difference over the seeds.
-Bytes: of the whole run, per rank, against dense float32 DDP, as counted by the library (payload). Speed: the displacement,
-projected on what Adam would have moved on the same gradients; 1 is right, and more acts as a larger learning rate. v:
-quartiles of sqrt(v / v_true) at the end, v_true the second moment of the mean gradient. `exact` is one rank that gets the
-mean gradient: no bytes."""
+standard deviations of Adam's loss over the seeds (of three seeds at least); in brackets the standard deviation of the
+difference over the seeds, and their number. Bytes: of the whole run, per rank, against dense float32 DDP, as counted by
+the library (payload). Speed: the displacement, projected on what Adam would have moved on the same gradients; 1 is right,
+and more acts as a larger learning rate. v: quartiles of sqrt(v / v_true) at the end, v_true the second moment of the mean
+gradient. `exact` is one rank that gets the mean gradient: no bytes."""
 
 
 def _groups(lines: Sequence[Line]) -> dict[tuple[Any, ...], list[Line]]:
@@ -87,7 +88,8 @@ def _summary(group: Sequence[Line]) -> str:
             differences = _differences(group, workload, method)
             if differences:
                 mean = statistics.mean(differences)
-                row.append(f"{mean:+.4f} ({_sd(differences):.4f}) / {mean / spread:+.1f}")
+                in_units = f"{mean / spread:+.1f}" if len(adam) >= 3 else "-"  # two seeds tell no spread
+                row.append(f"{mean:+.4f} ({_sd(differences):.4f}; {len(differences)}) / {in_units}")
             else:
                 row.append("-")
         rows.append(row)

@@ -105,7 +105,7 @@ def test_differences_are_paired_by_seed_and_in_units_of_adams_spread(tmp_path):
     ]
     text = report.write_report(lines[::-1], tmp_path / "r.jsonl")
     assert "2.0000 (1.0000; 3)" in text
-    assert "+0.6000 (0.1732) / +0.6" in text
+    assert "+0.6000 (0.1732; 3) / +0.6" in text
     assert "1/30.0" in text
     assert (tmp_path / "r.txt").read_text() == text
     assert (tmp_path / "r.png").exists()
