@@ -8,6 +8,7 @@ from typing import Literal
 
 Scale = Literal["l2", "l1"]
 Space = Literal["update", "momentum"]
+VarianceRefresh = int | Literal["auto"] | None
 
 MAX_BLOCK_SIZE = 16384
 """Up to this length torch reduces a block on one thread, so its norm does not depend on the blocks
@@ -38,6 +39,10 @@ class CompressionConfig:
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
+    variance_refresh: VarianceRefresh = "auto"
+    """When the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a number: every so many
+    steps; ``None``: never, as in the 1-bit Adam paper. Belongs to ``space="update"``: in momentum space "auto" is None."""
+
     bucket_cap_mb: float | None = None
     """Size of one exchange, in MiB of float32 gradient; ``None``: chosen by the bytes on the wire, a quarter of the model,
     between 1 Mi and 16 Mi elements (signs of 128 KiB and 2 MiB), so that exchanges overlap with work without becoming many:
@@ -58,10 +63,26 @@ class CompressionConfig:
             raise ValueError(
                 f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
             )
+        refresh = self.variance_refresh
+        if refresh is not None and refresh != "auto" and (type(refresh) is not int or refresh < 1):
+            raise ValueError(
+                f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT: the"
+                " default, 'auto', suits most models."
+            )
+        if self.space == "momentum" and isinstance(refresh, int):
+            raise ValueError(
+                f"Invalid variance_refresh: {refresh} with space='momentum'. Momentum divides by D after it has travelled, so"
+                " errors of the past would change their meaning with D. HINT: use space='update', or variance_refresh=None."
+            )
         if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
             raise ValueError(
                 f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
             )
+
+    @property
+    def renews_variance(self) -> bool:
+        """Whether the second moment is renewed during the compressed phase."""
+        return self.variance_refresh is not None and self.space == "update"
 
     def bucket_numel(self, numel: int) -> int:
         """Most elements of a bucket, for ``numel`` elements in all: at least one block."""

@@ -36,7 +36,8 @@ from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.parameter_set import ParameterSet
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
+from lightning_onebit.engine.renewal import is_refresh_due
+from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.methods import method_for, parameters_of
 
@@ -73,7 +74,7 @@ class CompressedOptimizer:
         overlap: bool = False,
     ) -> None:
         self.optimizer, self.method, self.communicator = optimizer, method_for(optimizer), communicator
-        self._names = names
+        self._names, self._config = names, config
         self._groups = groups or flat_groups(communicator)
         self._exchanger = exchanger or InlineExchanger()
         self._overlap = overlap and communicator.world_size > 1
@@ -91,7 +92,8 @@ class CompressedOptimizer:
                     config,
                     self._groups,
                     keeps_before=self._overlap or looks_ahead,
-                )
+                ),
+                self._groups,
             )
             for kind in sorted({(str(p.dtype), str(p.device)) for p in params})
         ]
@@ -210,11 +212,11 @@ class CompressedOptimizer:
             each.set_active_(counts, self._params)
         if each.node_average is not None:  # hierarchical: g_i is the mean of this node
             with record_function("onebit::node_average"):
-                needed_later = counts is None or (counts.has_news and self._is_refresh_due and len(each.late[index]) > 0)
+                needed_later = counts is None or self._looks_back(each, index, counts)
                 each.average_inside_node_(index, keep=needed_later)
         with record_function("onebit::encode"):  # steps 1 and 2
             buckets.kernels.encode_(memory, index, step, commit=commit)
-            if commit:
+            if commit and each.late:
                 each.late[index].collect_(index, step)
         if buckets.is_quantized:  # steps 3 to 5
             work = partial(exchange_, memory, self._groups, buckets.server_kernels, step, commit=commit)
@@ -234,23 +236,42 @@ class CompressedOptimizer:
             each.buckets.kernels.apply_(memory, index, step, commit=self._commits_late)
 
     def _end_step_(self, outcome: Outcome) -> None:
-        """Count the step, or take it back; refresh, if it is time."""
+        """Count the step, or take it back; renew second moments, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
-        refresh = self._is_refresh_due and outcome.has_news
         if self._learns_live and not outcome.counts:
             self._forget_live_()
         self._learns_live = False
         for each in self._sets:
             each.set_active_(outcome, self._params)
-            if outcome.counts:
-                each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
         if outcome.counts:
+            self._renew_(has_news=outcome.has_news)
             self._forget_step_()
             self.agreement.forget_nonfinite()
         else:
             self._take_back_()
             self.agreement.note_nonfinite()
+
+    def _renew_(self, *, has_news: bool) -> None:
+        """Count the step, and let D follow the second moment where it is time: valid from the next step on."""
+        number, counters = self._steps + 1, self.communicator.counters
+        late_is_due = has_news and self._is_late_refresh_due
+        for each in self._sets:
+            each.count_step_(late=self._commits_late)
+            if each.renewal is not None and each.renewal.is_sketch_due(number):
+                with record_function("onebit::sketch"), counters.counting_sketches():
+                    each.learn_(number)
+            with record_function("onebit::refresh"), counters.counting_refreshes():
+                if each.renewal is not None and is_refresh_due(number, self._config.variance_refresh):
+                    each.renewal.refresh_()
+                elif late_is_due and each.late:
+                    each.refresh_late_(self._groups)
+
+    def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
+        """Whether the gradients of a bucket are looked at again at the end of the step."""
+        if each.renewal is not None:
+            return each.renewal.is_sketch_due(self._steps + 1)
+        return outcome.has_news and self._is_late_refresh_due and len(each.late[index]) > 0
 
     def _take_back_(self) -> None:
         """The step does not count: errors and parameters are as they were, averages become so."""
@@ -299,7 +320,7 @@ class CompressedOptimizer:
 
     def _news(self) -> list[Tensor]:
         """Where a refresh is due, whether each bucket has something to tell; int32 ``[1]``."""
-        if not self._is_refresh_due:
+        if not self._is_late_refresh_due:
             return []
         news = (late.has_news() for each in self._sets for late in each.late)
         return [flag.to(torch.int32).view(1) for flag in news if flag is not None]
@@ -322,7 +343,7 @@ class CompressedOptimizer:
                 memory.live = memory.live_before = None
 
     @property
-    def _is_refresh_due(self) -> bool:
+    def _is_late_refresh_due(self) -> bool:
         return (self._steps + 1) % REFRESH_STEPS == 0
 
     @property
@@ -379,7 +400,8 @@ class CompressedOptimizer:
             numel = sketch_numel(sum(p.numel() for p in params))
             sketch = NormSketch(seed=self._steps, device=self._device, numel=numel)
             sketch.add_([p.grad for p in params], [p.numel() for p in params])
-            self.communicator.all_reduce_mean_(sketch.buckets)
+            with self.communicator.counters.counting_sketches():
+                self.communicator.all_reduce_mean_(sketch.buckets)
             norm = sketch.norm()
         # A norm that is NaN would make NaN of all gradients, and hide where it came from. Divided by infinity, only what is
         # not finite becomes NaN.
@@ -412,6 +434,19 @@ class CompressedOptimizer:
     def server_errors(self) -> list[ElementRange]:
         """The server errors of what this rank serves."""
         return [each for each_set in self._sets for each in each_set.buckets.server_errors()]
+
+    def second_moments(self) -> list[ElementRange]:
+        """v_i of this rank, where second moments go on."""
+        return [each for each_set in self._sets for each in each_set.buckets.second_moments()]
+
+    def second_moment_residuals(self) -> list[ElementRange]:
+        """What this rank's chunks have not passed on of v."""
+        return [each for each_set in self._sets for each in each_set.buckets.second_moment_residuals()]
+
+    def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
+        """Add those of an earlier run, in the same places. After :meth:`restore_`, which sets them to zero."""
+        for each in self._sets:
+            each.buckets.add_second_moments_(second_moments, residuals)
 
     def late_second_moments(self) -> tuple[Tensor, Tensor]:
         """v_i of late coordinates: places as of a :class:`ElementRange`, int64, rising, and float64 copies, on the CPU."""
@@ -450,7 +485,7 @@ class CompressedOptimizer:
         for each in self._sets:
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             each.buckets.restore_(by_index, block_size=block_size)
-            each.late = [LateCoordinates(each.buckets, index) for index in range(len(each.buckets.memories))]
+            each.late = each.find_late()
             for late in each.late:
                 late.restore_(by_index)
         # Without D, who is live is known from the first average on; a single rank does not ask.

@@ -343,7 +343,7 @@ class LateCoordinates:
         self._locate_()
 
 
-def refresh_(
+def refresh_late_(
     all_late: Sequence[LateCoordinates], buckets: Buckets, groups: ExchangeGroups, step: StepInputs, *, number: int
 ) -> None:
     """Make second moments those of all ranks, and let coordinates take part that have one. Collective.
