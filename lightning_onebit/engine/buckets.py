@@ -25,6 +25,7 @@ from lightning_onebit.methods.base import Method
 from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
+from lightning_onebit.quantize.logarithm import square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
@@ -493,15 +494,3 @@ def _parts(memory: BucketMemory) -> Iterator[Part]:
             numel=int(layout.numel[first:last].sum()),
             flat=int(layout.offset[first]),
         )
-
-
-def square_root_(values: Tensor, out: Tensor) -> None:
-    """The correctly rounded root of ``values``, to ``out`` of the same dtype.
-
-    torch's on a CPU is MKL's: it rounds a quarter of the numbers in [2, 4) the other way, perhaps others on another
-    processor.
-    """
-    if values.device.type == "cpu":
-        np.sqrt(values.numpy(), out=out.numpy())
-    else:
-        torch.sqrt(values, out=out)

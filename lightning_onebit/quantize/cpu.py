@@ -25,6 +25,7 @@ from lightning_onebit.config import Scale
 from lightning_onebit.flat import all_finite
 from lightning_onebit.quantize.layout import SPAN_NUMEL, Span, sign_nbytes
 from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
+from lightning_onebit.quantize.reference_variance import apply_variance_, encode_variance_, serve_variance_
 from lightning_onebit.quantize.workspace import Memory, SpanShape, Workspace, scale_divisors
 
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
@@ -51,6 +52,7 @@ class _SpanViews:
     real: np.dtype[np.floating]
     """dtype of the errors."""
     error: Tensor | None = None
+    second_moment: Tensor | None = None
     sent: Encoded | None = None
     server_error: Tensor | None = None
     received: Sequence[Encoded] = ()
@@ -72,7 +74,7 @@ class _SpanViews:
     def per_element(self, numbers: Numbers) -> Numbers:
         """A number as it is, an array of parameters spread over elements, padding included."""
         if isinstance(numbers, float):
-            return numbers
+            return float(numbers)  # numpy's own would be a float64
         assert self.shape.numels is not None
         rounded = numbers.astype(self.real)  # as torch and numpy round a number
         return np.repeat(rounded[self.member_of_block], [8 * sign_nbytes(numel) for numel in self.shape.numels])
@@ -90,6 +92,9 @@ class CpuKernels:
 
     name = "cpu"
     reads_flags_on_device = False
+    encode_variance_ = staticmethod(encode_variance_)
+    serve_variance_ = staticmethod(serve_variance_)
+    apply_variance_ = staticmethod(apply_variance_)
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update", block_size: int, dtype: torch.dtype) -> None:
         self.scale: Scale = scale
@@ -112,6 +117,8 @@ class CpuKernels:
                 if not commit and not all_finite([gradient]):
                     step.flags[0] = 1
                     return
+                if commit:
+                    self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 out = part.error if commit else work.out
                 self._add_local_momentum_(out, memory, part, _current(memory, part), gradient, c, work)
                 self._quantize_(out, part.sent, _live(memory.live, part), work)
@@ -130,10 +137,11 @@ class CpuKernels:
         assert part.error is not None
         self._add_decoded_(out, part.error, last, _live(memory.live_before, part), part.per_block(c.beta), work)
         term, array = work.reals, work.reals_array
-        if memory.rms is None or self.space == "momentum":
+        if not memory.has_rms or self.space == "momentum":
             term.copy_(gradient)
         else:
-            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
+            rms = memory.decoded_rms((part.span.first, part.span.last)) if memory.rms is None else memory.rms[part.flat]
+            np.add(rms.numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
             torch.div(gradient, term, out=term)
             live = self._effective(_live(memory.live, part), work)
             if live is not None:
@@ -147,34 +155,74 @@ class CpuKernels:
         np.multiply(array, part.per_element(c.weight), out=array)
         out.add_(term)
 
+    def _renew_second_moment_(
+        self,
+        memory: BucketMemory,
+        index: int,
+        part: _SpanViews,
+        step: StepInputs,
+        gradient: Tensor,
+        c: Coefficients,
+        work: Workspace,
+    ) -> None:
+        """``v_i = square_decay v_i + (square_factor g_i + square_root_weight coupled_decay x)^2``, and finite.
+
+        ``gradient`` is that of :meth:`_gradient`, with decay.
+        """
+        if part.second_moment is None:
+            return
+        v, term = part.second_moment.numpy(), work.out.numpy()
+        if not _any(c.coupled_decay):
+            np.multiply(gradient.numpy(), part.per_element(c.root_r * c.square_root_weight), out=term)
+        else:
+            work.out.copy_(self._local_gradient(memory, index, part, step, work, work.out))
+            np.multiply(term, part.per_element(c.square_factor), out=term)
+            decay = self._decay(part, step, c, work)
+            np.multiply(decay, part.per_element(c.square_root_weight), out=decay)
+            np.add(term, decay, out=term)
+        np.square(term, out=term)
+        np.multiply(v, part.per_element(c.square_decay), out=v)
+        np.add(v, term, out=v)
+        np.minimum(v, np.finfo(v.dtype).max, out=v)
+
     def _gradient(
         self, memory: BucketMemory, index: int, part: _SpanViews, step: StepInputs, c: Coefficients, work: Workspace
     ) -> Tensor:
-        """The gradient of a span, in the dtype of the errors: a view of it, if it can be."""
-        shared = step.share_gradients.get(index)
-        if shared is not None:
-            start = part.flat.start - memory.share_flat.start
-            gradient = shared[start : start + part.shape.numel]
-        elif part.shape.numels is None:
-            p, elements, _ = part.members[0]
-            whole = step.gradients[p]
-            gradient = work.values.zero_() if whole is None else whole[elements]
-        else:
-            gradient = _gather_(work.values, part, step.gradients)
-            gradient.numpy()[work.gaps] = 0.0
-        decays = not isinstance(c.coupled_decay, float) or c.coupled_decay != 0.0
+        """``sign g + coupled_decay x`` of a span, in the dtype of the errors: a view of g, if it can be."""
+        gradient = self._local_gradient(memory, index, part, step, work, work.values)
+        decays = _any(c.coupled_decay)
         if not isinstance(c.sign, float) or c.sign < 0 or decays or gradient.dtype != memory.dtype:
             gradient = work.values.copy_(gradient)
             array = gradient.numpy()
             np.multiply(array, part.per_element(c.sign), out=array)
             if decays:
-                decay = _gather_(work.reals, part, step.params)
-                np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
-                if part.shape.numels is not None:
-                    decay.numpy()[work.gaps] = 0.0
-                # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
-                gradient.add_(decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+                np.add(array, self._decay(part, step, c, work), out=array)
         return gradient
+
+    def _local_gradient(
+        self, memory: BucketMemory, index: int, part: _SpanViews, step: StepInputs, work: Workspace, out: Tensor
+    ) -> Tensor:
+        """The gradient of a span: a view of it, if it can be; else in ``out``."""
+        shared = step.share_gradients.get(index)
+        if shared is not None:
+            start = part.flat.start - memory.share_flat.start
+            return shared[start : start + part.shape.numel]
+        if part.shape.numels is None:
+            p, elements, _ = part.members[0]
+            whole = step.gradients[p]
+            return out.zero_() if whole is None else whole[elements]
+        _gather_(out, part, step.gradients).numpy()[work.gaps] = 0.0
+        return out
+
+    def _decay(self, part: _SpanViews, step: StepInputs, c: Coefficients, work: Workspace) -> NDArray[np.floating]:
+        """``coupled_decay x`` of a span, in the workspace."""
+        decay = _gather_(work.reals, part, step.params)
+        np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
+        if part.shape.numels is not None:
+            work.reals_array[work.gaps] = 0.0
+        # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+        decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return work.reals_array
 
     # Step 4, on a server
 
@@ -267,6 +315,7 @@ class CpuKernels:
                 assert part.error is not None
                 assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
+                self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 self._add_local_momentum_(part.error, memory, part, _before(memory, part), gradient, c, work)
                 self._add_decoded_(part.error, part.error, part.sent, _live(memory.live, part), -1.0, work)
         for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
@@ -428,6 +477,8 @@ def _make_views(memory: BucketMemory, span: Span) -> _SpanViews:
     if first <= span.first and span.last <= last:
         shift = memory.share_flat.start
         views.error = memory.error[start - shift :][:numel]
+        if memory.second_moment is not None:
+            views.second_moment = memory.second_moment[start - shift :][:numel]
         views.sent = memory.encoded(memory.sent, memory.share.start, blocks)
     if memory.chunk is not None and memory.chunk_blocks[0] <= span.first and span.last <= memory.chunk_blocks[1]:
         views.server_error = memory.server_error[start - memory.chunk_flat.start :][:numel]
@@ -469,6 +520,11 @@ def _all_active(view: _SpanViews, step: StepInputs) -> bool:
     if step.active is None:
         step.active = step.is_active.numpy()
     return step.all_are_active or all(step.active[p] for p, _, _ in view.members)
+
+
+def _any(numbers: Numbers) -> bool:
+    """Whether a number, or one of several that differ, is not 0."""
+    return not isinstance(numbers, float) or numbers != 0.0
 
 
 def _current(memory: BucketMemory, part: _SpanViews) -> Encoded:

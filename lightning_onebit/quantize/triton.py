@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_onebit.config import Scale
 from lightning_onebit.quantize.layout import SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference_variance import apply_variance_, encode_variance_, serve_variance_
 from lightning_onebit.quantize.triton_blocks import (
     clamp,
     decode,
@@ -75,6 +76,9 @@ class TritonKernels:
     """
 
     name = "triton"
+    encode_variance_ = staticmethod(encode_variance_)
+    serve_variance_ = staticmethod(serve_variance_)
+    apply_variance_ = staticmethod(apply_variance_)
     reads_flags_on_device = True
     gather_ = staticmethod(gather_)
     scale_ = staticmethod(scale_)
@@ -139,6 +143,7 @@ class TritonKernels:
         return gradient
 
     def _rms(self, memory: BucketMemory, space: str) -> Tensor | None:
+        assert memory.rms_code is None, "D as a code has no kernel yet"
         return memory.rms if self.space == space else None
 
 
