@@ -47,6 +47,7 @@ class Memory:
         """For the caller: a gradient, a move."""
         self.out = torch.empty(8 * nbytes, dtype=dtype)
         """Likewise: an error that must not be written yet."""
+        self.ints = self.reals.view(torch.int32) if dtype == torch.float32 else torch.empty(8 * nbytes, dtype=torch.int32)
         self.bits = np.zeros(8 * nbytes, dtype=bool)
         self.words = np.empty(nbytes, dtype=np.uint64)
         self.norms = torch.empty(blocks, dtype=dtype)
@@ -79,6 +80,11 @@ class Workspace:
         """1 where an element is live, else 0."""
         self.mask_bytes = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
         self.values, self.out = memory.values[:numel], memory.out[:numel]
+        self.ints = memory.ints[:numel]
+        """int32; where reals are float32, the same memory."""
+        self.ints_array = self.ints.numpy()
+        self.floats = self.ints.view(torch.float32)
+        """The same memory."""
 
         self.bits = memory.bits[:numel]
         self._padding = memory.bits[numel : 8 * nbytes]
@@ -93,8 +99,8 @@ class Workspace:
         factors = memory.factors[:blocks]
         self.factors = factors.numpy()
         if shape.numels is None:
-            self.real_rows = self.rows(self.reals)
-            self.norm_parts, self.factor_columns = self._split_blocks(self.norms), self._split_blocks(factors[:, None])
+            self.real_rows, self.int_rows = self.rows(self.reals), self.rows(self.ints)
+            self.norm_parts, self.factor_columns = self.split_blocks(self.norms), self.split_blocks(factors[:, None])
             sizes = torch.full_like(self.norms, shape.block_size)
             if self._rest:
                 sizes[-1] = self._rest
@@ -113,7 +119,7 @@ class Workspace:
         whole, rest = values.split_with_sizes((self._whole, self._rest))
         return whole.view(-1, self.shape.block_size), rest.view(1, -1)
 
-    def _split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
+    def split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
         """``per_block [blocks, ...]`` in the parts of :meth:`rows`."""
         if not (self._rest and self._whole):
             return (per_block,)
