@@ -5,7 +5,7 @@ place) to 24 us. On a small span the calls themselves are what counts, 0.3 us (n
 hence few of them, views kept from step to step, and small parameters packed into spans of their own.
 
 The spans of one large parameter are matrices of whole blocks. Packed spans have blocks of any size: their norms are sums
-over ragged rows (``np.add.reduceat``), their scales are spread over bytes.
+over ragged rows (``np.add.reduceat``), their scales are spread over elements.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ class CpuKernels:
                 torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=norms)
         else:
             terms = values.abs() if self.scale == "l1" else values.square()
-            np.add.reduceat(terms.numpy(), work.block_starts, out=work.norms.numpy())
+            np.add.reduceat(terms.numpy(), work.shape.block_starts, out=work.norms.numpy())
             if self.scale == "l2":
                 work.norms.sqrt_()
         torch.div(work.norms, divisors, out=scales)
@@ -359,7 +359,7 @@ class CpuKernels:
         """Sum of each block, a new tensor."""
         if work.shape.numels is None:
             return torch.cat([part.sum(dim=1) for part in work.rows(values)])
-        return torch.from_numpy(np.add.reduceat(values.numpy(), work.block_starts))
+        return torch.from_numpy(np.add.reduceat(values.numpy(), work.shape.block_starts))
 
     def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> Tensor:
         """``factor q``, in ``out``."""
@@ -406,8 +406,7 @@ class CpuKernels:
             self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
             work.reals.mul_(work.mask)
         if work.shape.numels is not None:
-            work.factors.take(work.block_of_byte, out=work.factor_of_byte[:, 0], mode="clip")
-            np.multiply(work.real_bytes, work.factor_of_byte, out=work.real_bytes)
+            np.multiply(work.reals_array, np.repeat(work.factors, work.shape.elements_of_block), out=work.reals_array)
 
     def _expand_mask(self, live: Tensor, work: Workspace) -> None:
         """Put 1 where an element is live and 0 elsewhere into the workspace, and the bytes of ``live``."""

@@ -43,7 +43,8 @@ def renew_second_moment_(part: SpanViews, term: Tensor, square_decay: Numbers) -
         v.mul_(square_decay)
     else:
         np.multiply(v.numpy(), part.per_element(square_decay), out=v.numpy())
-    v.add_(term).clamp_(max=torch.finfo(v.dtype).max)
+    if not torch.isfinite(v.add_(term).amax()):  # to look is faster than to write
+        v.clamp_(max=torch.finfo(v.dtype).max)
 
 
 def encode_variance_(memory: BucketMemory, messages: Messages, correction: NDArray[np.float64], workspace: Memory) -> None:
@@ -128,7 +129,7 @@ def _code_(target: tuple[Tensor, Tensor], part: SpanViews, work: Workspace) -> N
     np.sqrt(work.values.numpy(), out=work.reals_array)
     if work.reals.dtype != torch.float32:
         work.floats.copy_(work.reals.clamp_(max=LARGEST_FLOAT32))
-    scales.numpy()[:] = np.maximum.reduceat(work.floats.numpy(), part.starts_of_blocks)
+    scales.numpy()[:] = np.maximum.reduceat(work.floats.numpy(), part.shape.block_starts)
     x, steps = work.ints_array, work.ints_array
     np.not_equal(x, 0, out=work.bits)
     np.subtract(part.spread(bits_of(scales).numpy() + LOG_STEP // 2), x, out=steps)

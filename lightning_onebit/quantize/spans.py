@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
-from lightning_onebit.quantize.layout import BITS_PER_BYTE, Span, sign_nbytes
+from lightning_onebit.quantize.layout import Span
 from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
 from lightning_onebit.quantize.workspace import SpanShape
 
@@ -67,21 +66,7 @@ class SpanViews:
 
     def spread(self, by_block: NDArray[Any]) -> NDArray[Any]:
         """What blocks have, ``[blocks]``, spread over their elements, padding included."""
-        return np.repeat(by_block, self.elements_of_block)
-
-    @cached_property
-    def elements_of_block(self) -> NDArray[np.intp]:
-        """Of each block, its elements in the span; its padding counts where there is a next one in it."""
-        if self.shape.numels is not None:
-            return np.array([BITS_PER_BYTE * sign_nbytes(numel) for numel in self.shape.numels], dtype=np.intp)
-        size = np.full(self.shape.num_blocks, self.shape.block_size, dtype=np.intp)
-        size[-1] = self.shape.numel - (len(size) - 1) * self.shape.block_size
-        return size
-
-    @cached_property
-    def starts_of_blocks(self) -> NDArray[np.intp]:
-        """First element of each block in the span."""
-        return np.cumsum(self.elements_of_block) - self.elements_of_block
+        return np.repeat(by_block, self.shape.elements_of_block)
 
 
 def span_views(memory: BucketMemory, chunks: range) -> list[SpanViews]:

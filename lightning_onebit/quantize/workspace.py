@@ -34,6 +34,20 @@ class SpanShape:
     def num_blocks(self) -> int:
         return -(-self.numel // self.block_size) if self.numels is None else len(self.numels)
 
+    @cached_property
+    def elements_of_block(self) -> NDArray[np.intp]:
+        """Of each block, its elements in the span: in a packed one, with padding."""
+        if self.numels is not None:
+            return np.array([BITS_PER_BYTE * sign_nbytes(numel) for numel in self.numels], dtype=np.intp)
+        sizes = np.full(self.num_blocks, self.block_size, dtype=np.intp)
+        sizes[-1] = self.numel - (len(sizes) - 1) * self.block_size
+        return sizes
+
+    @cached_property
+    def block_starts(self) -> NDArray[np.intp]:
+        """First element of each block in the span."""
+        return np.cumsum(self.elements_of_block) - self.elements_of_block
+
 
 class Memory:
     """Allocated once, for spans of up to ``numel`` elements and ``blocks`` blocks, of ``dtype``."""
@@ -105,7 +119,6 @@ class Workspace:
             if self._rest:
                 sizes[-1] = self._rest
         else:
-            self.factor_of_byte = np.empty((nbytes, 1), dtype=self.factors.dtype)
             sizes = torch.tensor(shape.numels).to(self.norms)
         self.divisors = scale_divisors(sizes, memory.scale)
         """What norms are divided by where all elements are live."""
@@ -134,24 +147,11 @@ class Workspace:
     # Of packed spans, whose blocks have any size
 
     @cached_property
-    def block_starts(self) -> NDArray[np.intp]:
-        """First element of each block."""
-        assert self.shape.numels is not None
-        padded = [BITS_PER_BYTE * sign_nbytes(numel) for numel in self.shape.numels]
-        return np.cumsum([0, *padded[:-1]], dtype=np.intp)
-
-    @cached_property
-    def block_of_byte(self) -> NDArray[np.intp]:
-        """The block of every eight elements."""
-        assert self.shape.numels is not None
-        return np.repeat(np.arange(len(self.shape.numels)), [sign_nbytes(numel) for numel in self.shape.numels])
-
-    @cached_property
     def gaps(self) -> NDArray[np.intp]:
         """Places of the padding."""
         assert self.shape.numels is not None
         inside = np.zeros(self.shape.numel, dtype=bool)
-        for start, numel in zip(self.block_starts, self.shape.numels, strict=True):
+        for start, numel in zip(self.shape.block_starts, self.shape.numels, strict=True):
             inside[start : start + numel] = True
         return np.flatnonzero(~inside)
 
