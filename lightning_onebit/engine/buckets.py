@@ -25,7 +25,7 @@ from lightning_onebit.methods.base import Method
 from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
-from lightning_onebit.quantize.logarithm import decode_rms
+from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
@@ -591,16 +591,5 @@ def _saved_rms(part: Part, entry: Mapping[str, Tensor], block_size: int) -> Tens
         return part.of_parameter(entry["rms"])
     code = part.of_parameter(entry["rms_code"])
     blocks = torch.arange(part.start, part.start + part.numel) // block_size
-    return decode_rms(code, entry["rms_scale"][blocks])
+    return decode_logarithm(code, entry["rms_scale"][blocks])
 
-
-def square_root_(values: Tensor, out: Tensor) -> None:
-    """The correctly rounded root of ``values``, to ``out`` of the same dtype.
-
-    torch's on a CPU is MKL's: it rounds a quarter of the numbers in [2, 4) the other way, perhaps others on another
-    processor.
-    """
-    if values.device.type == "cpu":
-        np.sqrt(values.numpy(), out=out.numpy())
-    else:
-        torch.sqrt(values, out=out)

@@ -219,7 +219,8 @@ class CompressedOptimizer:
             if commit and each.late:
                 each.late[index].collect_(index, step)
         if buckets.is_quantized:  # steps 3 to 5
-            work = partial(exchange_, memory, self._groups, buckets.server_kernels, step, commit=commit)
+            serve = partial(buckets.server_kernels.serve_, memory, step, commit=commit)
+            work = partial(exchange_, memory, self._groups, serve)
             self._sent.append((each, index, self._exchanger.submit(work)))
         else:
             self._sent.append((each, index, InlineExchanger().submit(lambda: None)))

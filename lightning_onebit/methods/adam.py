@@ -57,6 +57,7 @@ class AdamMethod(Method):
             coupled_decay=0.0 if decoupled else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
             step_size=lr / (1.0 - beta1**step),
+            square_decay=beta2,
         )
 
     @override
