@@ -498,6 +498,8 @@ class Buckets:
                 for part in parts:
                     part.of_bucket(rms).copy_(_saved_rms(part, shared[part.parameter], block_size))
                 memory.set_rms_(rms)
+            if memory.second_moment is not None:
+                memory.second_moment.zero_()
             for name in ("live", "live_before"):
                 if any(name in shared[part.parameter] for part in parts):
                     mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
@@ -592,4 +594,3 @@ def _saved_rms(part: Part, entry: Mapping[str, Tensor], block_size: int) -> Tens
     code = part.of_parameter(entry["rms_code"])
     blocks = torch.arange(part.start, part.start + part.numel) // block_size
     return decode_logarithm(code, entry["rms_scale"][blocks])
-

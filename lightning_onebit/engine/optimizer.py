@@ -469,6 +469,8 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
+                if each.renewal is not None:
+                    entry["gradient_statistics"] = each.renewal.statistics_of(i)
             late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
             for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
                 entries = [entry for j, entry in late if j == i]
@@ -486,6 +488,8 @@ class CompressedOptimizer:
         for each in self._sets:
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             each.buckets.restore_(by_index, block_size=block_size)
+            if each.renewal is not None:
+                each.renewal.restore_(by_index)
             each.late = each.find_late()
             for late in each.late:
                 late.restore_(by_index)

@@ -20,6 +20,7 @@ how well D still fits: the mean square of the mean gradient over D, which is 1 w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
@@ -149,6 +150,37 @@ class Renewal:
         for column, value in enumerate((of_mean, squares, of_mean / elements, clamped / elements)):
             new = statistics[:, column] + weight * (value - statistics[:, column])
             statistics[here, column] = new.astype(np.float32)[here]
+
+    # What a checkpoint holds
+
+    def statistics_of(self, parameter: int) -> Tensor:
+        """:attr:`statistics` of a parameter, and the number of gradients that were averaged: float64 ``[6]``."""
+        return torch.tensor([*self.statistics[parameter], self._groups.topology.num_nodes], dtype=torch.float64)
+
+    def restore_(self, shared: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over :meth:`statistics_of` all parameters.
+
+        With another number of ranks, r becomes what it would be there if they had the same share s of the gradient in
+        common, r = s + (1 - s) / n, and is estimated anew.
+
+        Raises:
+            ValueError: if an entry does not fit.
+        """
+        n = self._groups.topology.num_nodes
+        for i in range(len(self.statistics)):
+            saved = shared[i].get("gradient_statistics")
+            if saved is None:  # D was not renewed then
+                continue
+            if saved.dtype != torch.float64 or saved.shape != (6,) or not bool((saved.isfinite() & (saved >= 0)).all()):
+                raise ValueError(f"`gradient_statistics` of a parameter are {saved!r:.80}")
+            *statistics, old_n = saved.tolist()
+            self.statistics[i] = statistics
+            if old_n != n:
+                of_mean, mean = statistics[:2]
+                r = of_mean / mean if mean else 0.0
+                s = min(max((r - 1 / old_n) / (1 - 1 / old_n), 0.0), 1.0) if old_n > 1 else 0.0
+                self.statistics[i, :2] = (s + (1 - s) / n) * mean, mean
+                self.statistics[i, 4] = 0
 
     def _windows(self) -> NDArray[np.float64]:
         """Estimates that r is averaged over, by parameter."""

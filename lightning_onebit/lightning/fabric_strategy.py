@@ -21,7 +21,7 @@ from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     criterion_settings,
@@ -85,6 +85,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
+        variance_refresh: VarianceRefresh = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
         max_skipped_steps: int | None = 100,
@@ -94,7 +95,13 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            variance_refresh=variance_refresh,
+            bucket_cap_mb=bucket_cap_mb,
+        )
         # Never overlapped: a training loop may do anything to gradients between backward and step.
         self.overlap: bool | Literal["auto"] = False
         self.hierarchical = hierarchical

@@ -26,7 +26,7 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     checkpoint_settings,
@@ -64,6 +64,8 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
+        variance_refresh: when the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a
+            number: every so many steps; ``None``: never, as in the paper, and always in momentum space.
         overlap: whether buckets are sent during backward, as their gradients come. The result is the same, bit for bit.
             ``"auto"``: on a GPU, where nothing can change gradients between backward and step; says what it chose and why.
         hierarchical: whether ranks of a node average their gradients first, at full precision, and each sends its share.
@@ -86,6 +88,7 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
+        variance_refresh: VarianceRefresh = "auto",
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
@@ -94,7 +97,13 @@ class OneBitDDPStrategy(DDPStrategy):
     ) -> None:
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            variance_refresh=variance_refresh,
+            bucket_cap_mb=bucket_cap_mb,
+        )
         self.overlap = overlap
         self.hierarchical = hierarchical
         self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
