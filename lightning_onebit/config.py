@@ -39,7 +39,7 @@ class CompressionConfig:
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
-    variance_refresh: VarianceRefresh = "auto"
+    variance_refresh: VarianceRefresh = None
     """When the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a number: every so many
     steps; ``None``: never, as in the 1-bit Adam paper. Belongs to ``space="update"``: in momentum space "auto" is None."""
 
@@ -66,13 +66,13 @@ class CompressionConfig:
         refresh = self.variance_refresh
         if refresh is not None and refresh != "auto" and (type(refresh) is not int or refresh < 1):
             raise ValueError(
-                f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT: the"
-                " default, 'auto', suits most models."
+                f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT:"
+                " 'auto' renews often at first."
             )
         if self.space == "momentum" and isinstance(refresh, int):
             raise ValueError(
-                f"Invalid variance_refresh: {refresh} with space='momentum'. Momentum divides by D after it has travelled, so"
-                " errors of the past would change their meaning with D. HINT: use space='update', or variance_refresh=None."
+                f"Invalid variance_refresh: {refresh} with space='momentum'. Momentum is divided by D after it has travelled,"
+                " so errors of the past would change their meaning with D. HINT: use space='update', or variance_refresh=None."
             )
         if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
             raise ValueError(

@@ -86,7 +86,7 @@ class PartContent:
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
-        """Its errors and second moments: all of them, where they go on, or those of late coordinates. On the CPU no copy is made."""
+        """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
         position = len(self.meta["optimizers"])
         entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
         own = {
