@@ -23,6 +23,11 @@ def method_for(optimizer: Optimizer) -> Method:
     for method in METHODS:
         if type(optimizer) in method.optimizer_types:
             for index, group in enumerate(optimizer.param_groups):
+                if group["differentiable"]:
+                    raise ValueError(
+                        f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
+                        " signs. Use differentiable=False."
+                    )
                 method.check(group, index)
             return method
     supported = ", ".join(

@@ -29,13 +29,8 @@ class Method(ABC):
     counts_steps: ClassVar[bool] = True
     """Whether the stock state tells how many steps were made."""
 
-    def check(self, group: Mapping[str, Any], index: int) -> None:
+    def check(self, group: Mapping[str, Any], index: int) -> None:  # noqa: B027  # most have nothing to refuse
         """Raise ``ValueError`` if an option of parameter group ``index`` has no meaning here; says what to do instead."""
-        if group["differentiable"]:
-            raise ValueError(
-                f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
-                " signs. Use differentiable=False."
-            )
 
     @abstractmethod
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:
