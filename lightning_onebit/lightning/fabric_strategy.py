@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.arguments import check_steps
 from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
@@ -40,7 +41,7 @@ from lightning_onebit.lightning.fabric_checkpoints import FabricCheckpoints
 from lightning_onebit.lightning.failures import explain_
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.phase_controller import PhaseController
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
+from lightning_onebit.lightning.preflight import check_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.phase import Phase
 
 
@@ -69,6 +70,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
+        TypeError: if an argument is unknown, or of another type.
         ValueError: if an argument is outside its domain, or asks for another communication of gradients.
 
     Example::
@@ -90,9 +92,14 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
-        check_ddp_arguments(type(self).__name__, kwargs)
+        if total_steps is not None:
+            total_steps = check_steps("total_steps", total_steps, or_none="if it is not known")
+        if guard is not None and not isinstance(guard, DivergenceGuard):
+            raise TypeError(
+                f"Invalid guard: {guard!r}. Must be a DivergenceGuard, or None for one with its default. HINT: for a number"
+                " of steps, write guard=DivergenceGuard(every_n_steps=n)."
+            )
+        check_arguments(type(self), OneBitDDPFabricStrategy, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         # Never overlapped: a training loop may do anything to gradients between backward and step.

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_onebit.arguments import check_switch
 from lightning_onebit.comm.exchanger import Exchanger, InlineExchanger, make_exchanger
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
@@ -64,8 +65,7 @@ class PhaseController:
 
     def __init__(self, strategy: ConfiguredStrategy) -> None:
         for name in ("overlap", "hierarchical"):
-            if (value := getattr(strategy, name)) not in (True, False, "auto"):
-                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
+            check_switch(name, getattr(strategy, name))
         self._strategy = strategy
         self.comm_stats = CommStats()
         self.names: dict[Tensor, str] = {}

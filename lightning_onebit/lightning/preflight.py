@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.strategies import Strategy as FabricStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_onebit.consistency.ranks import Ranks
@@ -27,14 +31,71 @@ COMMUNICATION_ARGUMENTS = (
 """Arguments of Lightning's DDP strategies and of DistributedDataParallel that ask for another communication than ours."""
 
 
-def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if an argument for DDP asks for another communication of gradients."""
+_FOR_TRAINER = "Trainer(callbacks=[PhaseSwitch(criterion={})])"
+_FIXED = "FixedStep({value!r})"
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # DeepSpeed
+    "var_freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),
+    "warmup_steps": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # Bagua
+    "criterion": (_FOR_TRAINER.format("{value!r}"), ""),
+    "guard": ("Trainer(callbacks=[DivergenceGuard(every_n_steps=n)])", ""),
+    "every_n_steps": ("Trainer(callbacks=[DivergenceGuard(every_n_steps={value!r})])", "guard=DivergenceGuard(...)"),
+    "total_steps": ("nothing, as the Trainer knows the length of the run", ""),
+    "overlap": ("", "nothing: a training loop may change gradients at any time, so nothing is sent during backward"),
+    "comm_backend_name": ("process_group_backend={value!r}", "process_group_backend={value!r}"),
+    "cuda_aware": ("nothing: NCCL and gloo know where tensors are", "nothing: NCCL and gloo know where tensors are"),
+    "device_ids": ("Trainer(devices=...)", "Fabric(devices=...)"),
+    **{
+        name: (f"Trainer({name}={{value!r}})", f"Fabric({name}={{value!r}})")
+        for name in ("devices", "num_nodes", "precision", "strategy")
+    },
+    **{name: ("the same argument of the optimizer",) * 2 for name in ("lr", "betas", "eps", "weight_decay")},
+}
+"""What takes the place of arguments that users of other systems, or of our other strategy, look for: Trainer, Fabric."""
+
+
+def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None:
+    """Raise if an argument that is handed on to DDP is unknown there, or asks for another communication of gradients.
+
+    Args:
+        cls: the strategy's class.
+        ours: the class, ``cls`` or above it, that has taken its own arguments and hands on these.
+        arguments: those that it hands on.
+
+    Raises:
+        TypeError: if one is unknown. DDP would say so only when training starts, in its own words.
+        ValueError: if one asks for another communication.
+    """
     for name in COMMUNICATION_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(
-                f"{strategy} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
+                f"{cls.__name__} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
                 " HINT: leave it out, or use strategy='ddp'."
             )
+    takers = [*cls.__mro__[cls.__mro__.index(ours) + 1 :], DistributedDataParallel]
+    handed_on = {name for taker in takers for name in inspect.signature(taker.__init__).parameters}  # type: ignore[misc]
+    known = (handed_on | set(inspect.signature(ours.__init__).parameters)) - {"self", "args", "kwargs"}  # type: ignore[misc]
+    known -= {"module", "device_ids"}  # which Lightning's strategies pass to DDP
+    for name, value in arguments.items():
+        if name in known:
+            continue
+        instead = ELSEWHERE.get(name, ("", ""))[issubclass(cls, FabricStrategy)].format(value=value)
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        if instead:
+            hint = f"What takes its place is {instead}."
+        elif nearest:
+            hint = f"The nearest one is {nearest[0]!r}."
+        else:
+            hint = f"{ours.__name__} itself has {', '.join(_own_arguments(ours))}."
+        raise TypeError(
+            f"Unknown argument {name}={value!r}. Must be one of {ours.__name__}, Lightning's DDPStrategy or"
+            f" DistributedDataParallel. HINT: {hint}"
+        )
+
+
+def _own_arguments(ours: type) -> list[str]:
+    parameters = inspect.signature(ours.__init__).parameters.values()  # type: ignore[misc]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def warn_if_alone(strategy: Ranks) -> None:

@@ -45,7 +45,7 @@ from lightning_onebit.lightning.loss_scaling import with_agreement
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.overlap import choose_overlap
 from lightning_onebit.lightning.phase_controller import PhaseController
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
+from lightning_onebit.lightning.preflight import check_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.lightning.signals import AgreedSignals
 from lightning_onebit.phase import Phase
 
@@ -77,6 +77,7 @@ class OneBitDDPStrategy(DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
+        TypeError: if an argument is unknown; the message names the nearest one, or what takes its place.
         ValueError: if an argument is outside its domain, or asks for another communication of gradients.
     """
 
@@ -92,7 +93,7 @@ class OneBitDDPStrategy(DDPStrategy):
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
-        check_ddp_arguments(type(self).__name__, kwargs)
+        check_arguments(type(self), OneBitDDPStrategy, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
         self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
         self.overlap = overlap
