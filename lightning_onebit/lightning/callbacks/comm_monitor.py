@@ -46,17 +46,17 @@ class CommMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        stats = strategy_of(trainer).comm_stats
-        self._last = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
+        if (strategy := strategy_of(trainer)) is not None:
+            stats = strategy.comm_stats
+            self._last = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every:
+        if (batch_idx + 1) % every or (strategy := strategy_of(trainer)) is None:
             return
-        strategy = strategy_of(trainer)
         stats = strategy.comm_stats
         now = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
         sent, dense, waited = (new - old for new, old in zip(now, self._last, strict=True))

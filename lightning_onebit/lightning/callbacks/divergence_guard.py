@@ -44,11 +44,13 @@ class DivergenceGuard(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.after_step(strategy_of(trainer))
+        if (strategy := strategy_of(trainer)) is not None:
+            self.after_step(strategy)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.after_step(strategy_of(trainer), is_last=True)
+        if (strategy := strategy_of(trainer)) is not None:
+            self.after_step(strategy, is_last=True)
 
     def after_step(self, strategy: TwoPhaseStrategy, *, is_last: bool = False) -> None:
         """Compare, if enough steps have been made since the last time. Collective.

@@ -61,14 +61,16 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         self.start(strategy, total_steps=_total_steps(trainer))
         if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
             self.after_step(strategy, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.after_step(strategy_of(trainer), pl_module)
+        if (strategy := strategy_of(trainer)) is not None:
+            self.after_step(strategy, pl_module)
 
     def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
         """Fix the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
@@ -134,7 +136,8 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
             reason = "nothing was judged" if self.verdict is None else self.verdict.reason
