@@ -530,9 +530,16 @@ class CompressedOptimizer:
 
     def _refuse(self, changed: Sequence[Tensor]) -> None:
         if changed:
+            now = _param_group_indices(self.optimizer)
+            what: dict[str, list[str]] = {"new": [], "removed": [], "moved to another group": []}
+            for p in changed:
+                how = "new" if p not in self._param_group_of else "moved to another group" if p in now else "removed"
+                what[how].append(self._names.get(p, f"one of shape {tuple(p.shape)}"))
             raise RuntimeError(
-                "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
-                " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
+                "The optimizer's parameters have changed since the second moment was frozen:"
+                f" {'; '.join(f'{how}: {_first_of(names)}' for how, names in what.items() if names)}. State is kept for"
+                " those of then, group by group. HINT: call `strategy.resume_warmup()` before adding, removing or moving"
+                " parameters, and freeze again later. To train some no longer, `requires_grad_(False)` is enough."
             )
 
     def _average_gradients_(self) -> None:
@@ -568,6 +575,10 @@ def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
             if second_moment is not None and not bool(torch.isfinite(second_moment).all()):
                 diverged.append(p)
     return diverged
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _param_group_indices(optimizer: Optimizer) -> dict[Tensor, int]:

@@ -49,7 +49,7 @@ ELSEWHERE: Mapping[str, tuple[str, str]] = {
         name: (f"Trainer({name}={{value!r}})", f"Fabric({name}={{value!r}})")
         for name in ("devices", "num_nodes", "precision", "strategy")
     },
-    **{name: ("the same argument of the optimizer",) * 2 for name in ("lr", "betas", "eps", "weight_decay")},
+    **{name: ("the same argument of the optimizer",) * 2 for name in ("lr", "eps", "weight_decay")},
 }
 """What takes the place of arguments that users of other systems, or of our other strategy, look for: Trainer, Fabric."""
 
