@@ -147,6 +147,11 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Those whose gradients are compressed once the warm-up is over: all."""
         return self._phases.optimizers.compressed
 
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        return self._phases.expected_compression_ratio
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
         self._phases.freeze_variance()

@@ -24,7 +24,7 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
-from lightning_onebit.config import CompressionConfig
+from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
@@ -117,6 +117,16 @@ class PhaseController:
         return self._strategy.config.space if self._strategy.world_size > 1 else "update"
 
     @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        trained = {p for p in self.names if p.requires_grad}
+        compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
+        stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in trained - compressed)
+        block_size = self._strategy.config.block_size
+        signs = sum(-(-p.numel() // 8) + FLOAT32_NBYTES * -(-p.numel() // block_size) for p in compressed)
+        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, signs + stay_dense)
+
+    @property
     def options(self) -> dict[str, object]:
         """The strategy's own arguments, by name."""
         strategy = self._strategy
@@ -196,11 +206,14 @@ class PhaseController:
         if world_size == 1:
             return
         kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
-        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}.")
+        rank_zero_info(
+            f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}: a step sends"
+            f" about {self.expected_compression_ratio:.1f} times fewer bytes than with float32 gradients."
+        )
         if ReferenceKernels.name in kernels:
             rank_zero_warn(
                 "There are no fast kernels for this device, so compression runs as plain torch, many times slower."
-                " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
+                " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
             )
 
     def resume_warmup(self) -> None:

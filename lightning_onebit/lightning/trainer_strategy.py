@@ -136,6 +136,11 @@ class OneBitDDPStrategy(DDPStrategy):
         """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
         return self._phases.optimizers.compressed
 
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        return self._phases.expected_compression_ratio
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
 
@@ -179,7 +184,8 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self.lightning_module is not None
+        if self.lightning_module is None:  # process groups by themselves, without a run
+            return
         trainer = self.lightning_module.trainer
         self._signals = AgreedSignals(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
