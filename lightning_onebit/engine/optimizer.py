@@ -368,23 +368,29 @@ class CompressedOptimizer:
         Returns:
             The norm before clipping, 0-d, the same on all ranks.
         """
-        params = parameters_of(self.optimizer)
-        with_gradient = [p for p in params if p.grad is not None]
-        if self.communicator.world_size == 1:
-            norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-        elif self._waits_last:
+        with_gradient = [p for p in parameters_of(self.optimizer) if p.grad is not None]
+        if self._waits_last and self.communicator.world_size > 1:
             return clip_buckets_([each.buckets for each in self._sets], self.communicator, max_norm, seed=self._steps)
-        else:
-            # The step is the seed: a resumed run draws the same.
-            numel = sketch_numel(sum(p.numel() for p in params))
-            sketch = NormSketch(seed=self._steps, device=self._device, numel=numel)
-            sketch.add_([p.grad for p in params], [p.numel() for p in params])
-            self.communicator.all_reduce_mean_(sketch.buckets)
-            norm = sketch.norm()
+        norm = self.grad_norm()
         # A norm that is NaN would make NaN of all gradients, and hide where it came from. Divided by infinity, only what is
         # not finite becomes NaN.
         clip_grads_with_norm_(with_gradient, max_norm, norm.nan_to_num(nan=torch.inf, posinf=torch.inf))
         return norm
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The norm of the mean of the local gradients, 0-d, the same on all ranks, estimated by a sketch. Collective.
+
+        A single rank computes it exactly.
+        """
+        params = parameters_of(self.optimizer)
+        if self.communicator.world_size == 1:
+            return get_total_norm([p.grad for p in params if p.grad is not None])
+        # The step is the seed: a resumed run draws the same.
+        sketch = NormSketch(seed=self._steps, device=self._device, numel=sketch_numel(sum(p.numel() for p in params)))
+        sketch.add_([p.grad for p in params], [p.numel() for p in params])
+        self.communicator.all_reduce_mean_(sketch.buckets)
+        return sketch.norm()
 
     @torch.no_grad()
     def outstanding(self) -> dict[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.comm.watch import passing
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
@@ -160,6 +161,17 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Go back to plain DDP: what error feedback still holds is applied. Call on all ranks, between two steps."""
         self._phases.resume_warmup()
 
+    def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:
+        """The 2-norm of the mean gradient, 0-d and the same on all ranks: for decisions, which all must take alike.
+
+        In the compressed phase ``p.grad`` is this rank's own, and so would be its norm; that of the mean is estimated,
+        within about 1%. In warm-up it is exact. Call on all ranks, between backward and step, when gradients are unscaled.
+
+        Args:
+            optimizer: whose parameters; may be left out if there is one.
+        """
+        return self._phases.grad_norm(optimizer)
+
     def check_ranks_agree(self) -> None:
         """Raise :class:`~lightning_onebit.DivergenceError` on all ranks if they hold different bits. Collective."""
         self._phases.check_ranks_agree()
@@ -223,6 +235,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with self._failures_explained():
             self._start_switch()  # which may begin to compress with this very gradient
+            passing("a backward")
             super().backward(*args, **kwargs)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -231,6 +244,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         phases = self._phases
         with self._failures_explained():
             self._start_switch()
+            passing("an optimizer step")
             if unaveraged := phases.steps.unaveraged():
                 reason = (
                     "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT:"

@@ -16,6 +16,7 @@ from weakref import ref
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from lightning_onebit.arguments import check_switch
@@ -24,6 +25,7 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
+from lightning_onebit.comm.watch import start_watch, stop_watch
 from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
@@ -284,6 +286,8 @@ class PhaseController:
             )
             self.hook_state.local_world_size = self.topology.local_world_size
             self._set_phase(self.phase)
+            if self._strategy.world_size > 1:
+                start_watch(self.describe_place)
         model.register_comm_hook(self.hook_state, phase_hook)
         self.hook_state.regrouping = None
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
@@ -308,6 +312,7 @@ class PhaseController:
             after_failure: whether the other ranks may be anywhere.
         """
         self._exchanger.close()
+        stop_watch("" if after_failure else "the end")
         self.hook_state = None
         # NCCL's way of ending a group waits for the other ranks.
         if self.groups is not None and not (after_failure and self._strategy.root_device.type == "cuda"):
@@ -315,6 +320,24 @@ class PhaseController:
         self.groups = None
 
     # What the ranks know of each other
+
+    def describe_place(self) -> str:
+        """Where this rank is, for the others; see :mod:`lightning_onebit.comm.watch`."""
+        return f"phase {self.phase.name}, after {self.optimizer_steps} optimizer steps"
+
+    def grad_norm(self, optimizer: Optimizer | None) -> Tensor:
+        """The 2-norm of the mean gradient. Collective in the compressed phase; see the strategies."""
+        if optimizer is None and len(self.optimizers.compressed) != 1:
+            raise ValueError(
+                f"There are {len(self.optimizers.compressed)} optimizers. HINT: grad_norm(optimizer) is of one."
+            )
+        optimizer = optimizer or self.optimizers.compressed[0]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrappers
+        self.begin_compressing()
+        compressed = self.compressed.get(optimizer)
+        if compressed is not None:
+            return compressed.grad_norm()
+        return get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
 
     def check_ranks_agree(self) -> None:
         """Compare parameters, momentum and second moments of all ranks, bit for bit. Collective; see the strategies."""

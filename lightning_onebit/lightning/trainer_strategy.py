@@ -26,6 +26,7 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.comm.watch import passing
 from lightning_onebit.config import CompressionConfig, Scale, Space
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
@@ -161,6 +162,17 @@ class OneBitDDPStrategy(DDPStrategy):
         """
         self._phases.resume_warmup()
 
+    def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:
+        """The 2-norm of the mean gradient, 0-d and the same on all ranks: for decisions, which all must take alike.
+
+        In the compressed phase ``p.grad`` is this rank's own, and so would be its norm; that of the mean is estimated,
+        within about 1%. In warm-up it is exact. Call on all ranks, between backward and step, when gradients are unscaled.
+
+        Args:
+            optimizer: whose parameters; may be left out if there is one.
+        """
+        return self._phases.grad_norm(optimizer)
+
     def check_ranks_agree(self) -> None:
         """Compare parameters, momentum and second moments of all ranks, bit for bit, by checksums. Collective.
 
@@ -275,6 +287,7 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        passing("the beginning of a batch")
         assert self._signals is not None
         phases = self._phases
         self._signals.agree(phases.compressed.values())
@@ -333,6 +346,7 @@ class OneBitDDPStrategy(DDPStrategy):
                 " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
                 " groups instead of replacing them."
             )
+        passing("an optimizer step")
         if phases.is_pending:
             phases.begin_compressing()
         if phases.steps.scales_losses and optimizer in phases.steps.compressed:
@@ -409,6 +423,11 @@ class OneBitDDPStrategy(DDPStrategy):
             self._checkpoints.resume(header, optimizers, range(len(optimizers)), header.get(PATH))
 
     # The end
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        passing("the end of training")
 
     @property
     def _trainer(self) -> pl.Trainer | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.comm.watch import passing
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
@@ -71,6 +72,7 @@ class PhaseSwitch(Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if (strategy := strategy_of(trainer)) is not None:
+            passing("the end of a batch")
             self.after_step(strategy, pl_module)
 
     def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
