@@ -177,7 +177,8 @@ def start_watch(describe: Callable[[], str]) -> None:
         atexit.register(_end_watch)  # nobody tells Fabric's strategy of the end
     _number += 1
     store = dist.distributed_c10d._get_default_store()
-    store = store.clone() if hasattr(store, "clone") else store  # so that nobody waits for another's request
+    with contextlib.suppress(AttributeError, RuntimeError):  # not every store can be cloned
+        store = store.clone()  # so that nobody waits for another's request
     _watch = Watch(store, dist.get_rank(), dist.get_world_size(), _number, describe)
 
 

@@ -149,6 +149,11 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         return self._phases.optimizers.compressed
 
     @property
+    def warmup_start(self) -> int:
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
+        return self._phases.warmup_start
+
+    @property
     def expected_compression_ratio(self) -> float:
         """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
         return self._phases.expected_compression_ratio

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
-from weakref import ref
+from weakref import ReferenceType, ref
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -76,6 +76,8 @@ class PhaseController:
         self.optimizers = CompressibleOptimizers()
         self.is_pending = False
         """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
+        self.warmup_start = 0
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
         self.overlaps = False
         """Whether buckets are sent during backward, once compressed."""
         self.has_waiting_gradients = False
@@ -86,7 +88,7 @@ class PhaseController:
         self.groups: ExchangeGroups | None = None
         self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
-        self._replicas: dict[Tensor, str] = {}
+        self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
 
     @property
@@ -222,6 +224,10 @@ class PhaseController:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
         if self.phase is Phase.WARMUP:
             return
+        self.warmup_start = self.optimizer_steps
+        if self.is_pending and not self.has_waiting_gradients:  # nothing is local yet, and all state the warm-up's own
+            self._set_phase(Phase.WARMUP)
+            return
         self.begin_compressing()  # gradients may be local already
         for compressed in self.compressed.values():
             compressed.give_back_()
@@ -233,6 +239,7 @@ class PhaseController:
         for compressed in self.compressed.values():
             compressed.close()
         self.compressed.clear()
+        self.warmup_start = 0
         self._set_phase(Phase.WARMUP)
 
     def retire(self) -> None:
@@ -293,14 +300,14 @@ class PhaseController:
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
-        self._replicas.update(replicas(model))
+        self._models.append(ref(model))
 
     def forget_run(self) -> None:
         """Forget an earlier run, but not the process groups."""
         self.drop_compressed_state()
         self.steps.forget()
         self.optimizers = CompressibleOptimizers()
-        self._replicas.clear()
+        self._models.clear()
         self._agreed_after = None
         self.comm_stats = CommStats()
         self._set_phase(Phase.WARMUP)
@@ -345,9 +352,12 @@ class PhaseController:
             raise RuntimeError(f"check_ranks_agree() {NOT_RUNNING}")
         if self._strategy.world_size == 1:
             return
+        models = [model for reference in self._models if (model := reference()) is not None]
+        # Looked up anew: user code may have put another parameter in the place of one.
+        parameters = {p: name for model in models for p, name in replicas(model).items()}
         state = replicated_state(self.optimizers.compressed, self.compressed)
         communicator, device = self.hook_state.communicator, self._strategy.root_device
-        difference = difference_between_ranks(self._replicas, state, communicator, device)
+        difference = difference_between_ranks(parameters, state, communicator, device)
         if difference is not None:
             raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
         self._agreed_after = self.optimizer_steps

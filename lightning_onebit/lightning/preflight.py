@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.flat import is_dense
+from lightning_onebit.lightning.compressible import listed
 from lightning_onebit.methods import method_for
 
 COMMUNICATION_ARGUMENTS = (
@@ -108,7 +109,8 @@ def warn_if_alone(strategy: Ranks) -> None:
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise ``ValueError`` if a layer produces sparse gradients, or if DDP is told not to average a parameter's."""
+    """Raise ``ValueError`` if a layer produces sparse gradients, writes to its parameters by the data of its rank, or if DDP
+    is told not to average a parameter's."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, p in module.named_parameters():
         if name in ignored and p.requires_grad:
@@ -117,10 +119,46 @@ def check_module(module: nn.Module) -> None:
                 " its own. A compressed step averages over the ranks. HINT: leave it out there, or use strategy='ddp'."
             )
     for name, submodule in module.named_modules():
+        is_embedding = isinstance(submodule, (nn.Embedding, nn.EmbeddingBag))
+        if is_embedding and submodule.max_norm is not None and submodule.weight.requires_grad:
+            raise ValueError(
+                f"The layer {name!r} ({type(submodule).__name__}, max_norm={submodule.max_norm:g}) changes its weight in"
+                " `forward`, those rows that this rank's batch has: the ranks would drift apart, under DDP as well. HINT:"
+                " use max_norm=None, and renormalize all rows after the optimizer step, in `on_train_batch_end`:"
+                " `with torch.no_grad(): weight.renorm_(2, 0, max_norm)`."
+            )
         if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
             raise ValueError(
                 f"The layer {name!r} ({type(submodule).__name__}) produces sparse gradients, which cannot be compressed."
                 " Use sparse=False: rows without gradient are recognized and stay as they are."
+            )
+
+
+class WrittenParameters:
+    """Says once which parameters were written to between two moments, by code other than the optimizer's step."""
+
+    BATCHES = 3
+    """How many batches are looked at: a module does so always, or depending on what it is fed."""
+
+    def __init__(self) -> None:
+        self._versions: dict[Tensor, int] = {}
+        self._batches = 0
+
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """Before the forward of a batch."""
+        self._batches += 1
+        self._versions = {p: p._version for p in parameters if p.requires_grad} if self._batches <= self.BATCHES else {}
+
+    def end(self, names: Mapping[Tensor, str]) -> None:
+        """After it, before backward."""
+        written = [p for p, version in self._versions.items() if p._version != version]
+        self._versions = {}
+        if written:
+            self._batches = self.BATCHES
+            rank_zero_warn(
+                f"`training_step` has changed parameters that are trained: {listed(written, names)}. If it does so by the"
+                " batch of its rank, the ranks drift apart, under DDP as well; DivergenceGuard would end the run. HINT:"
+                " change them in `on_train_batch_end`, alike on all ranks, or keep in buffers what is no trained parameter."
             )
 
 

@@ -46,7 +46,13 @@ from lightning_onebit.lightning.loss_scaling import with_agreement
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.overlap import choose_overlap
 from lightning_onebit.lightning.phase_controller import PhaseController
-from lightning_onebit.lightning.preflight import check_arguments, check_module, check_optimizer, warn_if_alone
+from lightning_onebit.lightning.preflight import (
+    WrittenParameters,
+    check_arguments,
+    check_module,
+    check_optimizer,
+    warn_if_alone,
+)
 from lightning_onebit.lightning.signals import AgreedSignals
 from lightning_onebit.phase import Phase
 
@@ -106,6 +112,7 @@ class OneBitDDPStrategy(DDPStrategy):
         self._has_stated_model = False
         self._some_are_frozen = False
         self._signals: AgreedSignals | None = None
+        self._written = WrittenParameters()
 
     # What a user reads and calls
 
@@ -136,6 +143,11 @@ class OneBitDDPStrategy(DDPStrategy):
     def compressed_optimizers(self) -> Sequence[Optimizer]:
         """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
         return self._phases.optimizers.compressed
+
+    @property
+    def warmup_start(self) -> int:
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
+        return self._phases.warmup_start
 
     @property
     def expected_compression_ratio(self) -> float:
@@ -213,6 +225,7 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._has_stated_model = False
+        self._written = WrittenParameters()
         try:
             super().setup(trainer)
         except Exception:
@@ -312,6 +325,8 @@ class OneBitDDPStrategy(DDPStrategy):
             phases.resume_warmup()
         phases.begin_compressing()
         self._signals.travel_with(phases.compressed.values())
+        if cast(pl.LightningModule, self.lightning_module).automatic_optimization:
+            self._written.begin(phases.names)
 
     # Steps
 
@@ -328,6 +343,7 @@ class OneBitDDPStrategy(DDPStrategy):
                 " `on_train_batch_start`"
             )
             raise unaveraged_error(unaveraged, self._phases.names, reason)
+        self._written.end(self._phases.names)
         super().pre_backward(closure_loss)
         self._phases.has_waiting_gradients = True  # until the next step
 

@@ -98,6 +98,8 @@ class PhaseSwitch(Callback):
         if self._needs_no_warmup(strategy):  # somebody has resumed it, as parameters were added perhaps
             self._freeze_at_once(strategy)
             return
+        if strategy.warmup_start > self._start:  # it was resumed, perhaps before the first compressed step
+            self._history, self._start, self._last_step = [], strategy.warmup_start, 0
         if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
             self._start = 0
         step = strategy.optimizer_steps - self._start
