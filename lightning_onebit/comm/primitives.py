@@ -5,6 +5,7 @@ Differences between torch versions are settled here and nowhere else.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from lightning_onebit.comm.watch import watched
 
 # Renamed in torch 2.13.
 _all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+_COUNTING = threading.Lock()
+"""Held where counters change: the training thread and that of the exchanges have the same ones."""
 
 
 class Communicator:
@@ -156,15 +160,16 @@ class Communicator:
         self._count(nbytes, time.perf_counter() - start)
 
     def _count(self, nbytes: int, seconds: float) -> None:
-        self.counters.collectives += 1
-        # Every collective used here is symmetric: a rank receives as much as it sends.
-        if self.within_node:
-            self.counters.bytes_within_node += nbytes
-        else:
-            self.counters.bytes_sent += nbytes
-            self.counters.bytes_received += nbytes
-        if self.waits:
-            self.counters.seconds_waited += seconds
+        with _COUNTING:
+            self.counters.collectives += 1
+            # Every collective used here is symmetric: a rank receives as much as it sends.
+            if self.within_node:
+                self.counters.bytes_within_node += nbytes
+            else:
+                self.counters.bytes_sent += nbytes
+                self.counters.bytes_received += nbytes
+            if self.waits:
+                self.counters.seconds_waited += seconds
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def start_watch(describe: Callable[[], str]) -> None:
     if not _number:
         atexit.register(_end_watch)  # nobody tells Fabric's strategy of the end
     _number += 1
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
     with contextlib.suppress(AttributeError, RuntimeError):  # not every store can be cloned
         store = store.clone()  # so that nobody waits for another's request
     _watch = Watch(store, dist.get_rank(), dist.get_world_size(), _number, describe)

@@ -12,7 +12,6 @@ One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bi
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -108,6 +107,8 @@ class CompressedOptimizer:
         self._knows_live = self.method.has_second_moment or communicator.world_size == 1
         self._learns_live = False
         self._sent: deque[tuple[ParameterSet, int, Exchange]] = deque()
+        self._waited: list[Exchange] = []
+        """Exchanges that were waited for, for how long has not been counted yet."""
         self._num_sent = 0
         self._arrived: set[Tensor] = set()
         self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
@@ -225,10 +226,9 @@ class CompressedOptimizer:
 
     def _finish_(self, each: ParameterSet, index: int, exchange: Exchange) -> None:
         """Step 6 for one bucket, once its new average is there."""
-        start = time.perf_counter()
         with record_function("onebit::wait"):
             exchange.wait()
-        self.communicator.counters.seconds_waited += time.perf_counter() - start
+        self._waited.append(exchange)
         with record_function("onebit::apply"):
             memory, step = each.buckets.memories[index], each.step_inputs(self._groups.topology.num_nodes)
             each.buckets.kernels.apply_(memory, index, step, commit=self._commits_late)
@@ -237,6 +237,7 @@ class CompressedOptimizer:
         """Count the step, or take it back; refresh, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
+        self._count_waits()
         refresh = self._is_refresh_due and outcome.has_news
         if self._learns_live and not outcome.counts:
             self._forget_live_()
@@ -251,6 +252,17 @@ class CompressedOptimizer:
         else:
             self._take_back_()
             self.agreement.note_nonfinite()
+
+    def _count_waits(self) -> None:
+        """On a GPU the last ones may still be in progress; they are counted with the next step."""
+        unknown = []
+        for exchange in self._waited:
+            seconds = exchange.seconds_waited()
+            if seconds is None:
+                unknown.append(exchange)
+            else:
+                self.communicator.counters.seconds_waited += seconds
+        self._waited = unknown
 
     def _take_back_(self) -> None:
         """The step does not count: errors and parameters are as they were, averages become so."""
