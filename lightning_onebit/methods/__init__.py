@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -26,8 +27,8 @@ def method_for(optimizer: Optimizer) -> Method:
         ValueError: if there is none, or if an option of the optimizer is not supported.
     """
     cls = type(optimizer)
-    stock = _stock_type(cls)
-    if stock is not None and not (changed := _overridden(cls, stock)):
+    stock, changed = _stock_type(cls)
+    if stock is not None and not changed:
         for index, group in enumerate(optimizer.param_groups):
             _METHOD_OF[stock].check(group, index)
         return _METHOD_OF[stock]
@@ -43,18 +44,13 @@ def method_for(optimizer: Optimizer) -> Method:
     )
 
 
-def _stock_type(cls: type) -> type[Optimizer] | None:
-    """The nearest class above ``cls``, or itself, that a method continues."""
-    return next((kind for kind in cls.__mro__ if kind in _METHOD_OF), None)
-
-
-def _overridden(cls: type, stock: type) -> str:
-    """Which of the functions that make a step ``cls`` has changed; empty if none."""
-    return " and ".join(
-        f"`{name}`"
-        for name in ("step", "_init_group")
-        if _unhooked(getattr(cls, name)) is not _unhooked(getattr(stock, name))
-    )
+@cache
+def _stock_type(cls: Any) -> tuple[type[Optimizer] | None, str]:
+    """The nearest class above ``cls``, or itself, that a method continues; what of its step ``cls`` has changed, if any."""
+    stock = next((kind for kind in cls.__mro__ if kind in _METHOD_OF), None)
+    names = ("step", "_init_group") if stock is not None else ()
+    changed = [name for name in names if _unhooked(getattr(cls, name)) is not _unhooked(getattr(stock, name))]
+    return stock, " and ".join(f"`{name}`" for name in changed)
 
 
 def _unhooked(function: Any) -> Any:
@@ -83,8 +79,8 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, str]:
 
 def used_values(optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:
     """Of each parameter group, by number, the names and values that a step uses: not what users keep there beside them."""
-    stock = _stock_type(type(optimizer))
-    used = optimizer.defaults if stock is None or _overridden(type(optimizer), stock) else _ARGUMENTS[stock]
+    stock, changed = _stock_type(type(optimizer))
+    used = optimizer.defaults if stock is None or changed else _ARGUMENTS[stock]
     for index, group in enumerate(optimizer.param_groups):
         for name in used:
             value = group.get(name)
