@@ -12,7 +12,7 @@ One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bi
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
+from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
 from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
@@ -114,11 +115,17 @@ class CompressedOptimizer:
         self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
         self.last_outcome: Outcome | None = None
         """What the ranks have told each other with the last step."""
+        optimizer.state = self._state = FrozenState(optimizer.state)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
         """Those that are trained since the optimizer's state was frozen, but were not before."""
         return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._param_group_of]
+
+    @property
+    def state_was_replaced(self) -> bool:
+        """Whether user code has replaced or cleared ``optimizer.state``, by ``load_state_dict`` for instance."""
+        return self.optimizer.state is not self._state or self._state.was_cleared or bool(self._state)
 
     @property
     def kernel_names(self) -> set[str]:
@@ -507,6 +514,7 @@ class CompressedOptimizer:
         Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
         """
         self._average_gradients_()
+        self._free_state_()
         for each in self._sets:
             each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
         self._end_()
@@ -514,6 +522,7 @@ class CompressedOptimizer:
     @torch.no_grad()
     def retire_(self) -> None:
         """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
+        self._free_state_()
         for each in self._sets:
             each.buckets.give_back_({})
         self._end_()
@@ -528,6 +537,12 @@ class CompressedOptimizer:
     def close(self) -> None:
         """Take the hook off the optimizer's ``state_dict``, without touching its state."""
         self._handle.remove()
+        self._free_state_()
+
+    def _free_state_(self) -> None:
+        """``optimizer.state`` is that of a stock optimizer again."""
+        if self.optimizer.state is self._state:
+            self.optimizer.state = defaultdict(dict, self._state)
 
     @property
     def _device(self) -> torch.device:

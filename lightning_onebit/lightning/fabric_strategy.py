@@ -241,6 +241,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         with self._failures_explained():
             self._start_switch()  # which may begin to compress with this very gradient
             passing("a backward")
+            self._phases.take_over_replaced_state()
             super().backward(*args, **kwargs)
         self._phases.has_waiting_gradients = True  # until the next step
 

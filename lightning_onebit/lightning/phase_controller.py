@@ -8,7 +8,7 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 from weakref import ReferenceType, ref
@@ -31,7 +31,8 @@ from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
-from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
@@ -222,6 +223,7 @@ class PhaseController:
 
     def resume_warmup(self) -> None:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
+        self.take_over_replaced_state()
         if self.phase is Phase.WARMUP:
             return
         self.warmup_start = self.optimizer_steps
@@ -234,6 +236,94 @@ class PhaseController:
         self.compressed.clear()
         self._set_phase(Phase.WARMUP)
 
+    def take_over_replaced_state(self) -> None:
+        """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
+
+        With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up.
+
+        Raises:
+            RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step.
+        """
+        if not any(compressed.state_was_replaced for compressed in self.compressed.values()):
+            return
+        replaced = {optimizer: c for optimizer, c in self.compressed.items() if c.state_was_replaced}
+        missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
+        if self.has_waiting_gradients and (missing or self.overlaps):
+            raise RuntimeError(
+                "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were"
+                " waiting for a step. HINT: do it between two batches."
+            )
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
+        if missing:
+            self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
+            for optimizer, compressed in self.compressed.items():
+                if optimizer in replaced:
+                    compressed.close()
+                else:
+                    compressed.retire_()
+            self.compressed.clear()
+            self.warmup_start = self.optimizer_steps
+            self._set_phase(Phase.WARMUP)
+            return
+        rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
+        errors = {}
+        if self._strategy.world_size > 1:  # copies: what gives its state back may use this memory
+            errors = {
+                o: [
+                    [ElementRange(e.start, e.values.clone()) for e in each]
+                    for each in (c.worker_errors(), c.server_errors())
+                ]
+                for o, c in self.compressed.items()
+            }
+        for optimizer, compressed in self.compressed.items():
+            if optimizer in replaced:
+                compressed.close()
+                self.steps.count_loaded(optimizer)
+            else:
+                compressed.retire_()
+        self.compressed.clear()
+        self.is_pending = True
+        self.begin_compressing()
+        for optimizer, (worker, server) in errors.items():
+            self.compressed[optimizer].add_errors_(worker, server)
+
+    def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
+        """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
+
+        Args:
+            saved: for each compressed optimizer, the positions of those that had one; ``None``: all that are trained.
+        """
+        missing = []
+        for index, optimizer in enumerate(self.optimizers.compressed):
+            position = {p: i for i, p in enumerate(parameters_of(optimizer))}
+            without = self._trained_without_state(optimizer)
+            missing += [p for p in without if saved is None or (index < len(saved) and position[p] in saved[index])]
+        return missing
+
+    def warm_up_again(self, missing: Sequence[Tensor]) -> None:
+        """After loading a checkpoint of the compressed phase without the state of ``missing``: begin another warm-up."""
+        self._warn_of_missing(missing, "the checkpoint is one of the compressed phase")
+        self.warmup_start = self.optimizer_steps
+
+    def _warn_of_missing(self, missing: Sequence[Tensor], why: str) -> None:
+        of = f" of {listed(missing, self.names)}" if missing else ", on another rank,"
+        rank_zero_warn(
+            f"{type(self._strategy).__name__}: {why}, and the optimizer's state{of} is missing now: there is no second"
+            " moment to divide by. All go back to warm-up, that is plain DDP, until PhaseSwitch ends it again; what error"
+            " feedback held is dropped."
+        )
+
+    @staticmethod
+    def _trained_without_state(optimizer: Optimizer) -> list[Tensor]:
+        return [p for p in parameters_of(optimizer) if p.requires_grad and not optimizer.state.get(p)]
+
+    def state_positions(self) -> list[list[int]]:
+        """For each compressed optimizer, the positions of the parameters that have a state, while that is still stock."""
+        return [
+            [i for i, p in enumerate(parameters_of(optimizer)) if optimizer.state.get(p)]
+            for optimizer in self.optimizers.compressed
+        ]
+
     def drop_compressed_state(self) -> None:
         """Back to warm-up because the optimizers' state is about to be replaced: drop what error feedback holds."""
         for compressed in self.compressed.values():
@@ -245,7 +335,10 @@ class PhaseController:
     def retire(self) -> None:
         """Give the optimizers their own state back, without what error feedback holds. Not collective."""
         for compressed in self.compressed.values():
-            compressed.retire_()
+            if compressed.state_was_replaced:
+                compressed.close()
+            else:
+                compressed.retire_()
         self.compressed.clear()
 
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None:

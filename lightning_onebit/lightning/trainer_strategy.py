@@ -304,6 +304,7 @@ class OneBitDDPStrategy(DDPStrategy):
         assert self._signals is not None
         phases = self._phases
         self._signals.agree(phases.compressed.values())
+        phases.take_over_replaced_state()
         added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
             about = "which parameters are trained from this batch on"
@@ -363,6 +364,7 @@ class OneBitDDPStrategy(DDPStrategy):
                 " groups instead of replacing them."
             )
         passing("an optimizer step")
+        phases.take_over_replaced_state()
         if phases.is_pending:
             phases.begin_compressing()
         if phases.steps.scales_losses and optimizer in phases.steps.compressed:

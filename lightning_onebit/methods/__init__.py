@@ -27,7 +27,7 @@ def method_for(optimizer: Optimizer) -> Method:
         ValueError: if there is none, or if an option of the optimizer is not supported.
     """
     cls = type(optimizer)
-    stock, changed = _stock_type(cls)
+    stock, changed = _stock_type(cls)  # type: ignore[arg-type]
     if stock is not None and not changed:
         for index, group in enumerate(optimizer.param_groups):
             _METHOD_OF[stock].check(group, index)
@@ -79,7 +79,7 @@ def hyperparameters(optimizer: Optimizer) -> dict[str, str]:
 
 def used_values(optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:
     """Of each parameter group, by number, the names and values that a step uses: not what users keep there beside them."""
-    stock, changed = _stock_type(type(optimizer))
+    stock, changed = _stock_type(type(optimizer))  # type: ignore[arg-type]
     used = optimizer.defaults if stock is None or changed else _ARGUMENTS[stock]
     for index, group in enumerate(optimizer.param_groups):
         for name in used:
