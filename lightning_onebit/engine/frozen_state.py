@@ -9,10 +9,8 @@ from typing import Any, NoReturn
 class FrozenState(defaultdict[Any, Any]):
     """Takes the place of a stock optimizer's ``state``, and notes what user code does to it."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(dict, *args)
-        self.was_cleared = False
-        """Whether user code wants to begin with a fresh state."""
+    was_cleared = False
+    """Whether user code wants to begin with a fresh state."""
 
     def __missing__(self, key: Any) -> NoReturn:
         raise RuntimeError(
@@ -21,7 +19,7 @@ class FrozenState(defaultdict[Any, Any]):
             " `optimizer.load_state_dict(...)`, or call `strategy.resume_warmup()` before."
         )
 
-    def __copy__(self) -> defaultdict[Any, Any]:
+    def __copy__(self) -> defaultdict[Any, Any]:  # type: ignore[override]
         return defaultdict(dict, self)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -115,7 +115,7 @@ class CompressedOptimizer:
         self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
         self.last_outcome: Outcome | None = None
         """What the ranks have told each other with the last step."""
-        optimizer.state = self._state = FrozenState(optimizer.state)
+        optimizer.state = self._state = FrozenState(dict, optimizer.state)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
