@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from lightning_onebit.freeze.criteria import Plan, Verdict
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+
+from lightning_onebit.freeze.criteria import Criterion, Plan, Verdict
 
 
 def outlook(plan: Plan, *, total_steps: float, ratio: float) -> str:
@@ -26,6 +29,19 @@ def outlook(plan: Plan, *, total_steps: float, ratio: float) -> str:
     else:
         dense = f"At least the first {first} optimizer steps{of_run} are plain DDP, until the criterion decides"
     return f"{dense}; from then on a step sends about {ratio:.1f} times fewer bytes than with float32 gradients."
+
+
+def remark_on_shares(criterion: Criterion, callbacks: Sequence[Callback], *, total_steps: float) -> str | None:
+    """What to say if the criterion counts in shares of a run that a callback may end before; ``None``: nothing."""
+    values = {name: getattr(criterion, name, None) for name in ("min_steps", "max_steps")}
+    shares = [f"{name}={value}" for name, value in values.items() if isinstance(value, float) and 0 < value < 1]
+    ending = [type(callback).__name__ for callback in callbacks if isinstance(callback, (EarlyStopping, Timer))]
+    if not shares or not ending or math.isinf(total_steps):
+        return None
+    return (
+        f"{' and '.join(shares)}: shares are taken of all {total_steps:.0f} optimizer steps of the run. Should"
+        f" {' or '.join(ending)} end it before, they are a larger part of it. HINT: give a number of steps."
+    )
 
 
 def why_still_in_warmup(plan: Plan, verdict: Verdict | None, *, steps: int) -> str:

@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from ranks import run_ranks
 from torch import nn
 
-from lightning_onebit import FixedStep, Observation, OneBitDDPStrategy, PhaseSwitch, Verdict
+from lightning_onebit import FixedStep, Observation, OneBitDDPStrategy, PhaseSwitch, VarianceStability, Verdict
 from lightning_onebit.freeze.criteria import Plan
 from lightning_onebit.lightning.callbacks.phase_switch import of_each
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
-from lightning_onebit.lightning.outlook import outlook, why_still_in_warmup
+from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.lightning.process_groups import find_topology
 
 README = Path(__file__).parents[2] / "README.md"
@@ -75,6 +76,32 @@ def test_the_last_line_names_the_setting_that_was_in_the_way(plan, verdict, step
     line = why_still_in_warmup(plan, verdict, steps=steps)
     assert re.match(re.escape(said).replace(r"\.\*", ".*"), line)
     assert ("max_steps" in line) == (steps >= max(plan.start, plan.min_steps))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "callbacks", "total_steps", "said"),
+    [
+        (
+            VarianceStability(max_steps=0.3),
+            [EarlyStopping("loss")],
+            500,
+            "max_steps=0.3: shares are .* 500 .* Should EarlyStopping",
+        ),
+        (
+            VarianceStability(min_steps=0.1, max_steps=None),
+            [Timer("00:01:00:00")],
+            500,
+            "min_steps=0.1: .* Should Timer end it",
+        ),
+        (VarianceStability(max_steps=0.3), [], 500, None),
+        (VarianceStability(max_steps=0.3), [EarlyStopping("loss")], math.inf, None),
+        (VarianceStability(max_steps=100), [EarlyStopping("loss")], 500, None),
+        (FixedStep(7), [EarlyStopping("loss")], 500, None),
+    ],
+)
+def test_shares_of_a_run_that_may_end_before_are_mentioned(criterion, callbacks, total_steps, said):
+    remark = remark_on_shares(criterion, callbacks, total_steps=total_steps)
+    assert remark is None if said is None else re.match(said, remark)
 
 
 def test_with_several_optimizers_steps_are_those_of_each():

@@ -18,7 +18,7 @@ from lightning_onebit.comm.watch import passing
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
-from lightning_onebit.lightning.outlook import outlook, why_still_in_warmup
+from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
 
@@ -66,6 +66,10 @@ class PhaseSwitch(Callback):
         if (strategy := strategy_of(trainer)) is None:
             return
         self.start(strategy, total_steps=_total_steps(trainer))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        remark = remark_on_shares(self.criterion, callbacks, total_steps=_total_steps(trainer))
+        if remark is not None and strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
+            rank_zero_info(f"{type(self).__name__}: {remark}")
         if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
             self.after_step(strategy, pl_module)
 
