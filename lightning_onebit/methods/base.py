@@ -21,7 +21,7 @@ class Method(ABC):
     """
 
     optimizer_types: ClassVar[tuple[type[Optimizer], ...]]
-    """Exactly these types are handled: a subclass may override anything."""
+    """These types are handled, and subclasses that have the same `step`."""
 
     has_second_moment: ClassVar[bool]
     """Whether there is a D, which needs a warm-up before it can be frozen."""
