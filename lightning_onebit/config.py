@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_onebit.arguments import is_integer, is_number
+
 Scale = Literal["l2", "l1"]
 Space = Literal["update", "momentum"]
 VarianceRefresh = int | Literal["auto"] | None
@@ -49,10 +51,9 @@ class CompressionConfig:
     21 for BERT-large. Each may cover several of DDP's buckets. The result does not depend on it."""
 
     def __post_init__(self) -> None:
-        integral = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
-        if not integral or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
+        if not is_integer(self.block_size) or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(
-                f"Invalid block_size: {self.block_size}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
+                f"Invalid block_size: {self.block_size!r}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
                 " so that every block fills whole bytes. HINT: the default, 2048, suits most models."
             )
         if self.scale not in ("l2", "l1"):
@@ -64,19 +65,20 @@ class CompressionConfig:
                 f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
             )
         refresh = self.variance_refresh
-        if refresh is not None and refresh != "auto" and (type(refresh) is not int or refresh < 1):
+        if refresh is not None and refresh != "auto" and not (is_integer(refresh) and refresh >= 1):
             raise ValueError(
                 f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT:"
                 " 'auto' renews often at first."
             )
-        if self.space == "momentum" and isinstance(refresh, int):
+        if self.space == "momentum" and is_integer(refresh):
             raise ValueError(
                 f"Invalid variance_refresh: {refresh} with space='momentum'. Momentum is divided by D after it has travelled,"
                 " so errors of the past would change their meaning with D. HINT: use space='update', or variance_refresh=None."
             )
-        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
+        if self.bucket_cap_mb is not None and not (is_number(self.bucket_cap_mb) and 0 < self.bucket_cap_mb < math.inf):
             raise ValueError(
-                f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
+                f"Invalid bucket_cap_mb: {self.bucket_cap_mb!r}. Must be a finite number > 0 (MiB of float32 gradient), or"
+                " None: by the size of the model."
             )
 
     @property

@@ -132,7 +132,8 @@ def compressed_all_reduce(
     sum over calls follows the exact one; without it that part is lost.
 
     Args:
-        tensor: float16, bfloat16, float32 or float64, any shape, the same on all ranks. Overwritten by the average.
+        tensor: float16, bfloat16, float32 or float64, any shape, the same on all ranks; may be a parameter. Overwritten by
+            the average.
         error_feedback: state kept between calls, made for this tensor; it also fixes group, block size and scale.
         group: process group; ``None`` for the default one.
         block_size: elements per scale, a multiple of 8.
@@ -145,7 +146,7 @@ def compressed_all_reduce(
         FloatingPointError: on all ranks, if a value is infinite or NaN on any, or beyond 1e30, which could overflow
             together with what was left out before; nothing has been changed then.
         ValueError: on all ranks, if the number of elements differs between ranks; and if ``error_feedback`` does
-            not fit the tensor.
+            not fit the tensor, or elements of the tensor share memory.
     """
     if error_feedback is None:
         error_feedback = ErrorFeedback(tensor, group=group, block_size=block_size, scale=scale)
@@ -160,6 +161,11 @@ def compressed_all_reduce(
         raise ValueError(
             f"The error feedback was made for errors of {error_feedback.dtype}, but {tensor.dtype} needs"
             f" {error_dtype(tensor.dtype)}. HINT: create `ErrorFeedback` from a tensor of the same dtype."
+        )
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"Elements of the tensor share memory (shape {tuple(tensor.shape)}, strides {tensor.stride()}), so it cannot be"
+            " overwritten by the average. HINT: pass `tensor.contiguous()`, and keep what it is."
         )
     _check_agreement(tensor, error_feedback.communicator)
 

@@ -40,8 +40,8 @@ class PhaseCounters:
     dense_equivalent_bytes: int = 0
     """Bytes that dense DDP would have sent meanwhile: all gradients at each synchronization, compressed ones as float32."""
     seconds_waited: float = 0.0
-    """Time the training thread spent inside exchanges. Counted for compressed exchanges only: during
-    warm-up DDP waits inside its own backward."""
+    """Time the training thread, or on a GPU its stream, waited for exchanges. Counted for compressed exchanges only:
+    during warm-up DDP waits inside its own backward."""
 
     @contextmanager
     def counting_refreshes(self) -> Iterator[None]:

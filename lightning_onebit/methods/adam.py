@@ -41,7 +41,6 @@ class AdamMethod(Method):
                 f"amsgrad=True (parameter group {index}) is not supported: its running maximum of the second moment"
                 " contradicts a frozen one. Use amsgrad=False."
             )
-        super().check(group, index)
 
     @override
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:

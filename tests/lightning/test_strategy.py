@@ -11,7 +11,15 @@ from ranks import run_trainers
 from torch import nn
 from trainers import Classifier, data, fit, make_trainer, same_params
 
-from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
+from lightning_onebit import (
+    CommMonitor,
+    DivergenceGuard,
+    FixedStep,
+    OneBitDDPStrategy,
+    Phase,
+    PhaseSwitch,
+    VarianceStability,
+)
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 
@@ -372,9 +380,12 @@ def test_one_process_frozen_by_hand_goes_on_unquantized():
     [
         (
             lambda m: torch.optim.RMSprop(m.parameters()),
-            r"RMSprop cannot be compressed. Supported are exactly: .*Adam",
+            r"RMSprop cannot be compressed: a compressed step applies .*Supported are .*Adam.* Beside one",
         ),
-        (lambda m: type("Mine", (torch.optim.Adam,), {})(m.parameters()), "Mine cannot be compressed"),
+        (
+            lambda m: type("Mine", (torch.optim.Adam,), {"step": lambda self: None})(m.parameters()),
+            "Mine cannot be compressed: it has `step` of its own",
+        ),
         (lambda m: torch.optim.Adam(m.parameters(), amsgrad=True), "amsgrad=True"),
         (lambda m: torch.optim.AdamW(m.parameters(), differentiable=True, foreach=False), "differentiable=True"),
     ],
@@ -404,11 +415,23 @@ def test_sparse_gradients_are_an_error_before_training():
     run_trainers(2, fn)
 
 
-def test_callbacks_on_another_strategy_are_an_error():
+@pytest.mark.parametrize("strategy", ["ddp", "auto"])
+def test_on_another_strategy_our_callbacks_do_nothing_and_it_is_said_once(strategy, tmp_path):
+    """So one string is changed to compare; and a checkpoint of such a run loads here."""
+
     def fn(rank):
-        for callback in (PhaseSwitch(), CommMonitor()):
-            with pytest.raises(TypeError, match="belongs to OneBitDDPStrategy, but the Trainer uses DDPStrategy"):
-                fit("ddp", 1, callbacks=[callback])
+        _, plain = fit(strategy, 1)
+        callbacks = [PhaseSwitch(FixedStep(3)), CommMonitor(1), DivergenceGuard(1)]
+        with Messages() as messages:
+            trainer, recorder = fit(strategy, 1, callbacks=callbacks)
+            trainer.validate(trainer.lightning_module, data(2), verbose=False)
+        assert same_params(plain.params, recorder.params)
+        assert "less_sent" not in trainer.progress_bar_metrics
+        assert messages.count("callbacks of lightning_onebit do nothing there") == 1, messages.texts
+        trainer.save_checkpoint(tmp_path / "other.ckpt")
+        path = tmp_path / "other.ckpt"
+        _, resumed = fit("onebit_ddp", 1, callbacks=[PhaseSwitch(FixedStep(3))], ckpt_path=path, max_epochs=2)
+        assert set(resumed.phases) == {Phase.WARMUP}  # one process freezes nothing by itself
 
     run_trainers(1, fn)
 

@@ -19,6 +19,7 @@ PACKAGE = "lightning_onebit"
 ROOT = Path(lightning_onebit.__file__).parent
 
 FLOORS = [
+    {"arguments"},
     {"coefficients", "config", "flat", "phase", "version"},
     {"quantize", "methods", "freeze"},
     {"comm"},
@@ -38,7 +39,17 @@ FORBIDDEN_WORDS = re.compile(
 )
 """Words of identifiers that mean something else in this field, or nothing. (`run` as a verb is none of them.)"""
 
-NO_TORCH = {"coefficients", "config", "phase", "version", "freeze", "comm.stats", "comm.topology", "quantize.layout"}
+NO_TORCH = {
+    "arguments",
+    "coefficients",
+    "config",
+    "phase",
+    "version",
+    "freeze",
+    "comm.stats",
+    "comm.topology",
+    "quantize.layout",
+}
 """Sub-packages and modules of plain numbers: they import neither torch nor Lightning."""
 
 COLLECTIVE_STEMS = (
