@@ -72,8 +72,8 @@ class CompressionConfig:
             )
         if self.space == "momentum" and is_integer(refresh):
             raise ValueError(
-                f"Invalid variance_refresh: {refresh} with space='momentum'. Momentum is divided by D after it has travelled,"
-                " so errors of the past would change their meaning with D. HINT: use space='update', or variance_refresh=None."
+                f"Invalid variance_refresh: {refresh} with space='momentum', where momentum travels before it is divided by"
+                " D: errors would change their meaning with D. HINT: use space='update', or variance_refresh=None."
             )
         if self.bucket_cap_mb is not None and not (is_number(self.bucket_cap_mb) and 0 < self.bucket_cap_mb < math.inf):
             raise ValueError(
