@@ -177,7 +177,10 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
 
 
 def test_resuming_within_an_accumulation_is_bitwise(tmp_path):
-    """Three ranks: their sums depend on DDP's buckets, which it cuts anew after a resume. Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later."""
+    """Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later.
+
+    On three ranks, whose sums depend on DDP's buckets, and these are cut anew after a resume.
+    """
 
     class More(Late):
         def batch(self, batch_idx):
@@ -185,7 +188,7 @@ def test_resuming_within_an_accumulation_is_bitwise(tmp_path):
 
     def fn(rank):
         saves = (2, 4, 29, 30, 31, 44)
-        return check_bitwise_resumes(rank, tmp_path, 3, saves, More, batches=48, accumulate_grad_batches=3)
+        return check_bitwise_resumes(rank, tmp_path, 3, saves, More, batches=60, accumulate_grad_batches=3)
 
     results = run_trainers(3, fn)
     assert all(same_params([result], [results[0]]) for result in results)

@@ -74,7 +74,7 @@ def _prepare_trainers():
 
     That is what is imported late, and checks of types against abstract classes, whose answers Python keeps.
     """
-    import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook  # noqa: F401
+    import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook
     from trainers import fit
 
     with warnings.catch_warnings(), torch.random.fork_rng():
