@@ -1,13 +1,13 @@
-"""Run a Python script as a forked process, which finds imported what this one has: seconds less than a new interpreter.
-
-What the script starts itself, it starts as ever: the other ranks of a Trainer are new interpreters that run the script.
-"""
+"""Run a Python script as a forked process, which finds imported what this one has: seconds less than a new interpreter."""
 
 import atexit
 import gc
+import inspect
+import io
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Script:
-    """``python script arguments...``, started at once. Standard output and error go to one text.
+    """``python script arguments...``, started at once. What it prints to standard output and error goes to one text.
+
+    Python scripts that it starts itself are forked as well: the ranks of a Trainer, the workers of torchrun.
 
     Args:
         script: its path, or the name of a module, as after ``python -m``.
@@ -27,9 +29,11 @@ class Script:
 
     def __init__(self, script, *arguments, cwd, **variables):
         self._output = Path(cwd) / f"output-{os.urandom(4).hex()}"
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": paths, **variables}
+        command = [str(script), *map(str, arguments)]
         context = multiprocessing.get_context("fork")
-        arguments = (script, list(map(str, arguments)), cwd, self._output, variables)
-        self._process = context.Process(target=_main, args=arguments)
+        self._process = context.Process(target=self._main, args=(command, cwd, environment))
         self._process.start()
 
     def wait(self, timeout=110):
@@ -48,33 +52,66 @@ class Script:
         assert not hangs, f"not done within {timeout} s: {output}"
         return self._process.exitcode, output
 
+    def _main(self, command, cwd, environment):
+        subprocess.Popen = ForkedPopen
+        with open(self._output, "wb") as file:
+            _become(command, cwd, environment, stdout=file.fileno(), stderr=file.fileno())
 
-def _main(script, arguments, cwd, output, variables):
+
+class ForkedPopen(subprocess.Popen):
+    """Forks where the command is Python with a script."""
+
+    def _execute_child(self, *args):
+        arguments = inspect.signature(super()._execute_child).bind(*args).arguments
+        executable, *command = [arguments["args"]] if isinstance(arguments["args"], str) else list(arguments["args"])
+        if command[:1] == ["-u"]:  # not buffered
+            del command[0]
+        if executable != sys.executable or not command or not str(command[0]).endswith(".py"):
+            super()._execute_child(*args)
+            return
+        self.pid = os.fork()
+        if self.pid == 0:
+            if arguments["start_new_session"]:
+                os.setsid()
+            environment = dict(os.environ) if arguments["env"] is None else arguments["env"]
+            cwd = arguments["cwd"] or os.getcwd()
+            _become(list(map(str, command)), cwd, environment, stdout=arguments["c2pwrite"], stderr=arguments["errwrite"])
+        self._child_created = True
+        self._close_pipe_fds(*(arguments[f"{name}{end}"] for name in ("p2c", "c2p", "err") for end in ("read", "write")))
+
+
+def _become(command, cwd, environment, *, stdout, stderr):
+    """Be the process of ``python command...``; does not return. -1 leaves ``stdout`` or ``stderr`` as it is."""
     gc.freeze()  # as in ranks.py
     atexit._clear()  # the handlers so far are of the parent
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.update({"PYTHONPATH": paths, **variables})
+    for number, descriptor in ((1, stdout), (2, stderr)):
+        if descriptor not in (-1, number):
+            os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = map(_text_output, (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
-    with open(output, "w", encoding="utf-8", buffering=1) as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-        sys.stdout = sys.stderr = file
-        sys.argv = [str(script), *arguments]
-        code = 0
-        try:
-            if Path(script).exists():
-                sys.path.insert(0, str(Path(script).parent))
-                runpy.run_path(str(script), run_name="__main__")
-            else:
-                runpy.run_module(script, run_name="__main__", alter_sys=True)
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        if not isinstance(code, int):  # a message, as sys.exit takes it
-            print(code or "", file=file)
-            code = int(code is not None)
-        atexit._run_exitfuncs()  # Lightning's launcher waits there for the ranks that it has started
-        file.flush()
-        os._exit(code)
+    script, sys.argv = command[0], command
+    code = 0
+    try:
+        if script.endswith(".py"):
+            sys.path.insert(0, str(Path(script).parent))
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):  # a message, as sys.exit takes it
+        print(code or "", file=sys.stderr)
+        code = int(code is not None)
+    atexit._run_exitfuncs()  # Lightning's launcher waits there for the ranks that it has started
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _text_output(number):
+    return io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding="utf-8", write_through=True)
