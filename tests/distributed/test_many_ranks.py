@@ -140,12 +140,12 @@ def test_displacement_is_that_of_adam(world_size):
 
 ORDINARY, RARE, FREQUENT, NEVER = slice(0, 1888), slice(1888, 1952), slice(1952, 2016), slice(2016, 2048)
 """Coordinates of one block."""
-INTERVAL = 100
+INTERVAL = 200
 """Steps between two gradients of a rare coordinate, on one rank each time."""
 OFTEN = 4
 FIRST_FREQUENT = 5
 LONGEST_WAIT = 64
-LATE_STEPS = 190
+LATE_STEPS = 340
 
 
 def rare_event(coordinate, step, world_size):
