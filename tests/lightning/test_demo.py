@@ -1,18 +1,23 @@
 """The demo from start to end, small: two trainings on two processes each, a table, a picture."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from scripts import ROOT, Script
 
-DEMO = ROOT / "examples" / "demo.py"
+ROOT = Path(__file__).parents[2]
 SMALL = ["--steps", "40", "--batch-size", "2", "--context", "16", "--d-model", "16"]
 
 
 @pytest.mark.timeout(320)  # two processes at a time beside another test, on a slow machine
 def test_demo(tmp_path):
-    code, text = Script(DEMO, *SMALL, "--output", "out", cwd=tmp_path).wait(timeout=300)
-    assert code == 0, text
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), *SMALL, "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
     dense, onebit = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("ddp", "onebit_ddp"))
     warmup = onebit["compressed"].count(False)
@@ -30,14 +35,16 @@ def test_demo(tmp_path):
     assert onebit["bytes_sent"][-1] - sent_in_warmup < (40 - warmup) * dense["dense_bytes_per_step"] / 20
 
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    table = text[text.index("training loss, mean") :]
+    table = done.stdout[done.stdout.index("training loss, mean") :]
     assert f"{onebit['validations'][-1][1]:.3f}" in table
     assert f"after step {warmup}" in table
-    assert "less_sent=" in text  # the progress bar
+    assert "less_sent=" in done.stdout + done.stderr  # the progress bar
 
 
 def test_steps_that_do_not_divide_are_refused(tmp_path):
-    code, text = Script(DEMO, "--steps", "41", "--output", "out", cwd=tmp_path).wait()
-    assert code == 2
-    assert "--steps 41" in text
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--steps", "41", "--output", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--steps 41" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -21,7 +22,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ranks import _rank_main, free_port, run_trainers
-from scripts import Script
+from test_launchers import start
 from trainers import Classifier, Recorder, adam, data, make_trainer
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase
@@ -279,19 +280,18 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_
     """By itself, from its last checkpoint, two steps before; bit for bit."""
     # Else torchrun (2.13) keeps one store for all attempts, and ranks may find the addresses of those that are dead.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
     torchrun += ["--monitor-interval", 1]  # so that the other rank has ended by itself, and said why
     fault = ["--fault", "KILL", "--step", 11, "--place", "exchange"]  # the last checkpoint is of step 9
-    options = [SCRIPT, tmp_path, "--timeout", 60, "--steps", 14, "--resume", *fault]
-    restarted = Script(*torchrun, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
+    restarted = start(sys.executable, *torchrun, SCRIPT, tmp_path, "--timeout", 60, "--steps", 14, "--resume", *fault)
 
     def undisturbed(rank):
         trainer = train(tmp_path / "undisturbed", make_strategy("onebit_ddp", 60), 2, steps=14)
         return digest(trainer.lightning_module)
 
     expected = run_trainers(2, undisturbed)
-    code, output = restarted.wait()
-    assert code == 0, output
+    output = restarted.communicate(timeout=110)[0]
+    assert restarted.returncode == 0, output
     assert "Communication with the other ranks failed" in output
     assert (tmp_path / "fault1").exists()
     for rank in range(2):

@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 from ranks import free_port, run_trainers
-from scripts import ROOT, Script
 
 from lightning_onebit import OneBitDDPStrategy, PhaseSwitch
 
 SCRIPT = Path(__file__).parents[1] / "support" / "launch_script.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment():
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def wait_for(processes):
+    outputs = [process.communicate(timeout=110)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+
+
+def start(*command):
+    return subprocess.Popen(
+        list(map(str, command)), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def check(folder, world_size, num_nodes=1):
@@ -31,36 +42,24 @@ def check(folder, world_size, num_nodes=1):
         assert report["params"] == reports[0]["params"]
 
 
-@pytest.mark.parametrize("strategy", ["onebit_ddp", "onebit_ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["onebit_ddp", "onebit_ddp_spawn", "onebit_ddp_fork"])
 def test_lightning_starts_the_processes(strategy, tmp_path):
-    command = [sys.executable, SCRIPT, strategy, "2", "1", tmp_path]
-    run = subprocess.run(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=110, check=False
-    )
-    assert run.returncode == 0, run.stdout
-    check(tmp_path, world_size=2)
-
-
-def test_lightning_forks_the_processes(tmp_path):
-    code, text = Script(SCRIPT, "onebit_ddp_fork", 2, 1, tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1").wait()
-    assert code == 0, text
+    wait_for([start(sys.executable, SCRIPT, strategy, 2, 1, tmp_path)])
     check(tmp_path, world_size=2)
 
 
 def test_torchrun_with_two_nodes(tmp_path):
     port = free_port()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--nnodes", 2]
     nodes = [
-        Script(
-            *("torch.distributed.run", "--nproc-per-node", 2, "--nnodes", 2),
+        start(
+            *torchrun,
             *("--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port),
             *(SCRIPT, "onebit_ddp", 2, 2, tmp_path),
-            cwd=tmp_path,
-            OMP_NUM_THREADS="1",
         )
         for node in range(2)
     ]
-    for code, text in [node.wait() for node in nodes]:
-        assert code == 0, text
+    wait_for(nodes)
     check(tmp_path, world_size=4, num_nodes=2)
 
 
