@@ -142,6 +142,9 @@ def read_header(state: Any) -> Mapping[str, Any]:
         raise _damaged("ddp_buckets are no lists of names")
     if not all(isinstance(steps, int) and 0 <= steps < MOST_STEPS for steps in state["optimizer_steps"]):
         raise _damaged(f"optimizer_steps are {state['optimizer_steps']!r:.80}")
+    with_state = state.get("with_state") or []
+    if not (isinstance(with_state, list) and all(isinstance(positions, list) for positions in with_state)):
+        raise _damaged(f"with_state is {with_state!r:.80}")
     return state
 
 

@@ -83,8 +83,9 @@ class Watch:
                 work.wait(timedelta(seconds=LOOK_SECONDS))
                 return
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # failed, or done since it was late: it says which
+                    work.wait()
+                    return
             if self.verdict is not None:
                 raise RuntimeError(self.verdict)
 
@@ -125,10 +126,11 @@ class Watch:
 
     def _write(self) -> None:
         with self._lock:
-            note = {"count": self._count, "places": list(self._places)}
-        if note["count"] != self._written:
-            self._written = self._count
-            self._store.set(f"{self._prefix}/{self._rank}", json.dumps(note | {"says": self._describe()}))
+            count, places = self._count, list(self._places)
+        if count != self._written:
+            self._written = count  # not `_count`, which the training thread may have moved on
+            note = {"count": count, "places": places, "says": self._describe()}
+            self._store.set(f"{self._prefix}/{self._rank}", json.dumps(note))
 
     def _read(self) -> str | None:
         found = None

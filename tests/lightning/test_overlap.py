@@ -27,7 +27,7 @@ from lightning_onebit.engine import optimizer as engine_optimizer
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.quantize.reference import ReferenceKernels
 
-STEPS = 30
+STEPS = 14
 
 
 def every_gradient(rank, step, index, shape, dtype=torch.float64):
@@ -100,7 +100,7 @@ def train(communicator, overlap, gradient, kind=torch.optim.AdamW, optimizer_opt
 
 @pytest.mark.parametrize("space", ["update", "momentum"])
 @pytest.mark.parametrize("gradient", [every_gradient, some_missing, some_not_finite, some_late])
-@pytest.mark.parametrize("bucket_cap_mb", [0.0005, 0.001, None])
+@pytest.mark.parametrize("bucket_cap_mb", [0.0005, None])
 def test_overlapped_equals_deferred_bitwise(space, gradient, bucket_cap_mb):
     def fn(communicator):
         deferred, overlapped = (

@@ -1,10 +1,14 @@
 """Ranks that take decisions by themselves, or have different numbers of batches: all end soon, and say where each was."""
 
+import contextlib
+import json
+import threading
 import time
 from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from ranks import run_trainers
 from torch import nn
@@ -32,6 +36,50 @@ FREEZE, FAULT = 3, 6
 )
 def test_lists_of_places_are_compared_where_both_are_known(count, places, other_count, other_places, expected):
     assert watch.first_difference(count, list(places), other_count, list(other_places)) == expected
+
+
+def test_places_that_are_passed_while_a_note_is_written_are_in_the_next_one():
+    class Lock:
+        """Released, the training thread goes on to its last place at once."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            seen._lock = threading.Lock()
+            seen.passing("last")
+
+    store = dist.HashStore()
+    seen = watch.Watch(store, 0, 2, 1, lambda: "here")
+    seen.passing("first")
+    seen._lock = Lock()
+    seen._write()
+    seen._write()
+    seen.close()
+    assert json.loads(store.get("lightning_onebit/1/0"))["places"] == ["first", "last"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_complete_just_after_a_look_is_no_failure_unless_it_failed(fails):
+    class Work:
+        looks = 0
+
+        def wait(self, timeout=None):
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("Operation timed out!")
+            if fails:
+                raise RuntimeError("Connection closed by peer")
+
+        def is_completed(self):
+            return True
+
+    seen = watch.Watch(dist.HashStore(), 0, 2, 1, lambda: "here")
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer") if fails else contextlib.nullcontext():
+            seen.wait(Work())
+    finally:
+        seen.close()
 
 
 class LeavesOut(Classifier):
