@@ -110,10 +110,10 @@ class Renewal:
                 self._add_(sketches, sums, index, part, step)
         widths = [min(WIDTH, p.numel()) for p in buckets.params]
         message = torch.cat([*(row[:width] for row, width in zip(sketches.values, widths, strict=True)), sums.view(-1)])
-        # Sums over the node's shares, means over nodes.
-        total = groups.peers.ordered_mean(message.float())
+        # Sums over the shares of a node, means over nodes. Rounded in between: what is in which share cannot be seen.
         if groups.node is not None:
-            total = groups.node.ordered_mean(total).mul_(groups.node.world_size)
+            message = groups.node.ordered_mean(message).mul_(groups.node.world_size)
+        total = groups.peers.ordered_mean(message.float())
         *rows, sums_of_all = total.double().cpu().split([*widths, sums.numel()])
         of_mean = torch.stack([row.square().sum() for row in rows]).numpy() if rows else np.zeros(0)
         self._average_(of_mean, *sums_of_all.view(3, -1).numpy())
