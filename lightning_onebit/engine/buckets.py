@@ -29,7 +29,7 @@ from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
-PIECE_NUMEL = 65536
+CACHE_NUMEL = 65536
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Part:
 
     def cut(self) -> Iterator[Part]:
         """The same in pieces that fit in cache, cut in places that do not depend on how the parameter is cut into parts."""
-        size = max(1, PIECE_NUMEL // self.memory.layout.block_size)
+        size = max(1, CACHE_NUMEL // self.memory.layout.block_size)
         first_of_parameter = self.blocks[0] - self.start // self.memory.layout.block_size
         layout, first = self.memory.layout, self.blocks[0]
         while first < self.blocks[1]:
