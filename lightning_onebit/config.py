@@ -41,7 +41,7 @@ class CompressionConfig:
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
-    variance_refresh: VarianceRefresh = None
+    variance_refresh: VarianceRefresh = "auto"
     """When the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a number: every so many
     steps; ``None``: never, as in the 1-bit Adam paper. Belongs to ``space="update"``: in momentum space "auto" is None."""
 

@@ -88,7 +88,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
-        variance_refresh: VarianceRefresh = None,
+        variance_refresh: VarianceRefresh = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
         max_skipped_steps: int | None = 100,

@@ -96,7 +96,7 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
-        variance_refresh: VarianceRefresh = None,
+        variance_refresh: VarianceRefresh = "auto",
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
