@@ -8,6 +8,7 @@ from typing import Literal
 
 Scale = Literal["l2", "l1"]
 Space = Literal["update", "momentum"]
+WarmupPrecision = Literal["fp32", "bf16"]
 
 MAX_BLOCK_SIZE = 16384
 """Up to this length torch reduces a block on one thread, so its norm does not depend on the blocks
@@ -43,6 +44,10 @@ class CompressionConfig:
     between 1 Mi and 16 Mi elements (signs of 128 KiB and 2 MiB), so that exchanges overlap with work without becoming many:
     21 for BERT-large. Each may cover several of DDP's buckets. The result does not depend on it."""
 
+    warmup_precision: WarmupPrecision = "fp32"
+    """What gradients travel as in warm-up: ``"fp32"`` as they are, bitwise as under DDP; ``"bf16"`` rounded to bfloat16,
+    half the bytes of float32."""
+
     def __post_init__(self) -> None:
         integral = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
         if not integral or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
@@ -61,6 +66,11 @@ class CompressionConfig:
         if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
             raise ValueError(
                 f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
+            )
+        if self.warmup_precision not in ("fp32", "bf16"):
+            raise ValueError(
+                f"Invalid warmup_precision: {self.warmup_precision!r}. Must be 'fp32' (gradients as they are, bitwise as"
+                " under DDP) or 'bf16' (half the bytes)."
             )
 
     def bucket_numel(self, numel: int) -> int:

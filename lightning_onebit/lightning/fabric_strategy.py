@@ -21,7 +21,7 @@ from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.config import CompressionConfig, Scale, Space, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     criterion_settings,
@@ -59,11 +59,12 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
         guard: compares the ranks every so many steps; ``None``: :class:`~lightning_onebit.DivergenceGuard` with its default.
         total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
-        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next five.
+        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next six.
         scale: likewise.
         space: likewise.
         hierarchical: likewise.
         bucket_cap_mb: likewise.
+        warmup_precision: likewise.
         max_skipped_steps: likewise.
         **kwargs: every argument of :class:`lightning.fabric.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
@@ -87,6 +88,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         space: Space = "update",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
@@ -94,7 +96,13 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
+        )
         # Never overlapped: a training loop may do anything to gradients between backward and step.
         self.overlap: bool | Literal["auto"] = False
         self.hierarchical = hierarchical

@@ -265,7 +265,7 @@ class PhaseController:
         """
         if self.hook_state is None:
             communicator = Communicator()
-            self.hook_state = HookState(communicator)
+            self.hook_state = HookState(communicator, self._strategy.config.warmup_precision)
             self.topology, self.groups = make_process_groups(
                 self._strategy, self._strategy.hierarchical, communicator, timeout
             )

@@ -26,7 +26,7 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.config import CompressionConfig, Scale, Space, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     checkpoint_settings,
@@ -70,6 +70,8 @@ class OneBitDDPStrategy(DDPStrategy):
             ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
             the former, a quarter of the model, between 4 and 64, for the latter.
+        warmup_precision: what gradients travel as in warm-up. ``"fp32"``: as they are, bitwise as under DDP; ``"bf16"``:
+            rounded to bfloat16, half the bytes.
         max_skipped_steps: a run that skips this many steps in a row, because gradients are infinite or NaN, ends with an
             error that names the parameters; ``None``: never. Steps that a loss scaler skips count where its scale is
             down to 1.
@@ -89,12 +91,19 @@ class OneBitDDPStrategy(DDPStrategy):
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
         check_ddp_arguments(type(self).__name__, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
+        )
         self.overlap = overlap
         self.hierarchical = hierarchical
         self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
