@@ -66,12 +66,15 @@ def test_the_criterion_goes_on_with_its_history(tmp_path):
     path = tmp_path / "warmup.ckpt"
 
     def switch():
-        return PhaseSwitch(VarianceStability(tolerance=0.9, window=8, patience=2, min_steps=0, max_steps=None))
+        return PhaseSwitch(VarianceStability(tolerance=0.9, window=8, min_steps=10, max_steps=12))
 
     def fn(rank):
         options = {"strategy": "onebit_ddp", "world_size": 2, "batches": BATCHES}
-        full = fit(callbacks=[switch(), SaveAt(path, 7)], model=Stepwise(), **options)[1]
-        resumed = fit(callbacks=[switch()], model=Stepwise(), ckpt_path=path, **options)[1]
+        first, second = switch(), switch()
+        full = fit(callbacks=[first, SaveAt(path, 7)], model=Stepwise(), **options)[1]
+        resumed = fit(callbacks=[second], model=Stepwise(), ckpt_path=path, **options)[1]
+        assert first.verdict == second.verdict
+        assert rank or "in steps 3 to " in second.verdict.reason or "in steps 4 to " in second.verdict.reason
         assert COMPRESSED in full.phases
         assert resumed.phases == full.phases[7:]
         assert same_params(resumed.params, full.params[7:])

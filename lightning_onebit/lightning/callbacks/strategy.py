@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.lightning.pytorch_lightning import HINT, is_pytorch_lightning
 from lightning_onebit.phase import Phase
 
@@ -25,6 +26,8 @@ class TwoPhaseStrategy(Protocol):
     def phase(self) -> Phase: ...
     @property
     def optimizer_steps(self) -> int: ...
+    @property
+    def config(self) -> CompressionConfig: ...
     @property
     def comm_stats(self) -> CommStats: ...
     @property
