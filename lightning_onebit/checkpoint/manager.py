@@ -7,7 +7,7 @@ The strategies for Trainer and Fabric each have a :class:`CheckpointManager`. Wh
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,9 @@ class Phases(Protocol):
     def compressed(self) -> dict[Optimizer, CompressedOptimizer]: ...
     @property
     def steps_made(self) -> list[int]: ...
+    def state_positions(self) -> list[list[int]]: ...
+    def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]: ...
+    def warm_up_again(self, missing: Sequence[Tensor]) -> None: ...
     @property
     def stock_state_tells_all(self) -> bool: ...
     def ddp_buckets(self, *, of_next_backward: bool = False) -> list[list[str]]: ...
@@ -132,6 +135,7 @@ class CheckpointManager:
             "space": phases.space,
             "ddp_buckets": phases.ddp_buckets(),
             "optimizer_steps": phases.steps_made,
+            "with_state": phases.state_positions() if phases.is_pending else None,
             "optimizers": shared_state(list(phases.compressed.values())) if self._strategy.is_global_zero else [],
         }
 
@@ -184,6 +188,15 @@ class CheckpointManager:
         phase = Phase.COMPRESSED if header["phase"] == Phase.COMPRESSED.name else Phase.WARMUP
         same_world_size = header["world_size"] == self._strategy.world_size
         ddp_buckets = header["ddp_buckets"] if same_world_size else []
+        if phase is Phase.COMPRESSED:
+            # At the freeze those that never had a gradient have no state; afterwards all have one that are trained.
+            missing = phases.trained_without_state(header.get("with_state"))
+            some_miss = torch.tensor(len(missing), device=self._strategy.root_device)
+            Communicator().all_reduce_max_(some_miss)
+            if some_miss:
+                phases.resume(Phase.WARMUP, is_pending=False, ddp_buckets=ddp_buckets)
+                phases.warm_up_again(missing)
+                return
         phases.resume(phase, is_pending=header["is_pending"], ddp_buckets=ddp_buckets)
         if phase is Phase.COMPRESSED and not header["is_pending"]:
             compressed = list(phases.compressed.values())

@@ -86,13 +86,19 @@ class PartContent:
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
-        """Its errors and second moments of late coordinates. On the CPU no copy is made."""
+        """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
         position = len(self.meta["optimizers"])
         entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
-        for name, errors in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
-            entry[name] = [[error.start, error.values.numel(), _dtype_name(error.values.dtype)] for error in errors]
-            for index, error in enumerate(errors):
-                self.arrays[f"{position}/{name}/{index}"] = error.values.cpu().numpy()
+        own = {
+            "worker": compressed.worker_errors(),
+            "server": compressed.server_errors(),
+            "second_moment": compressed.second_moments(),
+            "residual": compressed.second_moment_residuals(),
+        }
+        for name, ranges in own.items():
+            entry[name] = [[each.start, each.values.numel(), _dtype_name(each.values.dtype)] for each in ranges]
+            for index, each in enumerate(ranges):
+                self.arrays[f"{position}/{name}/{index}"] = each.values.cpu().numpy()
         places, values = compressed.late_second_moments()
         entry["late"] = places.numel()
         self.arrays[f"{position}/late/places"] = places.cpu().numpy()
@@ -136,6 +142,9 @@ def read_header(state: Any) -> Mapping[str, Any]:
         raise _damaged("ddp_buckets are no lists of names")
     if not all(isinstance(steps, int) and 0 <= steps < MOST_STEPS for steps in state["optimizer_steps"]):
         raise _damaged(f"optimizer_steps are {state['optimizer_steps']!r:.80}")
+    with_state = state.get("with_state") or []
+    if not (isinstance(with_state, list) and all(isinstance(positions, list) for positions in with_state)):
+        raise _damaged(f"with_state is {with_state!r:.80}")
     return state
 
 
@@ -203,6 +212,9 @@ def load_errors(
             if weight is not None:
                 places, values = content.late
                 c.add_late_second_moments_(places, values * weight)
+                moments = [ElementRange(each.start, each.values * weight) for each in content.second_moment]
+                c.add_second_moments_(moments, [])
+            c.add_second_moments_([], content.residual)
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
                 c.add_errors_(
@@ -264,6 +276,9 @@ class _Content:
     worker: list[ElementRange]
     server: list[ElementRange]
     """Those that touch this rank's chunks."""
+    second_moment: list[ElementRange]
+    residual: list[ElementRange]
+    """Those that touch this rank's chunks."""
     late: tuple[Tensor, Tensor]
     """Places and second moments of late coordinates."""
     same_chunks: bool
@@ -295,6 +310,8 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         return _Content(
             worker=read_errors("worker"),
             server=read_errors("server", chunks),
+            second_moment=read_errors("second_moment"),
+            residual=read_errors("residual", chunks),
             late=(torch.from_numpy(places), torch.from_numpy(values)),
             same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],
         )

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import exchange, raise_disagreement, short_digest
-from lightning_onebit.methods import hyperparameters, parameters_of
+from lightning_onebit.methods import hyperparameters, parameters_of, used_values
 
 DIGEST, NEWS = 1, 3
 """Places in the message, after those of the parameters."""
@@ -76,7 +76,7 @@ class StepAgreement:
             has_news: whether it asks for a refresh.
             changed: parameters that are new, or in another group, since the second moment was frozen.
         """
-        settings = (*_values(self._optimizer), *map(id, changed))
+        settings = (*(value for _, _, value in used_values(self._optimizer)), *map(id, changed))
         if settings != self._settings:  # told apart cheaply, described only then
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
@@ -162,15 +162,3 @@ class StepAgreement:
         for rank, index in gathered.view(-1, len(here)).nonzero().tolist():
             found[self._parameters[index]].append(rank)
         return {p: ranks for p, ranks in found.items() if ranks}
-
-
-def _values(optimizer: Optimizer) -> list[object]:
-    """The values of all parameter groups, to be compared with those of the last step."""
-    values: list[object] = []
-    for group in optimizer.param_groups:
-        for value in group.values():
-            if isinstance(value, (bool, int, float, str, tuple)):
-                values.append(value)
-            elif isinstance(value, Tensor) and value.numel() == 1:
-                values.append(value.item())
-    return values

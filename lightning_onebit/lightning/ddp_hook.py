@@ -148,12 +148,16 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
                 local_numel += gradient.numel()
             else:
                 dense[p] = gradient
+    world_size = state.communicator.world_size
     counters.dense_equivalent_bytes += (
-        ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size) // state.local_world_size
+        ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, world_size) // state.local_world_size
     )  # of a ring, one hop in so many leaves the node: only those count as sent
+    # Not what was sent meanwhile: another thread, in which exchanges are carried out, counts there as well.
+    averaged_nbytes = sum(gradient.nbytes for gradient in dense.values()) if local_numel else buffer.nbytes
+    counters.dense_equivalent_bytes += ring_all_reduce_nbytes(averaged_nbytes, world_size)
     if local_numel and state.gradients_ready is not None:
         state.gradients_ready(params)
-    before, dtype = counters.bytes_sent, state.travelling_dtype(buffer)
+    dtype = state.travelling_dtype(buffer)
     if state.regrouping is not None:
         future = state.regrouping.average(state.communicator, bucket, dense, dtype)
     elif not local_numel:
@@ -162,10 +166,6 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
         future = _average_some(state.communicator, buffer, list(dense.values()))
     else:
         future = completed_future(buffer)
-    # DDP would have sent them as they are.
-    counters.dense_equivalent_bytes += (
-        (counters.bytes_sent - before) * buffer.element_size() // (dtype or buffer.dtype).itemsize
-    )
     return future
 
 

@@ -48,7 +48,7 @@ class FabricCheckpoints:
     def with_header(self, optimizer: Optimizer, state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` with what the header says of the run and of this optimizer."""
         position = list(self._phases.steps.made).index(optimizer)
-        of_all = ("optimizers", "optimizer_steps")
+        of_all = [name for name in ("optimizers", "optimizer_steps", "with_state") if header[name] is not None]
         own = {**header, **{name: header[name][position : position + 1] for name in of_all}, POSITION: position}
         return {**state_dict, CHECKPOINT_KEY: own}
 
@@ -114,5 +114,7 @@ class FabricCheckpoints:
             self._headers.clear()
             optimizers = [entry for header in headers for entry in header["optimizers"]]
             positions = [header[POSITION] for header in headers]
-            self._checkpoints.resume(headers[0], optimizers, positions, self._path)
+            with_state = [each for header in headers for each in header.get("with_state") or []]
+            header = {**headers[0], "with_state": with_state or None}
+            self._checkpoints.resume(header, optimizers, positions, self._path)
             self._checkpoints.put_back_gradients()

@@ -8,27 +8,31 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
-from weakref import ref
+from weakref import ReferenceType, ref
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lightning_onebit.arguments import check_switch
 from lightning_onebit.comm.exchanger import Exchanger, InlineExchanger, make_exchanger
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
-from lightning_onebit.config import CompressionConfig
+from lightning_onebit.comm.watch import start_watch, stop_watch
+from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
-from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
@@ -64,8 +68,7 @@ class PhaseController:
 
     def __init__(self, strategy: ConfiguredStrategy) -> None:
         for name in ("overlap", "hierarchical"):
-            if (value := getattr(strategy, name)) not in (True, False, "auto"):
-                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
+            check_switch(name, getattr(strategy, name))
         self._strategy = strategy
         self.comm_stats = CommStats()
         self.names: dict[Tensor, str] = {}
@@ -74,6 +77,8 @@ class PhaseController:
         self.optimizers = CompressibleOptimizers()
         self.is_pending = False
         """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
+        self.warmup_start = 0
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
         self.overlaps = False
         """Whether buckets are sent during backward, once compressed."""
         self.has_waiting_gradients = False
@@ -84,7 +89,7 @@ class PhaseController:
         self.groups: ExchangeGroups | None = None
         self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
-        self._replicas: dict[Tensor, str] = {}
+        self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
 
     @property
@@ -115,6 +120,16 @@ class PhaseController:
     def space(self) -> str:
         """What errors are kept in; a single rank decides for itself."""
         return self._strategy.config.space if self._strategy.world_size > 1 else "update"
+
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        trained = {p for p in self.names if p.requires_grad}
+        compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
+        stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in trained - compressed)
+        block_size = self._strategy.config.block_size
+        signs = sum(-(-p.numel() // 8) + FLOAT32_NBYTES * -(-p.numel() // block_size) for p in compressed)
+        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, signs + stay_dense)
 
     @property
     def options(self) -> dict[str, object]:
@@ -196,16 +211,24 @@ class PhaseController:
         if world_size == 1:
             return
         kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
-        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}.")
+        rank_zero_info(
+            f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}: a step sends"
+            f" about {self.expected_compression_ratio:.1f} times fewer bytes than with float32 gradients."
+        )
         if ReferenceKernels.name in kernels:
             rank_zero_warn(
                 "There are no fast kernels for this device, so compression runs as plain torch, many times slower."
-                " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
+                " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
             )
 
     def resume_warmup(self) -> None:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
+        self.take_over_replaced_state()
         if self.phase is Phase.WARMUP:
+            return
+        self.warmup_start = self.optimizer_steps
+        if self.is_pending and not self.has_waiting_gradients:  # nothing is local yet, and all state the warm-up's own
+            self._set_phase(Phase.WARMUP)
             return
         self.begin_compressing()  # gradients may be local already
         for compressed in self.compressed.values():
@@ -213,17 +236,109 @@ class PhaseController:
         self.compressed.clear()
         self._set_phase(Phase.WARMUP)
 
+    def take_over_replaced_state(self) -> None:
+        """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
+
+        With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up.
+
+        Raises:
+            RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step.
+        """
+        if not any(compressed.state_was_replaced for compressed in self.compressed.values()):
+            return
+        replaced = {optimizer: c for optimizer, c in self.compressed.items() if c.state_was_replaced}
+        missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
+        if self.has_waiting_gradients and (missing or self.overlaps):
+            raise RuntimeError(
+                "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were"
+                " waiting for a step. HINT: do it between two batches."
+            )
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
+        if missing:
+            self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
+            for optimizer, compressed in self.compressed.items():
+                if optimizer in replaced:
+                    compressed.close()
+                else:
+                    compressed.retire_()
+            self.compressed.clear()
+            self.warmup_start = self.optimizer_steps
+            self._set_phase(Phase.WARMUP)
+            return
+        rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
+        errors = {}
+        if self._strategy.world_size > 1:  # copies: what gives its state back may use this memory
+            errors = {
+                o: [
+                    [ElementRange(e.start, e.values.clone()) for e in each]
+                    for each in (c.worker_errors(), c.server_errors())
+                ]
+                for o, c in self.compressed.items()
+            }
+        for optimizer, compressed in self.compressed.items():
+            if optimizer in replaced:
+                compressed.close()
+                self.steps.count_loaded(optimizer)
+            else:
+                compressed.retire_()
+        self.compressed.clear()
+        self.is_pending = True
+        self.begin_compressing()
+        for optimizer, (worker, server) in errors.items():
+            self.compressed[optimizer].add_errors_(worker, server)
+
+    def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
+        """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
+
+        Args:
+            saved: for each compressed optimizer, the positions of those that had one; ``None``: all that are trained.
+        """
+        missing = []
+        for index, optimizer in enumerate(self.optimizers.compressed):
+            position = {p: i for i, p in enumerate(parameters_of(optimizer))}
+            without = self._trained_without_state(optimizer)
+            missing += [p for p in without if saved is None or (index < len(saved) and position[p] in saved[index])]
+        return missing
+
+    def warm_up_again(self, missing: Sequence[Tensor]) -> None:
+        """After loading a checkpoint of the compressed phase without the state of ``missing``: begin another warm-up."""
+        self._warn_of_missing(missing, "the checkpoint is one of the compressed phase")
+        self.warmup_start = self.optimizer_steps
+
+    def _warn_of_missing(self, missing: Sequence[Tensor], why: str) -> None:
+        of = f" of {listed(missing, self.names)}" if missing else ", on another rank,"
+        rank_zero_warn(
+            f"{type(self._strategy).__name__}: {why}, and the optimizer's state{of} is missing now: there is no second"
+            " moment to divide by. All go back to warm-up, that is plain DDP, until PhaseSwitch ends it again; what error"
+            " feedback held is dropped."
+        )
+
+    @staticmethod
+    def _trained_without_state(optimizer: Optimizer) -> list[Tensor]:
+        return [p for p in parameters_of(optimizer) if p.requires_grad and not optimizer.state.get(p)]
+
+    def state_positions(self) -> list[list[int]]:
+        """For each compressed optimizer, the positions of the parameters that have a state, while that is still stock."""
+        return [
+            [i for i, p in enumerate(parameters_of(optimizer)) if optimizer.state.get(p)]
+            for optimizer in self.optimizers.compressed
+        ]
+
     def drop_compressed_state(self) -> None:
         """Back to warm-up because the optimizers' state is about to be replaced: drop what error feedback holds."""
         for compressed in self.compressed.values():
             compressed.close()
         self.compressed.clear()
+        self.warmup_start = 0
         self._set_phase(Phase.WARMUP)
 
     def retire(self) -> None:
         """Give the optimizers their own state back, without what error feedback holds. Not collective."""
         for compressed in self.compressed.values():
-            compressed.retire_()
+            if compressed.state_was_replaced:
+                compressed.close()
+            else:
+                compressed.retire_()
         self.compressed.clear()
 
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None:
@@ -271,19 +386,21 @@ class PhaseController:
             )
             self.hook_state.local_world_size = self.topology.local_world_size
             self._set_phase(self.phase)
+            if self._strategy.world_size > 1:
+                start_watch(self.describe_place)
         model.register_comm_hook(self.hook_state, phase_hook)
         self.hook_state.regrouping = None
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
-        self._replicas.update(replicas(model))
+        self._models.append(ref(model))
 
     def forget_run(self) -> None:
         """Forget an earlier run, but not the process groups."""
         self.drop_compressed_state()
         self.steps.forget()
         self.optimizers = CompressibleOptimizers()
-        self._replicas.clear()
+        self._models.clear()
         self._agreed_after = None
         self.comm_stats = CommStats()
         self._set_phase(Phase.WARMUP)
@@ -295,6 +412,7 @@ class PhaseController:
             after_failure: whether the other ranks may be anywhere.
         """
         self._exchanger.close()
+        stop_watch("" if after_failure else "the end")
         self.hook_state = None
         # NCCL's way of ending a group waits for the other ranks.
         if self.groups is not None and not (after_failure and self._strategy.root_device.type == "cuda"):
@@ -303,15 +421,36 @@ class PhaseController:
 
     # What the ranks know of each other
 
+    def describe_place(self) -> str:
+        """Where this rank is, for the others; see :mod:`lightning_onebit.comm.watch`."""
+        return f"phase {self.phase.name}, after {self.optimizer_steps} optimizer steps"
+
+    def grad_norm(self, optimizer: Optimizer | None) -> Tensor:
+        """The 2-norm of the mean gradient. Collective in the compressed phase; see the strategies."""
+        if optimizer is None and len(self.optimizers.compressed) != 1:
+            raise ValueError(
+                f"There are {len(self.optimizers.compressed)} optimizers. HINT: grad_norm(optimizer) is of one."
+            )
+        optimizer = optimizer or self.optimizers.compressed[0]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrappers
+        self.begin_compressing()
+        compressed = self.compressed.get(optimizer)
+        if compressed is not None:
+            return compressed.grad_norm()
+        return get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
+
     def check_ranks_agree(self) -> None:
         """Compare parameters, momentum and second moments of all ranks, bit for bit. Collective; see the strategies."""
         if self.hook_state is None:
             raise RuntimeError(f"check_ranks_agree() {NOT_RUNNING}")
         if self._strategy.world_size == 1:
             return
+        models = [model for reference in self._models if (model := reference()) is not None]
+        # Looked up anew: user code may have put another parameter in the place of one.
+        parameters = {p: name for model in models for p, name in replicas(model).items()}
         state = replicated_state(self.optimizers.compressed, self.compressed)
         communicator, device = self.hook_state.communicator, self._strategy.root_device
-        difference = difference_between_ranks(self._replicas, state, communicator, device)
+        difference = difference_between_ranks(parameters, state, communicator, device)
         if difference is not None:
             raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
         self._agreed_after = self.optimizer_steps

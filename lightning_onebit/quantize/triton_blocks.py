@@ -156,6 +156,15 @@ def divide(x, y):
 
 
 @triton.jit
+def square_root(x):
+    """Rounded to nearest, which ``tl.sqrt`` of float32 is not."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """``x``, rounded to nearest even among the numbers of ``DTYPE``; then the conversion to it is exact."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300 - Triton does not know it the other way round

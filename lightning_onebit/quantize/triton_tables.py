@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,15 @@ BLOCK_COLUMNS = tl.constexpr(8)
 GRADIENT = tl.constexpr(0)  # 0 if there is none
 PARAM = tl.constexpr(1)
 FIRST_NUMBER = 2
-BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV = (
+(
+    BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV, SQUARE_DECAY, ROOT_R
+) = (
     tl.constexpr(FIRST_NUMBER + Coefficients._fields.index(name))
-    for name in ("beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov")
-)
+    for name in (
+        "beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov", "square_decay",
+        "root_r",
+    )
+)  # fmt: skip
 STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
 
 ELEMENTS_PER_WARP = 256
@@ -66,6 +72,7 @@ class BucketTables:
 
     def __init__(self, memory: BucketMemory) -> None:
         layout = memory.layout
+        self._codes = layout.codes
         self.members: NDArray[np.int64] = np.unique(layout.parameter)
         """The bucket's parameters, int64 ``[parameters of the bucket]``."""
         self._member_list: list[int] = self.members.tolist()
@@ -104,6 +111,21 @@ class BucketTables:
             send_(self.addresses, addresses)
             self._sent = addresses
         self._step = weakref.ref(step)
+
+    @cached_property
+    def code_places(self) -> Tensor:
+        """Of each block in the messages of second moments of all chunks: the place of its scale among their float32, and the
+        first byte of its codes; int64 ``[blocks, 2]``."""
+        places = np.stack([self._codes.scale_byte // SCALE_NBYTES, self._codes.element_byte], axis=1)
+        on_device = torch.empty(places.shape, dtype=torch.int64, device=self.blocks.device)
+        send_(on_device, places)
+        return on_device
+
+    def by_member(self, numbers: NDArray[np.float64]) -> Tensor:
+        """Numbers of all parameters: those of the bucket's, sent; float64 ``[parameters of the bucket]``."""
+        on_device = torch.empty(len(self.members), dtype=torch.float64, device=self.blocks.device)
+        send_(on_device, np.ascontiguousarray(numbers[self.members], dtype=np.float64))
+        return on_device
 
     def has(self, step: StepInputs) -> bool:
         """Whether what was sent last is of ``step``."""
@@ -194,6 +216,14 @@ def tile_options(block_size: int) -> dict[str, Any]:
     num_warps = min(max(padded // ELEMENTS_PER_WARP, 1), MAX_WARPS)
     # Without fusion: what decides a bit must not be rounded otherwise than in the reference. One stage: loads stay in place.
     return {"BYTES": padded // BITS_PER_BYTE, "num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@triton.jit
+def square_factors(numbers, step_row):  # type: ignore[no-untyped-def]
+    """``sign root_r sqrt(1 - square_decay)``, and that root: float64, as :class:`Coefficients` has them."""
+    root_weight = tl.sqrt(1.0 - tl.load(numbers + step_row + SQUARE_DECAY))
+    factor = tl.load(numbers + step_row + SIGN_OF_GRADIENT) * tl.load(numbers + step_row + ROOT_R) * root_weight
+    return factor, root_weight
 
 
 def block_kernel(places: Sequence[str]) -> Any:

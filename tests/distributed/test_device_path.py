@@ -251,6 +251,37 @@ def test_ranks_that_disagree_make_no_step(monkeypatch):
     run_threads(2, fn)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda groups: groups[0]["params"].pop(0), "since the second moment was frozen: removed: 'first'. State"),
+        (
+            lambda groups: groups[-1]["params"].append(groups[0]["params"].pop(0)),
+            "frozen: moved to another group: 'first'. S",
+        ),
+        (lambda groups: groups.pop(), "frozen: removed: 'other'. State"),
+        (lambda groups: groups[-1]["params"].append(nn.Parameter(torch.zeros(3))), r"frozen: new: 'one of shape \(3,\)'. S"),
+    ],
+    ids=["removed", "moved", "group", "new"],
+)
+def test_it_is_said_which_parameters_have_changed_and_how(change, said):
+    def fn(communicator):
+        params, optimizer = make(torch.optim.AdamW, (torch.float32,))
+        other = nn.Parameter(torch.ones(4))
+        optimizer.add_param_group({"params": [other], "tokens": communicator.rank})
+        names = {params[0]: "first", other: "other"}
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=32), communicator, names)
+        for i, p in enumerate([*params, other]):
+            p.grad = randn(p.shape, communicator.rank, i, dtype=p.dtype)
+        optimizer.param_groups[-1]["tokens"] += 100 * communicator.rank  # is nobody's business
+        assert compressed.step()
+        change(optimizer.param_groups)
+        with pytest.raises(RuntimeError, match=f"{said}.* HINT: call `strategy.resume_warmup.*requires_grad_"):
+            compressed.step()
+
+    run_threads(2, fn)
+
+
 def test_a_parameter_that_is_new_on_all_ranks_is_refused_before_anything_changes(monkeypatch):
     use_triton(monkeypatch, LateReferenceKernels)
 

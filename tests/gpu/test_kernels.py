@@ -26,6 +26,7 @@ from buckets import (
     random_layouts,
     random_memory,
     random_step,
+    refresh_,
     seeded,
 )
 
@@ -39,7 +40,7 @@ pytest.importorskip("triton")
 from interpreter import patch_once
 from work_counter import NoKernel, replace_kernels
 
-from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables
+from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables, triton_variance
 from lightning_onebit.quantize import triton as triton_kernels
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
@@ -216,6 +217,78 @@ def test_errors_committed_at_once_or_late_are_the_same():
         assert_same_bits(one, other)
 
 
+# ---- the second moment
+
+
+RENEWED = [n._replace(square_decay=0.9 + 0.02 * p, root_r=0.3 + 0.2 * p) for p, n in enumerate(MIXED)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "early"),
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False), (torch.float64, True), (torch.float64, False)],
+    ids=str,
+)
+def test_a_step_with_d_as_its_code_renews_the_second_moment(dtype, early):
+    """With decay that enters the gradient and without, elements that are not live, and parameters that sit out."""
+    for coefficients in (RENEWED * 3, ADAM._replace(square_decay=0.9, root_r=0.7)):
+        coefficients = coefficients[: len(NUMELS)] if isinstance(coefficients, list) else coefficients
+        [layout] = random_layouts(NUMELS)
+        memory = random_memory(layout, masked=True, chunk=int(early), renews=True, dtype=errors_dtype(dtype))
+        step = random_step(NUMELS, dtype=dtype, sits_out=[3, 7], missing=[4], coefficients=coefficients)
+        step.params[8][3] = math.inf  # does not get into v
+        after, _ = assert_equals_reference(memory, step, early=early)
+        assert not torch.equal(after.second_moment, memory.second_moment)
+        assert torch.isfinite(after.second_moment).all()
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 64, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_refresh(block_size, dtype):
+    """Of a rank that receives its own message twice, with moments of all sizes, and blocks of zeros."""
+    numels = [1, block_size - 1, block_size, 2 * block_size + 5]
+    [layout] = random_layouts(numels, block_size=block_size)
+    memory = random_memory(layout, renews=True, masked=True, dtype=dtype)
+    memory.second_moment[: block_size // 2] *= 1e-30
+    memory.second_moment[-block_size:] *= 0.0
+    memory.second_moment[8] = torch.finfo(dtype).max
+    outcomes = []
+    for kernels, device in ((TritonKernels(), DEVICE), (ReferenceKernels(), CPU)):
+        own = copy_of_memory(memory, device)
+        for correction in (3.0, 1.2):
+            messages = own.variance_messages()
+            kernels.encode_variance_(own, messages, np.array([correction, 1.0, 2.0, 1.5]))
+            messages.received.copy_(messages.sent[: messages.wire.chunk_nbytes].repeat(2))
+            kernels.serve_variance_(own, messages)
+            messages.result.copy_(messages.sent)
+            messages.result[: messages.wire.chunk_nbytes] = messages.served
+            kernels.apply_variance_(own, messages, np.array([correction, 1.0, 2.0, 1.5]))
+        outcomes.append((own, messages))
+    (own, messages), (expected, expected_messages) = outcomes
+    for name in ("sent", "served", "result"):
+        assert_same_bits(getattr(messages, name), getattr(expected_messages, name), name)
+    for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+        assert_same_bits(getattr(own, name), getattr(expected, name), name)
+    assert not torch.equal(own.rms_code.cpu(), memory.rms_code)
+
+
+def test_a_refresh_of_a_share_of_the_bucket():
+    """Hierarchical: two nodes of three ranks."""
+    numels = [200, 5, 130, 70, 300]
+    [layout] = random_layouts(numels, num_chunks=6)
+    outcomes = []
+    for kernels, device in ((TritonKernels(), DEVICE), (ReferenceKernels(), CPU)):
+        memories = []
+        for rank in range(6):
+            first = rank // 2 * 2
+            memory = random_memory(layout, share=range(first, first + 2), chunk=rank, renews=True, seed=rank)
+            memories.append(copy_of_memory(memory, device))
+        refresh_(kernels, memories, np.linspace(1.0, 2.0, 5), num_nodes=2)
+        outcomes.append(memories)
+    for own, expected in zip(*outcomes, strict=True):
+        for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+            assert_same_bits(getattr(own, name), getattr(expected, name), name)
+
+
 # ---- steps that do not count
 
 
@@ -223,7 +296,7 @@ def test_errors_committed_at_once_or_late_are_the_same():
 @each_dtype
 def test_a_gradient_that_is_not_finite_leaves_nothing_behind(bad, dtype):
     [layout] = random_layouts([70, 9])
-    memory = random_memory(layout, dtype=errors_dtype(dtype))
+    memory = random_memory(layout, renews=True, dtype=errors_dtype(dtype))
     step = random_step([70, 9], dtype=dtype)
     step.gradients[1][8] = bad
     memory_there, step_there = copy_of_memory(memory, DEVICE), copy_of_step(step, DEVICE)
@@ -440,8 +513,12 @@ def test_one_launch_each_whatever_the_number_of_tensors(no_kernels, tensors, ran
     places = np.cumsum([0, *numels[:-1]])
     with count_launches() as counted:
         for index, layout in enumerate(layouts):
-            memory = copy_of_memory(random_memory(layout, chunk=1), DEVICE)
+            memory = copy_of_memory(random_memory(layout, chunk=1, renews=True), DEVICE)
             run_step(TritonKernels(), memory, step, early=False, index=index)
+            messages, correction = memory.variance_messages(), np.ones(len(numels))
+            TritonKernels().encode_variance_(memory, messages, correction)
+            TritonKernels().serve_variance_(memory, messages)
+            TritonKernels().apply_variance_(memory, messages, correction)
             gather_(torch.zeros(layout.flat_numel, device=DEVICE), memory, step)
             scale_(memory, step, torch.ones((), device=DEVICE))
             sketch_(torch.zeros(4, 64, device=DEVICE), memory, step, draws, places)
@@ -546,6 +623,8 @@ def test_sketch(dtype, programs):
 
 # ---- the check at first use
 
+VARIANCE_KERNELS = ("encode_variance", "serve_variance", "apply_variance")
+
 
 @pytest.fixture
 def unchecked(monkeypatch):
@@ -566,12 +645,19 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_scale_kernel",
         "_sketch_kernel",
         "_add_parts_kernel",
+        "_encode_variance_kernel",
+        "_serve_variance_kernel",
+        "_apply_variance_kernel",
     }
 
 
-@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts"])
+@pytest.mark.parametrize(
+    "name",
+    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", *VARIANCE_KERNELS],
+)
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
+    module = triton_variance if name in VARIANCE_KERNELS else module
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
     for _ in range(2):  # the verdict is kept
         with pytest.raises(triton_check.KernelMismatchError, match=f"Triton's kernel '{name}' .* on {DEVICE}"):
@@ -630,6 +716,8 @@ def test_no_call_waits_for_the_gpu():
     step = copy_of_step(random_step(numels), DEVICE)
     flat, coefficient = torch.zeros(layouts[0].flat_numel, device=DEVICE), torch.ones((), device=DEVICE)
     partial = torch.zeros(8, 4096, device=DEVICE)
+    renewing = copy_of_memory(random_memory(layouts[0], renews=True), DEVICE)
+    messages, correction = renewing.variance_messages(), np.ones(len(numels))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -639,6 +727,10 @@ def test_no_call_waits_for_the_gpu():
         gather_(flat, memory, step)
         scale_(memory, step, coefficient)
         sketch_(partial, memory, step, draws, np.array([0, 5001]))
+        run_step(TritonKernels(), renewing, step, early=False)
+        TritonKernels().encode_variance_(renewing, messages, correction)
+        TritonKernels().serve_variance_(renewing, messages)
+        TritonKernels().apply_variance_(renewing, messages, correction)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -674,7 +766,7 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
-    names = {"encode", "serve", "apply", "gather", "scale", "sketch"}
+    names = {"encode", "serve", "apply", "gather", "scale", "sketch", "apply renewed", "serve_variance renewed"}
     assert names <= set(kernels)
     for name, found in kernels.items():
         for forbidden in ("fma", "approx", "ftz", "full", "atom", "ld.local", "st.local"):
@@ -683,4 +775,6 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     for wanted in ("div.rn.f32", "min.NaN.f32", "max.NaN.f32", "sqrt.rn.f64", "div.rn.f64"):
         assert kernels["encode"][wanted], wanted
     assert kernels["apply"]["div.rn.f32"]
+    assert kernels["encode_variance renewed"]["sqrt.rn.f32"]
+    assert kernels["apply_variance renewed"]["div.rn.f32"]
     assert not kernels["encode float64"]["div.rn.f32"]

@@ -88,8 +88,8 @@ def test_what_counts():
             CompressionConfig(block_size=64).bucket_numel(1)
             PhaseCounters()
             torch.zeros(3)
-        assert [f.name.split(":")[0].split(".")[-1] for f in found] == ["__post_init__", "bucket_numel"]
-        assert files(found) == ["config.py"]
+        assert [f.name.split(":")[0].split(".")[-1] for f in found] == ["is_integer", "__post_init__", "bucket_numel"]
+        assert files(found) == ["arguments.py", "config.py"]
         with counter.noting() as found:
             thread = threading.Thread(target=num_blocks, args=(10, 8))
             thread.start()

@@ -44,7 +44,8 @@ class EndWhenCompressed(pl.Callback):
 def switch_step(model, **kwargs):
     """The last step of the warm-up, and why."""
     switch, end = PhaseSwitch(), EndWhenCompressed()
-    fit(OneBitDDPStrategy(), 2, batches=BATCHES, max_epochs=EPOCHS, model=model(still), callbacks=[switch, end], **kwargs)
+    strategy = OneBitDDPStrategy(variance_refresh="auto")
+    fit(strategy, 2, batches=BATCHES, max_epochs=EPOCHS, model=model(still), callbacks=[switch, end], **kwargs)
     return end.step, switch.verdict
 
 

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_onebit.comm.watch import passing
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Refresh, Verdict
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 from lightning_onebit.lightning.gradient_ratios import gradient_ratios
+from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
 
@@ -71,14 +73,21 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         self.start(strategy, total_steps=_total_steps(trainer))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        remark = remark_on_shares(self.criterion, callbacks, total_steps=_total_steps(trainer))
+        if remark is not None and strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
+            rank_zero_info(f"{type(self).__name__}: {remark}")
         if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
             self.after_step(strategy, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.after_step(strategy_of(trainer), pl_module)
+        if (strategy := strategy_of(trainer)) is not None:
+            passing("the end of a batch")
+            self.after_step(strategy, pl_module)
 
     def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
         """Fix the criterion's settings for a run of ``total_steps`` steps (``inf`` if unknown), and begin to watch."""
@@ -90,7 +99,8 @@ class PhaseSwitch(Callback):
         if self._needs_no_warmup(strategy):
             self._freeze_at_once(strategy)
         elif strategy.phase is Phase.WARMUP:
-            for remark in self._plan.remarks:
+            ratio = strategy.expected_compression_ratio
+            for remark in (outlook(self._plan, total_steps=total_steps, ratio=ratio), *self._plan.remarks):
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
     def _watch(self, strategy: TwoPhaseStrategy) -> None:
@@ -126,6 +136,8 @@ class PhaseSwitch(Callback):
         if self._needs_no_warmup(strategy):  # somebody has resumed it, as parameters were added perhaps
             self._freeze_at_once(strategy)
             return
+        if strategy.warmup_start > self._start:  # it was resumed, perhaps before the first compressed step
+            self._history, self._start, self._last_step = [], strategy.warmup_start, 0
         if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
             self._start = 0
         step = strategy.optimizer_steps - self._start
@@ -150,7 +162,8 @@ class PhaseSwitch(Callback):
                 anew = f" (step {step} of this warm-up)" if self._start else ""
                 freezes = any(map(needs_warmup, strategy.compressed_optimizers))
                 what = "freezing the second moment" if freezes else "compressing"
-                announce(f"{type(self).__name__}: {what} after step {strategy.optimizer_steps}{anew}: {verdict.reason}.")
+                steps = f"{strategy.optimizer_steps}{of_each(strategy.compressed_optimizers)}"
+                announce(f"{type(self).__name__}: {what} after step {steps}{anew}: {verdict.reason}.")
             self._history = []
             strategy.freeze_variance()
 
@@ -170,17 +183,15 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
-            reason = "nothing was judged" if self.verdict is None else self.verdict.reason
+            why = why_still_in_warmup(self._plan, self.verdict, steps=strategy.optimizer_steps - self._start)
+            steps = f"{strategy.optimizer_steps} optimizer steps{of_each(strategy.compressed_optimizers)}"
             once = strategy.comm_stats[Phase.COMPRESSED].steps
             what = f"compressed only {once} steps and went back to warm-up" if once else "never compressed anything"
-            rank_zero_warn(
-                f"This run {what}: after {strategy.optimizer_steps} optimizer steps it was still in"
-                f" warm-up, that is plain DDP ({reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
-                " use PhaseSwitch(criterion=FixedStep(n))."
-            )
+            rank_zero_warn(f"This run {what}: after {steps} it was still in warm-up, that is plain DDP {why}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -220,7 +231,7 @@ class PhaseSwitch(Callback):
 def renewal(strategy: TwoPhaseStrategy) -> Refresh:
     """When the second moment is renewed after the switch; ``None``: never."""
     config = strategy.config
-    return getattr(config, "variance_refresh", "auto") if config.space == "update" else None
+    return config.variance_refresh if config.renews_variance else None
 
 
 def named(ratios: Sequence[tuple[Tensor, Ratio]], module: nn.Module) -> dict[str, Ratio]:
@@ -233,6 +244,11 @@ def largest_learning_rate(optimizers: Sequence[Optimizer]) -> float:
     """Of optimizers with a second moment; if there are none, of all."""
     judged = [optimizer for optimizer in optimizers if needs_warmup(optimizer)] or optimizers
     return max((float(group["lr"]) for o in judged for group in o.param_groups), default=0.0)
+
+
+def of_each(optimizers: Sequence[Optimizer]) -> str:
+    """What to add to a number of steps: with several optimizers it is not the Trainer's, which counts those of all."""
+    return f" of each of {len(optimizers)} optimizers" if len(optimizers) > 1 else ""
 
 
 def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
