@@ -24,7 +24,8 @@ from sgd_convergence import Digits, cnn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_onebit.freeze.criteria import Observation, Ratio, Refresh
+from lightning_onebit.config import VarianceRefresh
+from lightning_onebit.freeze.criteria import Observation, Ratio
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.gradient_ratios import gradient_ratios
 
@@ -175,7 +176,7 @@ def train(workload: Workload, seed: int, steps: int) -> Recording:
     return seen
 
 
-def replay(seen: Recording, refresh: Refresh, steps: float, criterion: VarianceStability) -> tuple[int, bool, str]:
+def replay(seen: Recording, refresh: VarianceRefresh, steps: float, criterion: VarianceStability) -> tuple[int, bool, str]:
     """The step of the switch, whether it was forced, and why; for a run of ``steps``, which may be longer than was seen."""
     plan = criterion.plan(total_steps=steps, beta2=BETA2, refresh=refresh)
     history: list[Observation] = []

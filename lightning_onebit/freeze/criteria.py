@@ -18,10 +18,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
 
-Refresh = Literal["auto"] | int | None
-"""When the second moment is renewed after the switch: the strategy's ``variance_refresh``."""
+from lightning_onebit.arguments import is_number
+from lightning_onebit.config import VarianceRefresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,12 @@ class Plan:
     max_steps: float = math.inf
     history: int = 0
     """Steps for which observations have to be kept."""
+    shares: tuple[str, ...] = ()
+    """Settings that were taken as a share of the run: they are wrong if it ends before."""
     tolerance: float = 0.0
     beta2: float = 0.0
-    refresh: Refresh = None
+    refresh: VarianceRefresh = None
+    """When the second moment is renewed after the warm-up; ``None``: never."""
     measures: bool = True
     """Whether observations need ratios, which cost a little."""
     remarks: tuple[str, ...] = ()
@@ -96,7 +99,7 @@ class Criterion(ABC):
     """Whether there is nothing to judge where no optimizer has a second moment (SGD): the run starts compressed then."""
 
     @abstractmethod
-    def plan(self, *, total_steps: float, beta2: float, refresh: Refresh = "auto") -> Plan:
+    def plan(self, *, total_steps: float, beta2: float, refresh: VarianceRefresh = "auto") -> Plan:
         """The settings for a run.
 
         Args:
@@ -110,39 +113,56 @@ class Criterion(ABC):
         """The verdict after the last observation of ``history`` (ascending steps, at least one)."""
 
 
+HINT_ON_LENGTH = "20 to 35 steps are enough with refreshes, without them about 15% of the run"
+
+
 @dataclass(frozen=True)
 class FixedStep(Criterion):
     """Freeze after a fixed number of steps: DeepSpeed's ``freeze_step``.
 
     Args:
         n: the first n optimizer steps are warm-up, step n + 1 is compressed. At least 1.
+
+    Raises:
+        TypeError, ValueError: if ``n`` is not a whole number >= 1.
     """
 
     n: int
 
     def __post_init__(self) -> None:
-        if not is_whole(self.n) or self.n < 1:
+        text = (
+            f"Invalid number of warm-up steps: FixedStep({self.n!r}). Must be an integer >= 1: Adam has no second moment"
+            " before its first step."
+        )
+        if not is_number(self.n):
+            raise TypeError(f"{text} HINT: {HINT_ON_LENGTH}.")
+        if 0 < self.n < 1:
+            share = f"VarianceStability(min_steps={self.n}, max_steps={self.n})"
             raise ValueError(
-                f"Invalid number of warm-up steps: FixedStep({self.n}). Must be an integer >= 1: Adam has no second moment"
-                " before its first step. HINT: 15% to 25% of the run is a usual choice."
+                f"{text} A fraction of the run is none, as its length may be unknown. HINT: {share} takes one where it is"
+                " known."
             )
+        if not is_whole(self.n) or self.n < 1:
+            raise ValueError(f"{text} HINT: {HINT_ON_LENGTH}.")
+        object.__setattr__(self, "n", int(self.n))
 
-    def plan(self, *, total_steps: float, beta2: float, refresh: Refresh = "auto") -> Plan:
+    def plan(self, *, total_steps: float, beta2: float, refresh: VarianceRefresh = "auto") -> Plan:
         remarks: tuple[str, ...] = ()
         if self.n >= total_steps:
             remarks = (
                 f"FixedStep({self.n}) does not end the warm-up within this run of {total_steps:.0f} optimizer steps:"
                 " nothing will be compressed. HINT: use a smaller number.",
             )
-        return Plan(every=1, start=self.n, measures=False, remarks=remarks)
+        return Plan(every=1, start=self.n, max_steps=self.n, measures=False, remarks=remarks)
 
     def judge(self, history: Sequence[Observation], plan: Plan) -> Verdict:
         step = history[-1].step
         return Verdict(freeze=step >= self.n, reason=f"{step} of {self.n} warm-up steps are done")
 
 
-def is_whole(value: float) -> bool:
-    return math.isfinite(value) and value == int(value)
+def is_whole(value: Any) -> bool:
+    """Whether it is a number without a fraction, of any type; ``True`` is none."""
+    return is_number(value) and math.isfinite(value) and value == int(value)
 
 
 def as_steps(value: int | float, total_steps: float, *, otherwise: float) -> float:

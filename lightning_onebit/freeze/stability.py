@@ -9,9 +9,12 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_onebit.freeze.criteria import Criterion, Observation, Plan, Ratio, Refresh, Verdict, as_steps, is_whole
+from lightning_onebit.arguments import is_number
+from lightning_onebit.config import VarianceRefresh
+from lightning_onebit.freeze.criteria import Criterion, Observation, Plan, Ratio, Verdict, as_steps, is_whole
+from lightning_onebit.refresh_schedule import refresh_interval
 
 RENEWED_MIN_STEPS, RENEWED_MAX_STEPS = 20, 35
 RENEWED_FRACTION, LONGEST_FRACTION = 0.02, 0.3
@@ -29,7 +32,7 @@ class VarianceStability(Criterion):
     """End the warm-up once the second moment predicts the next gradients well enough for what is done with it.
 
     With refreshes a rough one will do, as it is soon renewed: over the last few steps, the mean of (g / D)^2 over all
-    elements must not let D change by more than ``tolerance`` until the next refresh. Between 20 and 35 steps.
+    elements must not let D change by more than ``tolerance`` from one refresh to the next. Between 20 and 35 steps.
 
     Without, it is kept for good. The mean over all elements of how far each tensor's rho is from 1, up or down, must be
     within ``tolerance``, no tensor may be off by more than 1.7 in D beyond its noise, rho must not move away from 1 from one
@@ -41,7 +44,8 @@ class VarianceStability(Criterion):
     judges_second_moment = True
 
     tolerance: float | None = None
-    """Largest expected change of D = sqrt(v). > 0. ``None``: 0.035 until the next refresh; without refreshes 0.3."""
+    """Largest expected change of D = sqrt(v). > 0. ``None``: 0.035 from one refresh to the
+    next; without refreshes 0.3."""
     window: int | None = None
     """Steps over which ratios are averaged. ``None``: 5; without refreshes a twentieth of the run, or 1 / (1 - beta2) / 10
     if its length is unknown, and 20 at least."""
@@ -56,23 +60,32 @@ class VarianceStability(Criterion):
     the run, 20 steps at least and 35 at most; without 30%."""
 
     def __post_init__(self) -> None:
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(
-                f"Invalid tolerance: {self.tolerance}. Must be > 0, or None for {RENEWED_TOLERANCE} with and"
+        """Refuse what no run could use, with the value and the remedy: ``TypeError`` or ``ValueError``."""
+        if self.tolerance is not None:
+            text = (
+                f"Invalid tolerance: {self.tolerance!r}. Must be a number > 0, or None for {RENEWED_TOLERANCE} with and"
                 f" {FROZEN_TOLERANCE} without refreshes."
             )
-        if self.window is not None and (not is_whole(self.window) or self.window < 1):
-            raise ValueError(f"Invalid window: {self.window}. Must be an integer >= 1, or None to fit the run.")
-        if not is_whole(self.patience) or self.patience < 1:
-            raise ValueError(f"Invalid patience: {self.patience}. Must be an integer >= 1.")
-        for name, steps in (("min_steps", self.min_steps), ("max_steps", self.max_steps)):
-            if steps is None or (name == "max_steps" and steps == "auto"):
+            if not is_number(self.tolerance):
+                raise TypeError(text)
+            if not self.tolerance > 0:
+                raise ValueError(text)
+        if self.window is not None:
+            _check_count("window", self.window, ", or None: 5, and without refreshes a twentieth of the run")
+        _check_count("patience", self.patience, ": observations in a row, each a twentieth of the window after the last")
+        lengths: dict[str, Any] = {"min_steps": self.min_steps, "max_steps": self.max_steps}
+        for name, steps in lengths.items():
+            if steps is None or (name == "max_steps" and isinstance(steps, str) and steps == "auto"):
                 continue
-            if isinstance(steps, str) or not (0 <= steps < 1 or (steps >= 1 and is_whole(steps))):
-                raise ValueError(
-                    f"Invalid {name}: {steps}. Must be an integer number of optimizer steps >= 1, or a fraction of the"
-                    " run between 0 and 1."
-                )
+            or_auto = ", 'auto', or None to wait for ever" if name == "max_steps" else ", or None for the default"
+            text = (
+                f"Invalid {name}: {steps!r}. Must be an integer number of optimizer steps >= 1, a fraction of the run"
+                f" between 0 and 1{or_auto}."
+            )
+            if not is_number(steps):
+                raise TypeError(text)
+            if not (0 <= steps < 1 or (steps >= 1 and is_whole(steps))):
+                raise ValueError(text)
         if self.max_steps == 0:
             raise ValueError("Invalid max_steps: 0. Must be > 0, or None to wait for ever.")
         longest = self.max_steps
@@ -82,14 +95,14 @@ class VarianceStability(Criterion):
                 " HINT: lower min_steps or raise max_steps."
             )
 
-    def plan(self, *, total_steps: float, beta2: float, refresh: Refresh = "auto") -> Plan:
+    def plan(self, *, total_steps: float, beta2: float, refresh: VarianceRefresh = "auto") -> Plan:
         window = self.window
         if window is None and refresh is not None:
             window = RENEWED_WINDOW
         elif window is None:
             known = math.isfinite(total_steps)
             window = max(20, round(FROZEN_WINDOW * total_steps if known else 0.1 / (1.0 - beta2)))
-        max_steps, remarks = self._longest(total_steps, refresh)
+        max_steps, remarks = self._longest(total_steps, refresh), self._remarks_on_length(total_steps, refresh)
         if self.min_steps is not None:
             min_steps = as_steps(self.min_steps, total_steps, otherwise=0)
         else:
@@ -116,25 +129,42 @@ class VarianceStability(Criterion):
             tolerance=tolerance,
             beta2=beta2,
             refresh=refresh,
+            shares=tuple(self._shares(refresh).values()),
             remarks=tuple(remarks),
         )
 
-    def _longest(self, total_steps: float, refresh: Refresh) -> tuple[float, list[str]]:
-        """``max_steps`` in steps, and a remark if there is no such number."""
+    def _longest(self, total_steps: float, refresh: VarianceRefresh) -> float:
+        """``max_steps`` in steps, infinite if there is no such number."""
         longest = self.max_steps
         if longest is None:
-            return math.inf, []
+            return math.inf
         if longest == "auto" and refresh is not None:
-            return max(RENEWED_MIN_STEPS, math.ceil(min(RENEWED_FRACTION * total_steps, RENEWED_MAX_STEPS))), []
-        longest = LONGEST_FRACTION if longest == "auto" else longest
-        steps = as_steps(longest, total_steps, otherwise=math.inf)
-        if math.isfinite(steps):
-            return steps, []
-        remark = (
-            f"The length of the run is not known, so max_steps={longest}, a fraction of it, has no effect: the"
-            " warm-up may last for ever. HINT: make max_steps a number of steps, or use FixedStep(n)."
-        )
-        return steps, [remark]
+            return max(RENEWED_MIN_STEPS, math.ceil(min(RENEWED_FRACTION * total_steps, RENEWED_MAX_STEPS)))
+        return as_steps(LONGEST_FRACTION if longest == "auto" else longest, total_steps, otherwise=math.inf)
+
+    def _shares(self, refresh: VarianceRefresh) -> dict[str, str]:
+        """Settings that are shares of the run, by name, with their values. With refreshes "auto" is 35 steps at most."""
+        shares = {}
+        for name, value in (("min_steps", self.min_steps), ("max_steps", self.max_steps)):
+            if value == "auto" and refresh is None:
+                shares[name] = f"{name}='auto' ({LONGEST_FRACTION:.0%} of the run)"
+            elif value is not None and value != "auto" and 0 < value < 1:
+                shares[name] = f"{name}={value}"
+        return shares
+
+    def _remarks_on_length(self, total_steps: float, refresh: VarianceRefresh) -> list[str]:
+        """What to know of settings that have no effect, as the length of the run is not known."""
+        if math.isfinite(total_steps):
+            return []
+        effects = {
+            "min_steps": "the warm-up may be as short as the criterion finds",
+            "max_steps": "the warm-up may last for ever",
+        }
+        return [
+            f"The length of the run is not known, so {share}, a fraction of it, has no effect: {effects[name]}."
+            f" HINT: make {name} a number of steps, or use FixedStep(n)."
+            for name, share in self._shares(refresh).items()
+        ]
 
     def judge(self, history: Sequence[Observation], plan: Plan) -> Verdict:
         now = history[-1].step
@@ -161,7 +191,7 @@ class VarianceStability(Criterion):
         if not totals:
             return Verdict(freeze=True, reason="no parameter has a second moment that matters")
         rho, noise = statistics.fmean(totals), _noise(totals)
-        interval = refresh_interval(plan.refresh, now)
+        interval = refresh_interval(plan.refresh, now)  # at most: the first refresh may come before
         share = share_of_new(interval, now, plan.beta2)
         # What may be noise is not counted: the next refresh is near.
         excess = math.copysign(max(0.0, abs(rho - 1.0) - noise), rho - 1.0)
@@ -171,7 +201,7 @@ class VarianceStability(Criterion):
             freeze=change <= plan.tolerance,
             reason=f"in steps {window[0].step} to {now}, (g / D)^2 was {rho:.3g} +- {noise:.2g} in the mean over all"
             f" elements ({name!r}, which contributes most: {worst:.3g}), so D will change by {change:.1%} in the {interval}"
-            f" steps until its refresh ({plan.tolerance:.1%} allowed)",
+            f" steps between refreshes ({plan.tolerance:.1%} allowed)",
         )
 
     def _judge_frozen(self, history: Sequence[Observation], plan: Plan) -> Verdict:
@@ -217,11 +247,15 @@ class VarianceStability(Criterion):
         return Verdict(freeze=True, reason=text)
 
 
-def refresh_interval(refresh: Refresh, step: int) -> int:
-    """Steps until a second moment that was taken at ``step`` is renewed (DESIGN: "auto" is step / 4, 64 at most)."""
-    if refresh is None:
-        raise ValueError("Invalid refresh: None. Without refreshes there is no interval between them.")
-    return max(1, min(64, step // 4)) if refresh == "auto" else refresh
+def _check_count(name: str, value: Any, of_what: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``value`` is a whole number >= 1."""
+    text = f"Invalid {name}: {value!r}. Must be an integer >= 1{of_what}."
+    if not is_number(value):
+        raise TypeError(text)
+    if 0 < value < 1:
+        raise ValueError(f"{text} A fraction of the run is none. HINT: multiply it by the number of steps.")
+    if not is_whole(value) or value < 1:
+        raise ValueError(text)
 
 
 def share_of_new(new_steps: int, steps: int, beta2: float) -> float:

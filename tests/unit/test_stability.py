@@ -1,9 +1,12 @@
 """The criteria as pure functions: hand-made gradients in, the step of the switch out."""
 
+import itertools
 import math
 import random
+import re
 import statistics
 
+import numpy as np
 import pytest
 
 from lightning_onebit.freeze.criteria import FixedStep, Observation, Plan, Ratio, Verdict
@@ -11,10 +14,10 @@ from lightning_onebit.freeze.stability import (
     VarianceStability,
     effective_samples,
     mean_deviation,
-    refresh_interval,
     share_of_new,
     tensor_ratio,
 )
+from lightning_onebit.refresh_schedule import is_refresh_due, longest_interval, refresh_interval
 
 BETA2 = 0.999
 NUMEL = 1000
@@ -149,7 +152,7 @@ def test_the_reason_holds_the_numbers_that_decided():
     assert change <= plan.tolerance == 0.035
     assert f"steps {step - 4} to {step}, (g / D)^2 was {rho:.3g} +- {noise:.2g}" in verdict.reason
     assert f"'b', which contributes most: {b:.3g}" in verdict.reason
-    assert f"change by {change:.1%} in the {interval} steps until its refresh (3.5% allowed)" in verdict.reason
+    assert f"change by {change:.1%} in the {interval} steps between refreshes (3.5% allowed)" in verdict.reason
 
 
 def test_parameters_without_a_second_moment_that_matters_delay_nothing():
@@ -312,7 +315,9 @@ def test_fractions_are_of_the_run():
 def test_fractions_have_no_effect_on_a_run_of_unknown_length(max_steps, refresh):
     plan = VarianceStability(min_steps=0.1, max_steps=max_steps).plan(total_steps=math.inf, beta2=BETA2, refresh=refresh)
     assert (plan.min_steps, plan.max_steps) == (0, math.inf)
-    assert [remark.split(",")[0] for remark in plan.remarks] == ["The length of the run is not known"]
+    shares = ["min_steps=0.1", "max_steps=0.25" if max_steps == 0.25 else "max_steps='auto' (30% of the run)"]
+    for remark, share in zip(plan.remarks, shares, strict=True):
+        assert remark.startswith(f"The length of the run is not known, so {share}, a fraction of it, has no effect: ")
 
 
 def test_numbers_of_steps_hold_on_a_run_of_unknown_length():
@@ -380,6 +385,17 @@ def test_the_share_of_new_gradients_is_what_the_average_gives_them():
 def test_refreshes_are_as_often_as_the_strategy_says():
     assert [refresh_interval("auto", step) for step in (1, 7, 20, 35, 255, 256, 10_000)] == [1, 1, 5, 8, 63, 64, 64]
     assert refresh_interval(7, 10_000) == 7
+    for every in ("auto", 1, 7, 100):
+        due = [step for step in range(1, 3000) if is_refresh_due(step, every)]
+        apart = [after - before for before, after in itertools.pairwise(due)]
+        assert apart == [refresh_interval(every, step) for step in due[:-1]]
+        assert longest_interval(every) == apart[-1]
+        # What is taken at any step is valid until the next refresh, and so no longer than the criterion assumes.
+        for step in range(due[0], 2900):
+            assert min(d for d in due if d > step) - step <= refresh_interval(every, step)
+    assert not any(is_refresh_due(step, None) for step in range(100))
+    with pytest.raises(ValueError, match="Invalid variance_refresh: None"):
+        refresh_interval(None, 7)
 
 
 def test_the_mean_deviation_does_not_let_opposite_tensors_cancel():
@@ -421,40 +437,62 @@ def test_fixed_step_does_not_warn_on_a_run_of_unknown_length():
 # ---- invalid arguments
 
 
-@pytest.mark.parametrize("n", [0, -1, 0.25, 1.5, math.inf, math.nan])
+@pytest.mark.parametrize("n", [0, -1, 1.5, math.inf, math.nan, True, False, None, "100", "0.04", [7]], ids=repr)
 def test_fixed_step_refuses_what_is_no_number_of_steps(n):
-    with pytest.raises(ValueError, match=rf"FixedStep\({n}\).*integer >= 1"):
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"FixedStep\({re.escape(repr(n))}\).*integer >= 1.*HINT: 20 to 35 steps"
+    ):
         FixedStep(n)
 
 
+def test_fixed_step_says_why_it_takes_no_fraction_and_what_does():
+    with pytest.raises(
+        ValueError, match=r"FixedStep\(0\.25\).*integer >= 1.*length may be unknown\. HINT: (.*) takes one"
+    ) as raised:
+        FixedStep(0.25)
+    instead = re.search(r"HINT: (.*) takes one", str(raised.value))[1]
+    step, *_ = run(eval(instead), fourfold, total_steps=1000)
+    assert step == 250
+
+
+def test_a_whole_number_of_any_type_is_a_number_of_steps():
+    assert repr(FixedStep(100.0)) == "FixedStep(n=100)"
+    assert FixedStep(np.int64(7)) == FixedStep(7)
+    plan = VarianceStability(window=np.int64(8), min_steps=np.float64(10.0), max_steps=20.0).plan(
+        total_steps=100, beta2=BETA2
+    )
+    assert (plan.window, plan.min_steps, plan.max_steps) == (8, 10, 20)
+
+
+BAD = {
+    "tolerance": (["0.04", True, False, [0.1], 0, -0.1, math.nan], "a number > 0"),
+    "window": (["5", True, False, [5], 0, -5, 2.5, 0.05, math.inf, math.nan], "an integer >= 1"),
+    "patience": (["3", True, None, (3,), 0, 1.5, 0.5, math.inf, math.nan], "an integer >= 1"),
+    "min_steps": (
+        ["100", "0.1", "auto", True, False, -1, -0.1, 1.5, math.inf, math.nan],
+        "a fraction of the run between 0 and 1",
+    ),
+    "max_steps": (
+        ["0.3", "never", True, False, -1, 2.5, math.inf, math.nan],
+        "a fraction of the run between 0 and 1, 'auto'",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "domain"),
-    [
-        ("tolerance", 0, "> 0"),
-        ("tolerance", -0.1, "> 0"),
-        ("tolerance", math.nan, "> 0"),
-        ("window", 0, "integer >= 1"),
-        ("window", -5, "integer >= 1"),
-        ("window", 2.5, "integer >= 1"),
-        ("window", math.inf, "integer >= 1"),
-        ("window", math.nan, "integer >= 1"),
-        ("patience", 0, "integer >= 1"),
-        ("patience", 1.5, "integer >= 1"),
-        ("patience", math.inf, "integer >= 1"),
-        ("patience", math.nan, "integer >= 1"),
-        ("min_steps", -1, "between 0 and 1"),
-        ("min_steps", -0.1, "between 0 and 1"),
-        ("min_steps", 1.5, "between 0 and 1"),
-        ("min_steps", math.inf, "between 0 and 1"),
-        ("min_steps", math.nan, "between 0 and 1"),
-        ("max_steps", 0, "> 0"),
-        ("max_steps", -1, "between 0 and 1"),
-        ("max_steps", 2.5, "between 0 and 1"),
-        ("max_steps", "never", "between 0 and 1"),
-        ("max_steps", math.inf, "between 0 and 1"),
-        ("max_steps", math.nan, "between 0 and 1"),
-    ],
+    ("name", "value", "allowed"), [(name, v, allowed) for name, (vs, allowed) in BAD.items() for v in vs]
 )
-def test_variance_stability_refuses_with_value_and_domain(name, value, domain):
-    with pytest.raises(ValueError, match=rf"Invalid {name}: {value}\..*{domain}"):
+def test_variance_stability_refuses_with_value_and_domain(name, value, allowed):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"Invalid {name}: {re.escape(repr(value))}\\. Must be .*{allowed}"
+    ) as raised:
         VarianceStability(**{name: value})
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    assert type(raised.value) is (ValueError if is_number else TypeError)
+    is_share_of_what_counts = name in ("window", "patience") and is_number and 0 < value < 1
+    assert ("A fraction of the run is none" in str(raised.value)) == is_share_of_what_counts
+
+
+def test_no_longest_warmup_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"Invalid max_steps: 0\. Must be > 0"):
+        VarianceStability(max_steps=0)

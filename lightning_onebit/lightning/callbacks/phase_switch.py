@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_onebit.comm.watch import passing
+from lightning_onebit.config import VarianceRefresh
 from lightning_onebit.engine.optimizer import diverged_parameters
-from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Refresh, Verdict
+from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Verdict, is_whole
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 from lightning_onebit.lightning.gradient_ratios import gradient_ratios
-from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
+from lightning_onebit.lightning.outlook import dense_training, outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
 
@@ -48,8 +49,10 @@ class PhaseSwitch(Callback):
 
     def __init__(self, criterion: Criterion | None = None) -> None:
         if criterion is not None and not isinstance(criterion, Criterion):
+            hint = f" HINT: PhaseSwitch(FixedStep({criterion}))." if is_whole(criterion) else ""
             raise TypeError(
-                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
+                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion,"
+                f" or None: VarianceStability().{hint}"
             )
         self.criterion = criterion if criterion is not None else VarianceStability()
         self._history: list[Observation] = []
@@ -77,9 +80,10 @@ class PhaseSwitch(Callback):
             return
         self.start(strategy, total_steps=_total_steps(trainer))
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        remark = remark_on_shares(self.criterion, callbacks, total_steps=_total_steps(trainer))
-        if remark is not None and strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
-            rank_zero_info(f"{type(self).__name__}: {remark}")
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
+            remark = remark_on_shares(self._plan, callbacks, total_steps=_total_steps(trainer))
+            if remark is not None:
+                rank_zero_info(f"{type(self).__name__}: {remark}")
         if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
             self.after_step(strategy, pl_module)
 
@@ -99,8 +103,9 @@ class PhaseSwitch(Callback):
         if self._needs_no_warmup(strategy):
             self._freeze_at_once(strategy)
         elif strategy.phase is Phase.WARMUP:
-            ratio = strategy.expected_compression_ratio
-            for remark in (outlook(self._plan, total_steps=total_steps, ratio=ratio), *self._plan.remarks):
+            ratio, precision = strategy.expected_compression_ratio, strategy.config.warmup_precision
+            line = outlook(self._plan, total_steps=total_steps, ratio=ratio, precision=precision)
+            for remark in (line, *self._plan.remarks):
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
     def _watch(self, strategy: TwoPhaseStrategy) -> None:
@@ -191,7 +196,8 @@ class PhaseSwitch(Callback):
             steps = f"{strategy.optimizer_steps} optimizer steps{of_each(strategy.compressed_optimizers)}"
             once = strategy.comm_stats[Phase.COMPRESSED].steps
             what = f"compressed only {once} steps and went back to warm-up" if once else "never compressed anything"
-            rank_zero_warn(f"This run {what}: after {steps} it was still in warm-up, that is plain DDP {why}")
+            dense = dense_training(strategy.config.warmup_precision)
+            rank_zero_warn(f"This run {what}: after {steps} it was still in warm-up, that is {dense} {why}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -228,7 +234,7 @@ class PhaseSwitch(Callback):
         return self.verdict
 
 
-def renewal(strategy: TwoPhaseStrategy) -> Refresh:
+def renewal(strategy: TwoPhaseStrategy) -> VarianceRefresh:
     """When the second moment is renewed after the switch; ``None``: never."""
     config = strategy.config
     return config.variance_refresh if config.renews_variance else None
