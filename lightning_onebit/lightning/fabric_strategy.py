@@ -168,6 +168,11 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
         return self._phases.expected_compression_ratio
 
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
+        return str(self.precision.precision) not in ("32-true", "64-true")
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
         self._phases.freeze_variance()

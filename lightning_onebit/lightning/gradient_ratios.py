@@ -21,8 +21,10 @@ step by what the batch does to all elements alike, which more of them would not 
 ROUNDING = 4.0
 """What is left of v after taking away the newest square counts from so many units of its last place on."""
 
-NEGLIGIBLE = 1e-5
-"""Gradients so much smaller than those of the parameter group in the mean are taken for rounding."""
+NEGLIGIBLE, NEGLIGIBLE_IF_COARSE = 1e-5, 2.0**-8
+"""Gradients so much smaller than those of the parameter group in the mean are taken for rounding; the second number where
+they are computed with 16 bits, bfloat16's unit of rounding. Those of an attention's key bias, which would be zero, are about
+1e-8 of the others, and with bfloat16 2e-4 to 2e-3."""
 
 
 class _Sample(NamedTuple):
@@ -36,7 +38,7 @@ class _Sample(NamedTuple):
 
 
 @torch.no_grad()
-def gradient_ratios(optimizer: Optimizer) -> dict[Tensor, Ratio]:
+def gradient_ratios(optimizer: Optimizer, *, negligible: float = NEGLIGIBLE) -> dict[Tensor, Ratio]:
     """Compare the gradient of the step that ``optimizer`` has just made with the second moment from before that step.
 
     For each parameter tensor T, rho = mean over T of min(a^2, kappa^2), with a = g / D, D = sqrt(v_hat) + eps and
@@ -48,6 +50,7 @@ def gradient_ratios(optimizer: Optimizer) -> dict[Tensor, Ratio]:
 
     Args:
         optimizer: in warm-up, after its step, while ``p.grad`` is what it stepped by. Nothing is modified.
+        negligible: elements whose sqrt(v_hat) is so much smaller than that of the group in the mean are left out.
 
     Returns:
         For parameters with a gradient and an element to compare. Empty without a second moment.
@@ -64,9 +67,8 @@ def gradient_ratios(optimizer: Optimizer) -> dict[Tensor, Ratio]:
             if sample is not None:
                 alike.setdefault((p.device, sample.second_moment.dtype), []).append(sample)
         for samples in alike.values():
-            ratios.update(
-                _compare(samples, method.second_moment_decay(group), method.coefficients(group, 1, num_averaged=1).eps)
-            )
+            eps = method.coefficients(group, 1, num_averaged=1).eps
+            ratios.update(_compare(samples, method.second_moment_decay(group), eps, negligible))
     return ratios
 
 
@@ -95,7 +97,7 @@ def _sample(method: Method, group: Mapping[str, Any], p: Tensor, state: Mapping[
     return _Sample(p, step, every, gradient, second_moment.reshape(gradient.shape))
 
 
-def _compare(samples: list[_Sample], beta2: float, eps: float) -> dict[Tensor, Ratio]:
+def _compare(samples: list[_Sample], beta2: float, eps: float, negligible: float) -> dict[Tensor, Ratio]:
     """rho of tensors of one device and dtype: in one flat tensor, so that few operations do for many small ones."""
     stored = samples[0].second_moment.dtype
     dtype, device = torch.promote_types(stored, torch.float32), samples[0].gradient.device
@@ -106,7 +108,7 @@ def _compare(samples: list[_Sample], beta2: float, eps: float) -> dict[Tensor, R
     w = torch.tensor(weights, dtype=dtype, device=device).repeat_interleave(lengths, output_size=len(after))
     before = (after - w * squares).div_(1.0 - w)  # v_hat_(t-1)
     is_nan = after.isfinite().logical_not_()
-    smallest = (NEGLIGIBLE**2 * before.masked_fill(is_nan, 0.0).mean()).clamp_(min=eps**2)
+    smallest = (negligible**2 * before.masked_fill(is_nan, 0.0).mean()).clamp_(min=eps**2)
     counts = (before > ROUNDING * torch.finfo(stored).eps * after).logical_and_(before > smallest).logical_or_(is_nan)
     a_squared = squares.div_(before.clamp_(min=0.0).sqrt_().add_(eps).square_()).clamp_(max=1.0 / (1.0 - beta2))
     a_squared = a_squared.masked_fill_(counts.logical_not(), 0.0).masked_fill_(is_nan, math.nan)

@@ -20,7 +20,7 @@ from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Verdict, is_whole
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
-from lightning_onebit.lightning.gradient_ratios import gradient_ratios
+from lightning_onebit.lightning.gradient_ratios import NEGLIGIBLE, NEGLIGIBLE_IF_COARSE, gradient_ratios
 from lightning_onebit.lightning.outlook import dense_training, outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
@@ -114,6 +114,7 @@ class PhaseSwitch(Callback):
         if not (strategy.is_global_zero and self._plan.measures):
             return
         are_several = len(strategy.compressed_optimizers) > 1
+        negligible = NEGLIGIBLE_IF_COARSE if strategy.rounds_coarsely else NEGLIGIBLE
 
         def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if strategy.phase is Phase.COMPRESSED or getattr(optimizer, "found_inf", False):
@@ -121,7 +122,7 @@ class PhaseSwitch(Callback):
             step = strategy.optimizer_steps - self._start
             # With several, those that step before the last have made one more than are counted.
             if self._plan.observes(step) or (are_several and self._plan.observes(step + 1)):
-                self._ratios[optimizer] = gradient_ratios(optimizer)
+                self._ratios[optimizer] = gradient_ratios(optimizer, negligible=negligible)
 
         self._hooks = [optimizer.register_step_post_hook(look) for optimizer in strategy.compressed_optimizers]
 
