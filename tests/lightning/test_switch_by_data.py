@@ -5,6 +5,7 @@ import itertools
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import EarlyStopping
 from ranks import run_trainers
 from test_strategy import Messages
@@ -13,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from trainers import CLASSES, Classifier, data, fit, make_trainer
 
-from lightning_onebit import OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
+from lightning_onebit import OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 
 BATCHES, EPOCHS = 50, 100
 """5,000 steps, so that the warm-up may have 20 to 35; it is cut off after one epoch at most."""
@@ -141,6 +142,15 @@ def test_a_key_bias_whose_gradient_is_rounding_is_never_looked_at_and_so_never_b
         assert "key.bias" not in switch.verdict.reason
 
     run_trainers(2, fn)
+
+
+@pytest.mark.parametrize(
+    ("precision", "coarse"), [("32-true", False), ("64-true", False), ("bf16-mixed", True), ("bf16-true", True)]
+)
+def test_precision_of_16_bits_is_coarse_for_both_strategies(precision, coarse):
+    assert make_trainer(OneBitDDPStrategy(), 1, precision=precision).strategy.rounds_coarsely == coarse
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=OneBitDDPFabricStrategy(), precision=precision)
+    assert fabric.strategy.rounds_coarsely == coarse
 
 
 class Endless(IterableDataset):

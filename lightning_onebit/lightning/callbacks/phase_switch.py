@@ -40,7 +40,11 @@ class PhaseSwitch(Callback):
     compressed. After ``strategy.resume_warmup()`` steps are counted anew.
 
     Args:
-        criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
+        criterion: :class:`~lightning_onebit.VarianceStability` (default), :class:`~lightning_onebit.FixedStep` or another
+            :class:`~lightning_onebit.Criterion`.
+
+    Raises:
+        TypeError: if it is none.
 
     Example::
 
@@ -105,7 +109,10 @@ class PhaseSwitch(Callback):
         elif strategy.phase is Phase.WARMUP:
             ratio, precision = strategy.expected_compression_ratio, strategy.config.warmup_precision
             line = outlook(self._plan, total_steps=total_steps, ratio=ratio, precision=precision)
-            for remark in (line, *self._plan.remarks):
+            remarks = [line, *self._plan.remarks]
+            if strategy.config.variance_refresh is not None and not strategy.config.renews_variance:
+                remarks.append("variance_refresh='auto' is None with space='momentum': the second moment stays frozen.")
+            for remark in remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
 
     def _watch(self, strategy: TwoPhaseStrategy) -> None:
