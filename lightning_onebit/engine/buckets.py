@@ -29,7 +29,7 @@ from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
-PIECE_NUMEL = 65536
+CACHE_NUMEL = 65536
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Part:
 
     def cut(self) -> Iterator[Part]:
         """The same in pieces that fit in cache, cut in places that do not depend on how the parameter is cut into parts."""
-        size = max(1, PIECE_NUMEL // self.memory.layout.block_size)
+        size = max(1, CACHE_NUMEL // self.memory.layout.block_size)
         first_of_parameter = self.blocks[0] - self.start // self.memory.layout.block_size
         layout, first = self.memory.layout, self.blocks[0]
         while first < self.blocks[1]:
@@ -428,6 +428,16 @@ class Buckets:
             self._add_(_second_moment, second_moments)
             if self.is_quantized:
                 self._add_(_residual, residuals)
+
+    def complete_second_moments_(self) -> None:
+        """Where an earlier run told no v_i, it begins as v. Where it did, none that takes part is 0."""
+        if not self.renews:
+            return
+        corrections = self.bias_corrections()
+        for part in (part for parts in self.parts for part in parts):
+            v = _second_moment(part)
+            if v is not None:
+                v.copy_(torch.where(v == 0, part.rms.square_().div_(corrections[part.parameter]), v))
 
     def _add_(self, view: Any, sources: Sequence[ElementRange]) -> None:
         targets = [

@@ -90,27 +90,27 @@ class Renewal:
                 self._add_(sketches, sums, index, part, step)
         widths = [min(WIDTH, p.numel()) for p in buckets.params]
         message = torch.cat([*(row[:width] for row, width in zip(sketches.values, widths, strict=True)), sums.view(-1)])
-        # Sums over the node's shares, means over nodes.
-        total = groups.peers.ordered_mean(message.float())
+        # Sums over the shares of a node, means over nodes. Rounded in between: what is in which share cannot be seen.
         if groups.node is not None:
-            total = groups.node.ordered_mean(total).mul_(groups.node.world_size)
+            message = groups.node.ordered_mean(message).mul_(groups.node.world_size)
+        total = groups.peers.ordered_mean(message.float())
         *rows, sums_of_all = total.double().cpu().split([*widths, sums.numel()])
         of_mean = torch.stack([row.square().sum() for row in rows]).numpy() if rows else np.zeros(0)
         self._average_(of_mean, *sums_of_all.view(3, -1).numpy())
 
     def _add_(self, sketches: TensorSketches, sums: Tensor, index: int, part: Part, step: StepInputs) -> None:
-        """Add a_i of a part of this rank's share, in pieces that fit in cache."""
+        """Add a_i of a part of this rank's share, cut so that it fits in cache."""
         memory, p = part.memory, part.parameter
         shared, gradient = step.share_gradients.get(index), step.gradients[p]
         if not self._buckets.is_in_share(part) or (shared is None and gradient is None):
             return
         c = step.coefficients(p)
-        for piece in part.cut():
-            g = piece.of_parameter(gradient) if shared is None else piece.of_share(shared)  # type: ignore[arg-type]
+        for sub in part.cut():
+            g = sub.of_parameter(gradient) if shared is None else sub.of_share(shared)  # type: ignore[arg-type]
             assert g is not None
-            rms = memory.decoded_rms(piece.blocks)[: piece.numel]
+            rms = memory.decoded_rms(sub.blocks)[: sub.numel]
             a = torch.where(rms > 0, g.to(rms.dtype) / (rms + c.eps), 0.0).clamp_(-c.kappa, c.kappa)
-            sketches.add_(p, piece.start, a)
+            sketches.add_(p, sub.start, a)
             sums[0, p] += a.double().square_().sum()
             sums[1, p] += torch.count_nonzero(rms)
             sums[2, p] += torch.count_nonzero(a.abs() >= c.kappa)
