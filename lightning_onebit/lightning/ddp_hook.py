@@ -157,11 +157,10 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
     counters.dense_equivalent_bytes += ring_all_reduce_nbytes(averaged_nbytes, world_size)
     if local_numel and state.gradients_ready is not None:
         state.gradients_ready(params)
-    dtype = state.travelling_dtype(buffer)
     if state.regrouping is not None:
-        future = state.regrouping.average(state.communicator, bucket, dense, dtype)
+        future = state.regrouping.average(state.communicator, bucket, dense, state.travelling_dtype(buffer))
     elif not local_numel:
-        future = state.communicator.all_reduce_mean_future(buffer, dtype=dtype)
+        future = state.communicator.all_reduce_mean_future(buffer, dtype=state.travelling_dtype(buffer))
     elif dense:
         future = _average_some(state.communicator, buffer, list(dense.values()))
     else:

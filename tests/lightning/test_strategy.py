@@ -287,9 +287,8 @@ def test_learning_rate_warmup_holds_the_switch_back_where_nothing_is_renewed():
                 _, recorder = fit(strategy, 2, batches=40, configure=configure, callbacks=[switch])
             assert messages.count("lr_scheduler.step()") == 0
             is_without_effect = options == {"variance_refresh": "auto", "space": "momentum"}
-            assert messages.count("variance_refresh='auto' is None with space='momentum'") == (
-                is_without_effect and rank == 0
-            )
+            said = messages.count("variance_refresh='auto' is None with space='momentum'")
+            assert said == (is_without_effect and rank == 0)
             return recorder.phases.index(COMPRESSED)
 
         assert 25 <= first_compressed(variance_refresh=None) <= 29
