@@ -10,6 +10,7 @@ from lightning_onebit.arguments import is_integer, is_number
 
 Scale = Literal["l2", "l1"]
 Space = Literal["update", "momentum"]
+WarmupPrecision = Literal["fp32", "bf16"]
 VarianceRefresh = int | Literal["auto"] | None
 
 MAX_BLOCK_SIZE = 16384
@@ -50,6 +51,10 @@ class CompressionConfig:
     between 1 Mi and 16 Mi elements (signs of 128 KiB and 2 MiB), so that exchanges overlap with work without becoming many:
     21 for BERT-large. Each may cover several of DDP's buckets. The result does not depend on it."""
 
+    warmup_precision: WarmupPrecision = "fp32"
+    """What gradients travel as in warm-up: ``"fp32"`` as they are, bitwise as under DDP; ``"bf16"`` rounded to bfloat16,
+    half the bytes of float32."""
+
     def __post_init__(self) -> None:
         if not is_integer(self.block_size) or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(
@@ -69,6 +74,11 @@ class CompressionConfig:
             raise ValueError(
                 f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT:"
                 " 'auto' renews often at first."
+            )
+        if self.warmup_precision not in ("fp32", "bf16"):
+            raise ValueError(
+                f"Invalid warmup_precision: {self.warmup_precision!r}. Must be 'fp32' (gradients as they are, bitwise as"
+                " under DDP) or 'bf16' (half the bytes)."
             )
         if self.space == "momentum" and is_integer(refresh):
             raise ValueError(

@@ -88,11 +88,19 @@ class Communicator:
         """Elementwise maximum over the ranks, in place."""
         self._all_reduce_(tensor, dist.ReduceOp.MAX)
 
-    def all_reduce_mean_(self, tensor: Tensor) -> None:
-        """Elementwise mean over the ranks, in place; bitwise what DDP computes (it scales first, then sums)."""
-        if self.world_size > 1:
-            tensor.mul_(1.0 / self.world_size)
-        self._all_reduce_(tensor, dist.ReduceOp.SUM)
+    def all_reduce_mean_(self, tensor: Tensor, *, dtype: torch.dtype | None = None) -> None:
+        """Elementwise mean over the ranks, in place; bitwise what DDP computes (it scales first, then sums).
+
+        Args:
+            tensor: overwritten.
+            dtype: what the numbers travel and are summed as; ``None``: as they are.
+        """
+        if self.world_size == 1:
+            return
+        message = tensor.mul_(1.0 / self.world_size).to(dtype or tensor.dtype)
+        self._all_reduce_(message, dist.ReduceOp.SUM)
+        if message is not tensor:
+            tensor.copy_(message)
 
     def ordered_mean(self, values: Tensor) -> Tensor:
         """Elementwise mean over the ranks, ``[numel]``, a new tensor: the same bits wherever an element lies in ``values``.
@@ -114,19 +122,20 @@ class Communicator:
         self.all_gather_(gathered, first.clone())
         return gathered[:numel]
 
-    def all_reduce_mean_future(self, tensor: Tensor) -> torch.futures.Future[Tensor]:
+    def all_reduce_mean_future(self, tensor: Tensor, *, dtype: torch.dtype | None = None) -> torch.futures.Future[Tensor]:
         """:meth:`all_reduce_mean_`, not waited for; the future holds ``tensor``."""
         if self.world_size == 1:
             return completed_future(tensor)
-        sent = ring_all_reduce_nbytes(tensor.nbytes, self.world_size)
+        message = tensor.mul_(1.0 / self.world_size).to(dtype or tensor.dtype)
+        sent = ring_all_reduce_nbytes(message.nbytes, self.world_size)
         self._count(sent, seconds=0.0)
-        tensor.mul_(1.0 / self.world_size)
-        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        work = dist.all_reduce(message, group=self.group, async_op=True)
         assert work is not None
 
         def result(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             with _named("all_reduce", sent):
-                return future.value()[0]
+                received = future.value()[0]
+            return received if message is tensor else tensor.copy_(received)
 
         return work.get_future().then(result)
 

@@ -36,10 +36,10 @@ from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_n
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.renewal import is_refresh_due
 from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.methods import method_for, parameters_of
+from lightning_onebit.refresh_schedule import is_refresh_due
 
 
 class CompressedOptimizer:

@@ -30,34 +30,14 @@ from torch import Tensor
 
 from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.groups import ExchangeGroups
-from lightning_onebit.config import VarianceRefresh
 from lightning_onebit.engine.buckets import Buckets, Part
 from lightning_onebit.engine.sketch import WIDTH, TensorSketches
 from lightning_onebit.quantize.memory import StepInputs
 
-LONGEST_INTERVAL = 64
-"""Steps between refreshes at last, by "auto": 1/8 bit per element and step."""
-STEPS_PER_INTERVAL = 4
 SKETCH_STEPS = 16
 """Steps between estimates of r, after as many at every step."""
 SHORTEST_WINDOW = 4
 """Estimates that r is at least averaged over; more where v has a long memory, but a quarter of it: r must not lag."""
-
-
-def is_refresh_due(step: int, every: VarianceRefresh) -> bool:
-    """Whether D is renewed at the end of optimizer step number ``step``.
-
-    With "auto", the next refresh follows after max(1, min(64, step / 4)) steps: always the same ones, whenever the run has
-    switched, so that there is nothing to remember.
-    """
-    if every is None:
-        return False
-    if every != "auto":
-        return step % every == 0
-    due = 1
-    while due < step and due < STEPS_PER_INTERVAL * LONGEST_INTERVAL:
-        due += max(1, due // STEPS_PER_INTERVAL)
-    return due == step or (due < step and (step - due) % LONGEST_INTERVAL == 0)
 
 
 class Renewal:

@@ -23,7 +23,7 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.watch import passing
-from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     criterion_settings,
@@ -61,11 +61,12 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
         guard: compares the ranks every so many steps; ``None``: :class:`~lightning_onebit.DivergenceGuard` with its default.
         total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
-        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next five.
+        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next six.
         scale: likewise.
         space: likewise.
         hierarchical: likewise.
         bucket_cap_mb: likewise.
+        warmup_precision: likewise.
         max_skipped_steps: likewise.
         **kwargs: every argument of :class:`lightning.fabric.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
@@ -91,6 +92,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         variance_refresh: VarianceRefresh = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
@@ -109,6 +111,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             space=space,
             variance_refresh=variance_refresh,
             bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
         )
         # Never overlapped: a training loop may do anything to gradients between backward and step.
         self.overlap: bool | Literal["auto"] = False
@@ -164,6 +167,11 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def expected_compression_ratio(self) -> float:
         """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
         return self._phases.expected_compression_ratio
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
+        return str(self.precision.precision) not in ("32-true", "64-true")
 
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""

@@ -32,13 +32,17 @@ from lightning_onebit.consistency.divergence import difference_between_ranks, di
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.renewal import SKETCH_STEPS
+from lightning_onebit.engine.sketch import WIDTH
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
 from lightning_onebit.methods import needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
+from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
+from lightning_onebit.refresh_schedule import longest_interval
 
 NOT_RUNNING = (
     "needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a callback, or from the training loop."
@@ -123,13 +127,23 @@ class PhaseController:
 
     @property
     def expected_compression_ratio(self) -> float:
-        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters.
+
+        Refreshes and sketches count as often as they are late in a run.
+        """
         trained = {p for p in self.names if p.requires_grad}
         compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
         stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in trained - compressed)
-        block_size = self._strategy.config.block_size
-        signs = sum(-(-p.numel() // 8) + FLOAT32_NBYTES * -(-p.numel() // block_size) for p in compressed)
-        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, signs + stay_dense)
+        config = self._strategy.config
+        sent: float = stay_dense
+        for p in compressed:
+            sent += encoded_nbytes(p.numel(), config.block_size)
+        if config.renews_variance:
+            interval = longest_interval(config.variance_refresh)
+            for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+                sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
+                sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
+        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, sent)
 
     @property
     def options(self) -> dict[str, object]:
@@ -380,7 +394,7 @@ class PhaseController:
         """
         if self.hook_state is None:
             communicator = Communicator()
-            self.hook_state = HookState(communicator)
+            self.hook_state = HookState(communicator, self._strategy.config.warmup_precision)
             self.topology, self.groups = make_process_groups(
                 self._strategy, self._strategy.hierarchical, communicator, timeout
             )

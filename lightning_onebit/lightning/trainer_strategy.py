@@ -27,7 +27,7 @@ from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, re
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.watch import passing
-from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     checkpoint_settings,
@@ -79,6 +79,8 @@ class OneBitDDPStrategy(DDPStrategy):
             ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
             the former, a quarter of the model, between 4 and 64, for the latter.
+        warmup_precision: what gradients travel as in warm-up. ``"fp32"``: as they are, bitwise as under DDP; ``"bf16"``:
+            rounded to bfloat16, half the bytes.
         max_skipped_steps: a run that skips this many steps in a row, because gradients are infinite or NaN, ends with an
             error that names the parameters; ``None``: never. Steps that a loss scaler skips count where its scale is
             down to 1.
@@ -100,6 +102,7 @@ class OneBitDDPStrategy(DDPStrategy):
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
@@ -111,6 +114,7 @@ class OneBitDDPStrategy(DDPStrategy):
             space=space,
             variance_refresh=variance_refresh,
             bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
         )
         self.overlap = overlap
         self.hierarchical = hierarchical
@@ -162,6 +166,11 @@ class OneBitDDPStrategy(DDPStrategy):
     def expected_compression_ratio(self) -> float:
         """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
         return self._phases.expected_compression_ratio
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
+        return str(self.precision_plugin.precision) not in ("32-true", "64-true")
 
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.

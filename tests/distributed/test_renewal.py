@@ -14,8 +14,8 @@ from torch import nn
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.renewal import is_refresh_due
 from lightning_onebit.quantize.logarithm import decode_logarithm, encode_logarithm
+from lightning_onebit.refresh_schedule import is_refresh_due
 
 WARMUP_STEPS = 10
 

@@ -62,17 +62,25 @@ def run(world_size, *, strategy=None, model=Stepwise, **kwargs):
     return fit(own, world_size, batches=BATCHES, callbacks=callbacks, model=model(), **kwargs)
 
 
-def test_the_criterion_goes_on_with_its_history(tmp_path):
-    """The moment of the switch depends on it."""
+@pytest.mark.parametrize(("refresh", "window"), [("auto", 8), (None, 4)])
+def test_the_criterion_goes_on_with_its_history(refresh, window, tmp_path):
+    """The moment of the switch depends on it: with refreshes on one window, without on two."""
     path = tmp_path / "warmup.ckpt"
 
     def switch():
-        return PhaseSwitch(VarianceStability(tolerance=0.9, window=8, patience=2, min_steps=0, max_steps=None))
+        return PhaseSwitch(VarianceStability(tolerance=0.9, window=window, min_steps=10, max_steps=12))
 
     def fn(rank):
-        options = {"strategy": "onebit_ddp", "world_size": 2, "batches": BATCHES}
-        full = fit(callbacks=[switch(), SaveAt(path, 7)], model=Stepwise(), **options)[1]
-        resumed = fit(callbacks=[switch()], model=Stepwise(), ckpt_path=path, **options)[1]
+        def strategy():
+            return OneBitDDPStrategy(variance_refresh=refresh)
+
+        options = {"world_size": 2, "batches": BATCHES}
+        first, second = switch(), switch()
+        full = fit(strategy(), callbacks=[first, SaveAt(path, 7)], model=Stepwise(), **options)[1]
+        resumed = fit(strategy(), callbacks=[second], model=Stepwise(), ckpt_path=path, **options)[1]
+        assert first.verdict == second.verdict
+        begin = range(3, 6) if refresh == "auto" else range(7, 10)  # of the window that ends with the 10th to 12th step
+        assert rank or any(f"in steps {step} to " in second.verdict.reason for step in begin)
         assert COMPRESSED in full.phases
         assert resumed.phases == full.phases[7:]
         assert same_params(resumed.params, full.params[7:])

@@ -257,7 +257,9 @@ def test_switching_by_hand_and_back_and_what_is_printed():
 def test_the_default_criterion_knows_the_length_of_the_run_from_the_user(caplog):
     def fn(rank):
         def phases(**options):
-            strategy = OneBitDDPFabricStrategy(criterion=VarianceStability(min_steps=0, tolerance=1e-9), **options)
+            # In momentum space nothing is renewed, so the second moment would have to settle.
+            criterion = VarianceStability(min_steps=0, tolerance=1e-9, max_steps=0.3)
+            strategy = OneBitDDPFabricStrategy(criterion=criterion, space="momentum", **options)
             return Loop(strategy).run().phases, strategy.switch._plan.remarks
 
         without, remarks = phases()

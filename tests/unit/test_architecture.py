@@ -21,6 +21,7 @@ ROOT = Path(lightning_onebit.__file__).parent
 FLOORS = [
     {"arguments"},
     {"coefficients", "config", "flat", "phase", "version"},
+    {"refresh_schedule"},
     {"quantize", "methods", "freeze"},
     {"comm"},
     {"consistency"},
@@ -44,6 +45,7 @@ NO_TORCH = {
     "coefficients",
     "config",
     "phase",
+    "refresh_schedule",
     "version",
     "freeze",
     "comm.stats",

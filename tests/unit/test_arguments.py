@@ -11,8 +11,11 @@ from lightning_onebit import (
     CommMonitor,
     DivergenceGuard,
     ErrorFeedback,
+    FixedStep,
     OneBitDDPFabricStrategy,
     OneBitDDPStrategy,
+    PhaseSwitch,
+    VarianceStability,
 )
 from lightning_onebit.arguments import check_steps
 
@@ -126,3 +129,18 @@ def test_strings_and_none_for_numbers_are_refused_in_our_words(make, name, value
 def test_a_guard_is_no_number(guard):
     with pytest.raises(TypeError, match=re.escape(f"Invalid guard: {guard!r}. Must be a DivergenceGuard, or None")):
         OneBitDDPFabricStrategy(guard=guard)
+
+
+@pytest.mark.parametrize("make", [PhaseSwitch, lambda value: OneBitDDPFabricStrategy(criterion=value)])
+@pytest.mark.parametrize("criterion", [100, 100.0, 0.25, True, "0.04", "auto", FixedStep, [FixedStep(7)]], ids=repr)
+def test_a_criterion_is_no_number(make, criterion):
+    text = (
+        f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion, or None"
+    )
+    with pytest.raises(TypeError, match=re.escape(text)) as raised:
+        make(criterion)
+    assert (f"HINT: PhaseSwitch(FixedStep({criterion}))" in str(raised.value)) == (criterion == 100)
+
+
+def test_no_criterion_is_the_default_one():
+    assert PhaseSwitch(None).criterion == VarianceStability()

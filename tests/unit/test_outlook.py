@@ -18,6 +18,7 @@ from ranks import run_ranks
 from torch import nn
 
 from lightning_onebit import FixedStep, Observation, OneBitDDPStrategy, PhaseSwitch, VarianceStability, Verdict
+from lightning_onebit.engine.sketch import WIDTH
 from lightning_onebit.freeze.criteria import Plan
 from lightning_onebit.lightning.callbacks.phase_switch import of_each
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
@@ -27,15 +28,39 @@ from lightning_onebit.lightning.process_groups import find_topology
 README = Path(__file__).parents[2] / "README.md"
 
 
+def default(total_steps, refresh):
+    """The plan of the default criterion."""
+    return VarianceStability().plan(total_steps=total_steps, beta2=0.999, refresh=refresh)
+
+
 @pytest.mark.parametrize(
     ("plan", "total_steps", "said"),
     [
         (
-            Plan(every=1, start=70),
+            FixedStep(70).plan(total_steps=1000, beta2=0.999),
             1000,
             "The first 70 optimizer steps of 1000 are plain DDP; from then on a step sends about",
         ),
-        (Plan(every=1, start=70), math.inf, "The first 70 optimizer steps are plain DDP; from then on"),
+        (
+            FixedStep(70).plan(total_steps=math.inf, beta2=0.999),
+            math.inf,
+            "The first 70 optimizer steps are plain DDP; from then on",
+        ),
+        (
+            default(10_000, "auto"),
+            10_000,
+            "The first 20 to 35 optimizer steps of 10000 are plain DDP, as the criterion decid",
+        ),
+        (
+            default(math.inf, 64),
+            math.inf,
+            "The first 20 to 35 optimizer steps are plain DDP, as the criterion decides; from",
+        ),
+        (default(1000, "auto"), 1000, "The first 20 optimizer steps of 1000 are plain DDP; from then on"),
+        (default(1000, None), 1000, "The first 100 to 300 optimizer steps of 1000 are plain DDP, as the criterion decides"),
+        (default(math.inf, None), math.inf, "At least the first 200 optimizer steps are plain DDP, until the criterion"),
+        (default(15, "auto"), 15, "All 15 optimizer steps of this run are warm-up, that is plain DDP."),
+        (Plan(every=1, start=70), 1000, "At least the first 70 optimizer steps of 1000 are plain DDP, until the criterion"),
         (
             Plan(every=9, min_steps=100, max_steps=300),
             1000,
@@ -43,13 +68,20 @@ README = Path(__file__).parents[2] / "README.md"
         ),
         (Plan(every=9, min_steps=100, max_steps=100), 1000, "The first 100 optimizer steps of 1000 are plain DDP; from"),
         (Plan(every=9, min_steps=100), math.inf, "At least the first 100 optimizer steps are plain DDP, until"),
-        (Plan(every=1, start=70), 70, "All 70 optimizer steps of this run are warm-up, that is plain DDP."),
+        (
+            FixedStep(70).plan(total_steps=70, beta2=0.999),
+            70,
+            "All 70 optimizer steps of this run are warm-up, that is plain",
+        ),
         (Plan(every=9, min_steps=100, max_steps=300), 80, "All 80 optimizer steps of this run are warm-up"),
     ],
 )
 def test_the_first_line_says_how_long_the_run_is_dense_and_what_it_sends_then(plan, total_steps, said):
     line = outlook(plan, total_steps=total_steps, ratio=31.46)
     assert line.startswith(said)
+    assert "bfloat16" not in line
+    rounded = outlook(plan, total_steps=total_steps, ratio=31.46, precision="bf16")
+    assert rounded == line.replace("plain DDP", "DDP with gradients rounded to bfloat16")
     assert ("31.5 times fewer bytes" in line) == (not line.startswith("All"))
 
 
@@ -68,6 +100,8 @@ def test_the_first_line_says_how_long_the_run_is_dense_and_what_it_sends_then(pl
             80,
             "(min_steps=100 is not reached). HINT: train longer, or lower `min_steps`.",
         ),
+        (default(19, "auto"), None, 19, "(min_steps=20 is not reached). HINT: train longer, or lower `min_steps`."),
+        (Plan(every=1, start=90), None, 80, "(nothing is judged before step 90). HINT: train longer, or lower `start` of"),
         (Plan(every=9, min_steps=9), Verdict(freeze=False, reason="it moves"), 80, "(it moves). HINT: train.*`max_steps`"),
         (Plan(every=90), None, 80, "(nothing was judged). HINT: train longer"),
     ],
@@ -79,28 +113,39 @@ def test_the_last_line_names_the_setting_that_was_in_the_way(plan, verdict, step
 
 
 @pytest.mark.parametrize(
-    ("criterion", "callbacks", "total_steps", "said"),
+    ("criterion", "refresh", "callbacks", "total_steps", "said"),
     [
         (
             VarianceStability(max_steps=0.3),
+            "auto",
             [EarlyStopping("loss")],
             500,
             "max_steps=0.3: shares are .* 500 .* Should EarlyStopping",
         ),
         (
             VarianceStability(min_steps=0.1, max_steps=None),
+            None,
             [Timer("00:01:00:00")],
             500,
             "min_steps=0.1: .* Should Timer end it",
         ),
-        (VarianceStability(max_steps=0.3), [], 500, None),
-        (VarianceStability(max_steps=0.3), [EarlyStopping("loss")], math.inf, None),
-        (VarianceStability(max_steps=100), [EarlyStopping("loss")], 500, None),
-        (FixedStep(7), [EarlyStopping("loss")], 500, None),
+        (
+            VarianceStability(),
+            None,
+            [EarlyStopping("loss")],
+            500,
+            r"max_steps='auto' \(30% of the run\): shares are",
+        ),
+        (VarianceStability(), "auto", [EarlyStopping("loss")], 500, None),  # 35 steps at most
+        (VarianceStability(max_steps=0.3), "auto", [], 500, None),
+        (VarianceStability(max_steps=0.3), "auto", [EarlyStopping("loss")], math.inf, None),
+        (VarianceStability(max_steps=100), None, [EarlyStopping("loss")], 500, None),
+        (FixedStep(7), None, [EarlyStopping("loss")], 500, None),
     ],
 )
-def test_shares_of_a_run_that_may_end_before_are_mentioned(criterion, callbacks, total_steps, said):
-    remark = remark_on_shares(criterion, callbacks, total_steps=total_steps)
+def test_shares_of_a_run_that_may_end_before_are_mentioned(criterion, refresh, callbacks, total_steps, said):
+    plan = criterion.plan(total_steps=total_steps, beta2=0.999, refresh=refresh)
+    remark = remark_on_shares(plan, callbacks, total_steps=total_steps)
     assert remark is None if said is None else re.match(said, remark)
 
 
@@ -109,16 +154,36 @@ def test_with_several_optimizers_steps_are_those_of_each():
     assert of_each([None, None]) == " of each of 2 optimizers"  # the Trainer's global_step is twice that number
 
 
-def test_the_expected_ratio_counts_what_stays_dense():
-    model = nn.ModuleList([nn.Linear(2048, 3, bias=False), nn.Linear(100, 5, bias=False)])
-    strategy = OneBitDDPStrategy()
+def strategy_for(model, **options):
+    """Of whose parameters only the first are compressed."""
+    strategy = OneBitDDPStrategy(**options)
     strategy._phases.names.update({p: name for name, p in model.named_parameters()})
-    signs = 2048 * 3 / 8 + 3 * 4
     strategy._phases.optimizers = CompressibleOptimizers(compressed=[torch.optim.Adam(model[0].parameters())])
+    return strategy
+
+
+@pytest.mark.parametrize("options", [{"variance_refresh": None}, {"variance_refresh": "auto", "space": "momentum"}])
+def test_the_expected_ratio_counts_what_stays_dense(options):
+    model = nn.ModuleList([nn.Linear(2048, 3, bias=False), nn.Linear(100, 5, bias=False)])
+    strategy = strategy_for(model, **options)
+    signs = 2048 * 3 / 8 + 3 * 4
     assert strategy.expected_compression_ratio == pytest.approx(4 * (2048 * 3 + 500) / (signs + 4 * 500))
     model[1].requires_grad_(False)
     assert strategy.expected_compression_ratio == pytest.approx(4 * 2048 * 3 / signs)
     assert 31.4 < strategy.expected_compression_ratio < 31.6
+
+
+@pytest.mark.parametrize(("refresh", "interval"), [("auto", 64), (1, 1), (100, 100)])
+def test_the_expected_ratio_counts_refreshes_and_sketches(refresh, interval):
+    model = nn.ModuleList([nn.Linear(2048, 300, bias=False)])
+    numel = 2048 * 300
+    signs, codes, sketch = numel / 8 + 300 * 4, numel + 300 * 4, 4 * WIDTH
+    expected = 4 * numel / (signs + codes / interval + sketch / 16)
+    strategy = strategy_for(model, variance_refresh=refresh)
+    assert strategy.expected_compression_ratio == pytest.approx(expected)
+    assert (27.9 < expected < 28.1) == (refresh == "auto")
+    strategy._phases.optimizers = CompressibleOptimizers(compressed=[torch.optim.SGD(model.parameters())])
+    assert strategy.expected_compression_ratio == pytest.approx(4 * numel / signs)  # there is nothing to renew
 
 
 @pytest.mark.parametrize(("num_nodes", "num_processes", "said"), [(2, 4, True), (3, 2, True), (1, 4, False), (4, 1, False)])
@@ -141,7 +206,7 @@ def test_the_criterion_of_the_readme_is_one():
     (switch,) = names["callbacks"]
     assert isinstance(switch, PhaseSwitch)
     plan = switch.criterion.plan(total_steps=1000, beta2=0.999)
-    history = [Observation(step=s, variances={}, learning_rate=lr) for s, lr in ((10, 0.1), (20, 0.2), (30, 0.2), (40, 0.1))]
+    history = [Observation(step=s, ratios={}, learning_rate=lr) for s, lr in ((10, 0.1), (20, 0.2), (30, 0.2), (40, 0.1))]
     assert [switch.criterion.judge(history[: n + 1], plan).freeze for n in range(4)] == [False, False, False, True]
 
 
