@@ -389,6 +389,9 @@ def test_state_that_is_loaded_in_the_compressed_phase_is_taken_over(tmp_path):
         loop.run(16)
         loop.optimizer.load_state_dict(saved)
         assert loop.strategy.optimizer_steps == saved["lightning_onebit"]["optimizer_steps"][0]
+        saved["lightning_onebit"]["phase"] = "WARMUP"  # as after `resume_warmup()`
+        loop.optimizer.load_state_dict(saved)
+        assert loop.strategy.phase is WARMUP
         loop.run()
         assert loop.strategy.phase is COMPRESSED
         loop.optimizer.state.clear()
@@ -420,6 +423,25 @@ def test_state_that_is_loaded_between_backward_and_step_counts_for_that_step():
             loop.optimizer.step()
             results.append([p.detach().clone() for p in loop.model.parameters()])
         assert same_params(results[:1], results[1:])
+
+    run_trainers(2, fn)
+
+
+def test_back_to_warmup_before_the_first_compressed_step():
+    """A gradient that is local already becomes the mean, and the momentum is what it was."""
+
+    def fn(rank):
+        results = []
+        for strategy in (ours(), "ddp"):
+            loop = Loop(strategy).run(FREEZE)
+            batch = list(data(2))[rank]
+            loop.fabric.backward(loop.model.training_step(batch, 0))
+            if strategy != "ddp":
+                assert loop.strategy.phase is COMPRESSED
+                loop.strategy.resume_warmup()
+            loop.optimizer.step()
+            results.append([p.detach().clone() for p in loop.model.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
     run_trainers(2, fn)
 

@@ -1,6 +1,7 @@
 """Optimizer state that user code drops, resets or replaces: another warm-up, or taken over, or an error with the remedy."""
 
 import copy
+import functools
 from collections import defaultdict
 
 import lightning.pytorch as pl
@@ -183,9 +184,9 @@ def with_sgd(module):
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
 
-def edit(state):
+def edit(state, second_moments=True):
     """Second moments everywhere, and the momentum of one parameter: tensors anew, as the old ones may be in use."""
-    for entry in state.values():
+    for entry in state.values() if second_moments else ():
         if "exp_avg_sq" in entry:
             entry["exp_avg_sq"] = entry["exp_avg_sq"] * 4
     name = "exp_avg" if "exp_avg" in next(iter(state.values())) else "momentum_buffer"
@@ -195,17 +196,17 @@ def edit(state):
 class Edits(pl.Callback):
     """Loads an edited state after a batch; saves before, and after."""
 
-    def __init__(self, folder=None, edits=False):
-        self.folder, self.edits, self.states = folder, edits, []
+    def __init__(self, folder=None, edit=None):
+        self.folder, self.edit, self.states = folder, edit, []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         optimizer = trainer.optimizers[-1]
         if batch_idx == AT:
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / "before.ckpt")
-            if self.edits:
+            if self.edit is not None:
                 state_dict = copy.deepcopy(optimizer.state_dict())
-                edit(state_dict["state"])
+                self.edit(state_dict["state"])
                 optimizer.load_state_dict(state_dict)
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / "after.ckpt")
@@ -224,8 +225,11 @@ class Freezes(pl.Callback):
 
 
 class EditsWhenLoading(pl.Callback):
+    def __init__(self, edit):
+        self.edit = edit
+
     def on_load_checkpoint(self, trainer, pl_module, checkpoint):
-        edit(checkpoint["optimizer_states"][-1]["state"])
+        self.edit(checkpoint["optimizer_states"][-1]["state"])
 
 
 def same_states(first, second, close=False):
@@ -240,24 +244,26 @@ def same_states(first, second, close=False):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "model", "options", "trainer_options"),
+    ("world_size", "model", "options", "precision", "edits_second_moments"),
     [
-        (2, Stepwise, {}, {}),
-        (1, Stepwise, {}, {}),
-        (2, Stepwise, {"overlap": True}, {"precision": "bf16-true"}),
-        (2, Stepwise, {"space": "momentum"}, {}),
-        (2, lambda: Stepwise(with_sgd), {}, {}),
-        (2, WithTwoOptimizers, {}, {}),
+        (2, Stepwise, {}, None, True),
+        (1, Stepwise, {}, None, False),
+        (1, Stepwise, {}, None, True),
+        (2, Stepwise, {"overlap": True}, "bf16-true", False),
+        (2, Stepwise, {"space": "momentum"}, None, True),
+        (2, lambda: Stepwise(with_sgd), {}, None, False),
+        (2, WithTwoOptimizers, {}, None, True),
     ],
-    ids=["adam", "one rank", "bf16 and overlap", "momentum space", "sgd", "two optimizers"],
+    ids=["adam", "one rank, momentum", "one rank", "bf16, overlap, momentum", "momentum space", "sgd", "two optimizers"],
 )
 def test_state_that_is_edited_in_a_checkpoint_is_taken_over_as_in_the_run(
-    tmp_path, world_size, model, options, trainer_options
+    tmp_path, world_size, model, options, precision, edits_second_moments
 ):
     """Edited in the run, edited when loading, and edited in the run before saving: the same steps, bit for bit."""
 
     def fn(rank):
         engine.REFRESH_STEPS = 8
+        edit_some = functools.partial(edit, second_moments=edits_second_moments)
 
         def go(*callbacks, ckpt_path=None):
             callbacks = [PhaseSwitch(FixedStep(FREEZE)) if world_size > 1 else Freezes(), *callbacks]
@@ -269,15 +275,15 @@ def test_state_that_is_edited_in_a_checkpoint_is_taken_over_as_in_the_run(
                     model=model(),
                     callbacks=callbacks,
                     ckpt_path=ckpt_path,
-                    **trainer_options,
+                    precision=precision,
                 )[1]
             assert set(recorder.phases[FREEZE:]) == {COMPRESSED}
             return recorder.params, messages.count("was replaced: going on from the new one")
 
-        edited = Edits(tmp_path, edits=True)
+        edited = Edits(tmp_path, edit_some)
         expected, announced = go(edited)
         assert announced == (rank == 0)
-        for path, callbacks in [("before.ckpt", [EditsWhenLoading()]), ("after.ckpt", [])]:
+        for path, callbacks in [("before.ckpt", [EditsWhenLoading(edit_some)]), ("after.ckpt", [])]:
             loaded = Edits()
             params, announced = go(*callbacks, loaded, ckpt_path=tmp_path / path)
             assert same_states(loaded.at_start, edited.states[AT]), path  # as a stock optimizer would have it
@@ -287,6 +293,37 @@ def test_state_that_is_edited_in_a_checkpoint_is_taken_over_as_in_the_run(
 
     results = run_trainers(world_size, fn)
     assert same_params(results[0], results[-1])
+
+
+def test_errors_and_second_moments_of_late_coordinates_stay_when_state_is_replaced():
+    """The momentum is added to the worker errors, as at a freeze: beta u."""
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == AT:
+                self.before = self.look(trainer)
+                load_own(trainer.optimizers[0], None)
+                trainer.strategy._phases.take_over_replaced_state()
+                self.after = self.look(trainer)
+
+        def look(self, trainer):
+            (compressed,) = trainer.strategy._phases.compressed.values()
+            (memory,), (late,) = compressed._sets[0].buckets.memories, compressed._sets[0].late
+            u = compressed._sets[0].buckets.last_average(memory)
+            return [t.clone() for t in (memory.error, u, memory.server_error, late.places, late.second_moment)]
+
+    def fn(rank):
+        looks = Looks()
+        compress(Stepwise(), callbacks=[looks], batches=AT + 2)
+        error, u, server_error, places, second_moment = looks.before
+        assert all(t.any() for t in looks.before)
+        assert torch.allclose(looks.after[0], error + 0.9 * u, atol=1e-5)
+        assert not looks.after[1].any()
+        assert torch.equal(looks.after[2], server_error)
+        assert torch.equal(looks.after[3], places)
+        assert torch.equal(looks.after[4], second_moment)
+
+    run_trainers(2, fn)
 
 
 def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
