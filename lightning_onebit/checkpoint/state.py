@@ -146,6 +146,9 @@ def read_header(state: Any) -> Mapping[str, Any]:
     with_state = state.get("with_state") or []
     if not (isinstance(with_state, list) and all(isinstance(positions, list) for positions in with_state)):
         raise _damaged(f"with_state is {with_state!r:.80}")
+    replaced = state.get("replaced") or []
+    if not (isinstance(replaced, list) and all(isinstance(each, bool) for each in replaced)):
+        raise _damaged(f"replaced is {replaced!r:.80}")
     return state
 
 

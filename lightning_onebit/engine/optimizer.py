@@ -130,6 +130,11 @@ class CompressedOptimizer:
         return self.optimizer.state is not self._state or self._state.was_cleared or bool(self._state)
 
     @property
+    def has_begun_a_step(self) -> bool:
+        """Whether gradients of the next step have been sent during backward."""
+        return bool(self._arrived) or self._num_sent > 0
+
+    @property
     def kernel_names(self) -> set[str]:
         """Of the quantizers in use."""
         return {each.buckets.kernels.name for each in self._sets}
@@ -449,6 +454,10 @@ class CompressedOptimizer:
 
     # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
+    def stock_state(self) -> dict[Tensor, dict[str, Any]]:
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
+        return {each.buckets.params[i]: entry for each in self._sets for i, entry in each.buckets.stock_state().items()}
+
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
         return p in self._param_group_of
@@ -558,7 +567,7 @@ class CompressedOptimizer:
 
         Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
         """
-        self._average_gradients_()
+        self.average_gradients_()
         self._free_state_()
         for each in self._sets:
             each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
@@ -594,12 +603,13 @@ class CompressedOptimizer:
         return self._sets[0].buckets.device if self._sets else torch.device("cpu")
 
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Make a state dict what a stock optimizer would have written at this step."""
+        """Make a state dict what a stock optimizer would have written at this step. What user code has put here is that."""
+        if self.state_was_replaced:
+            return state_dict
         position = {p: index for index, p in enumerate(parameters_of(self.optimizer))}
         state = dict(state_dict["state"])
-        for each in self._sets:
-            for i, entry in each.buckets.stock_state().items():
-                state[position[each.buckets.params[i]]] = entry
+        for p, entry in self.stock_state().items():
+            state[position[p]] = entry
         return {**state_dict, "state": dict(sorted(state.items()))}
 
     def _changed_parameters(self) -> list[Tensor]:
@@ -620,7 +630,9 @@ class CompressedOptimizer:
                 " parameters, and freeze again later. To train some no longer, `requires_grad_(False)` is enough."
             )
 
-    def _average_gradients_(self) -> None:
+    @torch.no_grad()
+    def average_gradients_(self) -> None:
+        """Local gradients that wait for a step become their mean over the ranks. Collective."""
         words = self.agreement.propose(skip=False, has_news=False, changed=self._changed_parameters())
         self.agreement.share_(words)
         for p, active in zip(self._params, self.agreement.read(words).active, strict=True):

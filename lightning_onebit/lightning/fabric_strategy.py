@@ -256,7 +256,8 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         with self._failures_explained():
             self._start_switch()  # which may begin to compress with this very gradient
             passing("a backward")
-            self._phases.take_over_replaced_state()
+            self._phases.drop_lost_state()
+            self._loading.forget()
             super().backward(*args, **kwargs)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -272,6 +273,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
                     " unfreeze parameters before, or set the module up once more"
                 )
                 raise unaveraged_error(unaveraged, phases.names, reason)
+            phases.take_over_replaced_state()
             self._agree_on_infinities(optimizer)
             with phases.steps.step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)

@@ -8,6 +8,7 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
@@ -38,12 +39,16 @@ from lightning_onebit.lightning.compressible import CompressibleOptimizers, list
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
-from lightning_onebit.methods import needs_warmup, parameters_of
+from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.refresh_schedule import longest_interval
 
+REPLACED_TOO_LATE = (
+    "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
+    " step. HINT: do it between a step and the next backward."
+)
 NOT_RUNNING = (
     "needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a callback, or from the training loop."
 )
@@ -93,6 +98,8 @@ class PhaseController:
         self.groups: ExchangeGroups | None = None
         self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
+        self._had_state: set[Tensor] = set()
+        """Parameters that had a state when the compressed phase began."""
         self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
 
@@ -109,6 +116,11 @@ class PhaseController:
     def optimizer_steps(self) -> int:
         """Steps of the optimizer that can be compressed: with several, of the one that made fewest."""
         return min((self.steps.made[optimizer] for optimizer in self.optimizers.compressed), default=0)
+
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those that are compressed, or will be."""
+        return self.optimizers.compressed
 
     @property
     def steps_made(self) -> list[int]:
@@ -194,34 +206,22 @@ class PhaseController:
         self.hook_state.local = frozenset(compressed) - frozenset(dense)
         have_state = {p for optimizer in self.optimizers.compressed for p, state in optimizer.state.items() if state}
         self._frozen = {p for p in compressed if p.requires_grad or p in have_state}
+        self._had_state = have_state
         self.is_pending = True
         self._set_phase(Phase.COMPRESSED)
 
     def begin_compressing(self) -> None:
-        """Freeze the optimizers' state, if that is pending. Before the first backward that overlaps. Collective then."""
+        """Freeze the optimizers' state, if that is pending. Before the first backward that overlaps. Collective then.
+
+        As late as possible, so that until then state is stock: to be saved, read and replaced as in warm-up.
+        """
         if not self.is_pending:
             return
-        assert self.hook_state is not None
         self.is_pending = False
         world_size, device = self._strategy.world_size, self._strategy.root_device
         self._exchanger.close()
         self._exchanger = make_exchanger(device) if world_size > 1 else InlineExchanger()
-        with agreement(Communicator(), device, about="the switch to compression"):
-            self.steps.compressed = {
-                optimizer: CompressedOptimizer(
-                    optimizer,
-                    self._strategy.config,
-                    self.hook_state.communicator,
-                    self.names,
-                    groups=self.groups,
-                    exchanger=self._exchanger,
-                    overlap=self.overlaps,
-                )
-                for optimizer in self.optimizers.compressed
-            }
-        if self.overlaps:
-            (compressed,) = self.compressed.values()
-            self.hook_state.gradients_ready = compressed.gradients_ready
+        self._freeze_state(self.optimizers.compressed, about="the switch to compression")
         if world_size == 1:
             return
         kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
@@ -235,71 +235,123 @@ class PhaseController:
                 " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
             )
 
+    def _freeze_state(self, optimizers: Sequence[Optimizer], *, about: str) -> None:
+        """Have the state of ``optimizers``, which is stock, held in buckets from now on. Collective."""
+        assert self.hook_state is not None
+        with agreement(Communicator(), self._strategy.root_device, about=about):
+            for optimizer in optimizers:
+                self.compressed[optimizer] = CompressedOptimizer(
+                    optimizer,
+                    self._strategy.config,
+                    self.hook_state.communicator,
+                    self.names,
+                    groups=self.groups,
+                    exchanger=self._exchanger,
+                    overlap=self.overlaps,
+                )
+        if self.overlaps:
+            (compressed,) = self.compressed.values()
+            self.hook_state.gradients_ready = compressed.gradients_ready
+
     def resume_warmup(self) -> None:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
-        self.take_over_replaced_state()
+        self.drop_lost_state()
         if self.phase is Phase.WARMUP:
             return
         self.warmup_start = self.optimizer_steps
-        if self.is_pending and not self.has_waiting_gradients:  # nothing is local yet, and all state the warm-up's own
-            self._set_phase(Phase.WARMUP)
-            return
-        self.begin_compressing()  # gradients may be local already
-        for compressed in self.compressed.values():
-            compressed.give_back_()
+        stock = {o: dict(o.state) for o in self.optimizers.compressed if self.is_pending or self._is_replaced(o)}
+        if not self.is_pending:
+            for compressed in self.compressed.values():
+                compressed.give_back_()
+        elif self.has_waiting_gradients:  # which may be local already
+            self.begin_compressing()
+            for compressed in self.compressed.values():
+                compressed.average_gradients_()
+                compressed.close()
+        for optimizer, state in stock.items():
+            optimizer.state = defaultdict(dict, state)
         self.compressed.clear()
+        self._set_phase(Phase.WARMUP)
+
+    def _is_replaced(self, optimizer: Optimizer) -> bool:
+        """Whether user code has replaced state that was frozen; until the next step it is stock, beside the errors."""
+        return optimizer in self.compressed and self.compressed[optimizer].state_was_replaced
+
+    @property
+    def has_stock_state(self) -> bool:
+        """In the compressed phase, whether state of the warm-up, or of user code, is still to be frozen before a step."""
+        return self.is_pending or any(compressed.state_was_replaced for compressed in self.compressed.values())
+
+    @property
+    def replaced_state(self) -> list[bool]:
+        """For each compressed optimizer, whether its state was replaced since its last step."""
+        return [self._is_replaced(optimizer) for optimizer in self.optimizers.compressed]
+
+    def drop_lost_state(self) -> None:
+        """Go back to warm-up if user code has removed state, so that a second moment is missing. Alike on all ranks.
+
+        Raises:
+            RuntimeError: if gradients of the compressed phase are waiting for their step.
+        """
+        replaced = [optimizer for optimizer, c in self.compressed.items() if c.state_was_replaced]
+        if self.is_pending:
+            missing = [p for o in self.optimizers.compressed for p in self._trained_without_state(o) if p in self._had_state]
+        else:
+            missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
+        if not missing:
+            return
+        if self.has_waiting_gradients:
+            raise RuntimeError(REPLACED_TOO_LATE)
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced or self.optimizers.compressed)
+        self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
+        for optimizer, compressed in self.compressed.items():
+            if optimizer in replaced:
+                compressed.close()
+            else:
+                compressed.retire_()
+        self.compressed.clear()
+        self.warmup_start = self.optimizer_steps
         self._set_phase(Phase.WARMUP)
 
     def take_over_replaced_state(self) -> None:
         """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
 
-        With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up.
+        With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up. Called
+        before a step, so that until then the new state is stock, and can be saved and read.
 
         Raises:
-            RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step.
+            RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step,
+                or if they have been sent.
         """
-        if not any(compressed.state_was_replaced for compressed in self.compressed.values()):
-            return
+        self.drop_lost_state()
         replaced = {optimizer: c for optimizer, c in self.compressed.items() if c.state_was_replaced}
-        missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
-        if self.has_waiting_gradients and (missing or self.overlaps):
-            raise RuntimeError(
-                "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were"
-                " waiting for a step. HINT: do it between two batches."
-            )
-        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
-        if missing:
-            self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
-            for optimizer, compressed in self.compressed.items():
-                if optimizer in replaced:
-                    compressed.close()
-                else:
-                    compressed.retire_()
-            self.compressed.clear()
-            self.warmup_start = self.optimizer_steps
-            self._set_phase(Phase.WARMUP)
+        if not replaced:
             return
+        if any(compressed.has_begun_a_step for compressed in replaced.values()):
+            raise RuntimeError(REPLACED_TOO_LATE)
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
         rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
         errors = {}
-        if self._strategy.world_size > 1:  # copies: what gives its state back may use this memory
-            errors = {
-                o: [
-                    [ElementRange(e.start, e.values.clone()) for e in each]
-                    for each in (c.worker_errors(), c.server_errors())
-                ]
-                for o, c in self.compressed.items()
-            }
-        for optimizer, compressed in self.compressed.items():
-            if optimizer in replaced:
-                compressed.close()
+        for optimizer, compressed in replaced.items():  # copies: so the old buckets can go before new ones come
+            worker, server = (
+                [ElementRange(e.start, e.values.clone()) for e in each]
+                for each in (compressed.worker_errors(), compressed.server_errors())
+            )
+            errors[optimizer] = worker, server, compressed.late_second_moments()
+            compressed.close()
+            if counted_steps(optimizer) is not None:
                 self.steps.count_loaded(optimizer)
-            else:
-                compressed.retire_()
-        self.compressed.clear()
-        self.is_pending = True
-        self.begin_compressing()
-        for optimizer, (worker, server) in errors.items():
-            self.compressed[optimizer].add_errors_(worker, server)
+        del compressed
+        replaced.clear()
+        for optimizer in errors:
+            del self.compressed[optimizer]
+        order = self.optimizers.compressed
+        self._freeze_state([o for o in order if o in errors], about="the state that was replaced")
+        self.steps.compressed = {optimizer: self.compressed[optimizer] for optimizer in order}
+        for optimizer, (worker, server, late) in errors.items():
+            if self._strategy.world_size > 1:
+                self.compressed[optimizer].add_errors_(worker, server)
+            self.compressed[optimizer].add_late_second_moments_(*late)
 
     def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
         """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
@@ -314,17 +366,22 @@ class PhaseController:
             missing += [p for p in without if saved is None or (index < len(saved) and position[p] in saved[index])]
         return missing
 
-    def warm_up_again(self, missing: Sequence[Tensor]) -> None:
-        """After loading a checkpoint of the compressed phase without the state of ``missing``: begin another warm-up."""
-        self._warn_of_missing(missing, "the checkpoint is one of the compressed phase")
+    def warm_up_again(self, missing: Sequence[Tensor], *, drops_gradients: bool) -> None:
+        """After loading a checkpoint of the compressed phase without the state of ``missing``: begin another warm-up.
+
+        Args:
+            missing: parameters of this rank; empty if there are some on others only.
+            drops_gradients: whether gradients were waiting for a step, which cannot be: they are local ones.
+        """
+        self._warn_of_missing(missing, "the checkpoint is one of the compressed phase", drops_gradients=drops_gradients)
         self.warmup_start = self.optimizer_steps
 
-    def _warn_of_missing(self, missing: Sequence[Tensor], why: str) -> None:
+    def _warn_of_missing(self, missing: Sequence[Tensor], why: str, *, drops_gradients: bool = False) -> None:
         of = f" of {listed(missing, self.names)}" if missing else ", on another rank,"
         rank_zero_warn(
             f"{type(self._strategy).__name__}: {why}, and the optimizer's state{of} is missing now: there is no second"
             " moment to divide by. All go back to warm-up, that is plain DDP, until PhaseSwitch ends it again; what error"
-            " feedback held is dropped."
+            f" feedback held{', and gradients that waited for a step,' if drops_gradients else ''} is dropped."
         )
 
     @staticmethod

@@ -322,7 +322,7 @@ class OneBitDDPStrategy(DDPStrategy):
         assert self._signals is not None
         phases = self._phases
         self._signals.agree(phases.compressed.values())
-        phases.take_over_replaced_state()
+        phases.drop_lost_state()
         added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
             about = "which parameters are trained from this batch on"
@@ -342,7 +342,6 @@ class OneBitDDPStrategy(DDPStrategy):
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             phases.resume_warmup()
-        phases.begin_compressing()
         self._signals.travel_with(phases.compressed.values())
         if cast(pl.LightningModule, self.lightning_module).automatic_optimization:
             self._written.begin(phases.names)
@@ -363,6 +362,8 @@ class OneBitDDPStrategy(DDPStrategy):
             )
             raise unaveraged_error(unaveraged, self._phases.names, reason)
         self._written.end(self._phases.names)
+        if self._phases.overlaps and cast(DistributedDataParallel, self.model).require_backward_grad_sync:
+            self._freeze_stock_state()
         super().pre_backward(closure_loss)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -382,15 +383,21 @@ class OneBitDDPStrategy(DDPStrategy):
                 " groups instead of replacing them."
             )
         passing("an optimizer step")
-        phases.take_over_replaced_state()
-        if phases.is_pending:
-            phases.begin_compressing()
+        if phases.has_stock_state:
+            self._freeze_stock_state()
         if phases.steps.scales_losses and optimizer in phases.steps.compressed:
             closure = with_agreement(closure, phases.steps.compressed[optimizer])
         with phases.steps.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         phases.has_waiting_gradients = False
         return output
+
+    def _freeze_stock_state(self) -> None:
+        """Before the first exchange of a step: freeze state of the warm-up, or that of user code. Collective then."""
+        self._phases.take_over_replaced_state()
+        self._phases.begin_compressing()
+        if self._signals is not None:
+            self._signals.travel_with(self._phases.compressed.values())
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
