@@ -29,8 +29,6 @@ from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
-PIECE_NUMEL = 65536
-
 
 @dataclass(frozen=True)
 class Part:
@@ -70,23 +68,6 @@ class Part:
     def of_bits(self, mask: Tensor) -> Tensor:
         """The bytes of these elements in a mask of the whole bucket."""
         return mask[self.flat // BITS_PER_BYTE :][: sign_nbytes(self.numel)]
-
-    def cut(self) -> Iterator[Part]:
-        """The same in pieces that fit in cache, cut in places that do not depend on how the parameter is cut into parts."""
-        size = max(1, PIECE_NUMEL // self.memory.layout.block_size)
-        first_of_parameter = self.blocks[0] - self.start // self.memory.layout.block_size
-        layout, first = self.memory.layout, self.blocks[0]
-        while first < self.blocks[1]:
-            last = min(self.blocks[1], first + size - (first - first_of_parameter) % size)
-            yield Part(
-                memory=self.memory,
-                parameter=self.parameter,
-                blocks=(first, last),
-                start=int(layout.start[first]),
-                numel=int(layout.numel[first:last].sum()),
-                flat=int(layout.offset[first]),
-            )
-            first = last
 
     @property
     def rms(self) -> Tensor:
@@ -247,10 +228,6 @@ class Buckets:
         decays = np.array([self.method.second_moment_decay(group) for group in self.optimizer.param_groups])
         # A parameter that has made no step has v = 0, whatever it is multiplied by.
         return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(self.steps, 1))
-
-    def is_in_share(self, part: Part) -> bool:
-        """Whether this rank compresses a part."""
-        return part.of_share(part.memory.error) is not None
 
     def _set_momentum_(self, error: Tensor, part: Part, momentum: Tensor, group: Mapping[str, Any]) -> None:
         error.copy_(momentum)
