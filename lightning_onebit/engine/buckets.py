@@ -246,13 +246,20 @@ class Buckets:
         """Whether values are divided by D before they are quantized; a single rank decides so for itself."""
         return self.config.space == "update" or not self.is_quantized
 
-    def note_live_(self, memory: BucketMemory) -> None:
-        """Elements with a second moment take part."""
-        exists = torch.from_numpy(memory.layout.exists).to(self.device)
+    def note_live_(self, memory: BucketMemory, *, waits: bool = True) -> None:
+        """Elements with a second moment take part.
+
+        Args:
+            memory: the bucket.
+            waits: whether the device may be waited for, to see whether all do; without, there is a mask in any case.
+        """
         rms = memory.rms if memory.rms_code is None else memory.rms_code
         assert rms is not None
         live = rms != 0
-        memory.live = None if bool((live | ~exists).all()) else pack_bits(live)
+        if waits and bool((live | ~torch.from_numpy(memory.layout.exists).to(self.device)).all()):
+            memory.live = None
+        else:
+            memory.live = pack_bits(live)
 
     def note_average_(self, index: int, active: np.ndarray[Any, Any] | None) -> None:
         """There is a new average: note which elements took part in it. Parameters that sat out keep theirs."""

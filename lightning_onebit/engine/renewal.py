@@ -194,4 +194,4 @@ class Renewal:
                 kernels.encode_variance_(memory, messages, correction)
                 exchange_(messages, self._groups, partial(kernels.serve_variance_, memory, messages))
             kernels.apply_variance_(memory, messages, correction)
-            buckets.note_live_(memory)
+            buckets.note_live_(memory, waits=not kernels.reads_flags_on_device)

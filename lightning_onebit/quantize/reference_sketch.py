@@ -20,8 +20,8 @@ from lightning_onebit.quantize.tensor_sketch import (
 def sketch_tensors_(memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch, gradient: Tensor) -> None:
     """Add ``a = clamp(g / D, +-kappa)`` of this rank's share of a bucket to the sketches of its tensors, and to their sums.
 
-    Where an element is not live, a is 0, and it does not count. What has no gradient, or sits out, adds nothing. For integer
-    sums all implementations agree bit by bit, but for sums of squares, which are made of float64 sums of blocks in any order.
+    Where an element is not live, a is 0, and it does not count. What has no gradient, or sits out, adds nothing. Integer
+    sums are equal bit by bit in all implementations, but for sums of squares, made of float64 sums of blocks in any order.
 
     Args:
         memory: the bucket; only read. It has a D.
