@@ -7,12 +7,13 @@ to go on bit for bit is in two places:
 * **Under a key of its own**, what all ranks know: the phase, D, the last average as bits, and which coordinates are
   late. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
 * **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
-  errors, the server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank
-  ever holds those of another.
+  errors, the server errors of its chunks, its own second moment v_i with what its chunks have not passed on of it, or those
+  of late coordinates where D is never renewed, and gradients that wait for a step. No rank ever holds those of another.
 
-With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors, that of the late
-second moments, and all server errors are the same afterwards: nodes take over what some of the old ones had, weighted, and
-everyone looks for the server errors of its chunks. A part that cannot be used is one warning, and its errors start at zero.
+With as many ranks as before, everyone goes on where it stopped. Otherwise the means of the worker errors and of the second
+moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and everyone
+looks for the server errors of its chunks. A part that cannot be used is one warning: its errors start at zero, its second
+moment as v of the last refresh. A run may go on with another ``variance_refresh``: then v_i begins so as well.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def load_errors(
     parts: Parts | None,
     topology: Topology,
 ) -> dict[int, str]:
-    """Add the errors of a checkpoint to those of ``compressed``, in place, and its second moments of late coordinates.
+    """Add the errors of a checkpoint to those of ``compressed``, in place, and the second moments of its ranks.
 
     Args:
         compressed: the optimizers.
@@ -229,6 +230,8 @@ def load_errors(
         for rank in range(old.world_size):
             if not (same and rank == topology.rank):
                 load(rank)
+    for c in compressed:
+        c.complete_second_moments_()
     return problems
 
 
@@ -292,7 +295,7 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
 
         def read_errors(name: str, targets: Sequence[ElementRange] | None = None) -> list[ElementRange]:
             found = []
-            for index, (start, numel, dtype) in enumerate(entry[name]):
+            for index, (start, numel, dtype) in enumerate(entry.get(name, [])):  # not all are there without refreshes
                 if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
                     array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
                     if not np.isfinite(array).all():

@@ -413,6 +413,16 @@ class Buckets:
             if self.is_quantized:
                 self._add_(_residual, residuals)
 
+    def complete_second_moments_(self) -> None:
+        """Where an earlier run told no v_i, it begins as v. Where it did, none is 0 that takes part: a refresh sees to that."""
+        if not self.renews:
+            return
+        corrections = self.bias_corrections()
+        for part in (part for parts in self.parts for part in parts):
+            v = _second_moment(part)
+            if v is not None:
+                v.copy_(torch.where(v == 0, part.rms.square_().div_(corrections[part.parameter]), v))
+
     def _add_(self, view: Any, sources: Sequence[ElementRange]) -> None:
         targets = [
             ElementRange(self.places[part.parameter] + part.start, values)

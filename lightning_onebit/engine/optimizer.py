@@ -495,6 +495,11 @@ class CompressedOptimizer:
         for each in self._sets:
             each.buckets.add_second_moments_(second_moments, residuals)
 
+    def complete_second_moments_(self) -> None:
+        """After all of these were added: where none was told, v_i begins as v."""
+        for each in self._sets:
+            each.buckets.complete_second_moments_()
+
     def late_second_moments(self) -> tuple[Tensor, Tensor]:
         """v_i of late coordinates: places as of a :class:`ElementRange`, int64, rising, and float64 copies, on the CPU."""
         found = [late.second_moments() for each in self._sets for late in each.late]

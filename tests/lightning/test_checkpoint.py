@@ -98,8 +98,11 @@ def everything(strategy):
             for memory in each.buckets.memories:
                 state += [memory.error, memory.server_error, memory.rms, memory.live, memory.live_before]
                 state += [memory.result] if memory.results else []  # one rank sends nothing
+                state += [memory.rms_code, memory.rms_scale, memory.second_moment, memory.second_moment_residual]
             for late in each.late:
                 state += [late.places, late.live_since, late.second_moment]
+            if each.renewal is not None:
+                state.append(torch.from_numpy(each.renewal.statistics))
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 
 
@@ -146,6 +149,8 @@ SAVES = (1, 3, FREEZE, FREEZE + 1, FREEZE + 5, FREEZE + 6, BATCHES - 1)
         (2, SAVES, {}),
         (2, (3, FREEZE, FREEZE + 6), {"space": "momentum"}),
         (3, SAVES, {"overlap": True, "bucket_cap_mb": 0.002, "block_size": 64}),
+        (2, (3, *range(FREEZE, FREEZE + 4)), {"variance_refresh": 3}),
+        (3, SAVES, {"variance_refresh": "auto", "overlap": True, "bucket_cap_mb": 0.002, "block_size": 64}),
     ],
 )
 def test_resuming_is_bitwise(tmp_path, world_size, saves, options):

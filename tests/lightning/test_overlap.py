@@ -98,13 +98,15 @@ def train(communicator, overlap, gradient, kind=torch.optim.AdamW, optimizer_opt
     return history
 
 
-@pytest.mark.parametrize("space", ["update", "momentum"])
+@pytest.mark.parametrize(
+    "options", [{"variance_refresh": None}, {"variance_refresh": "auto"}, {"space": "momentum"}], ids=["frozen", "renewed", "m"]
+)
 @pytest.mark.parametrize("gradient", [every_gradient, some_missing, some_not_finite, some_late])
 @pytest.mark.parametrize("bucket_cap_mb", [0.0005, None])
-def test_overlapped_equals_deferred_bitwise(space, gradient, bucket_cap_mb):
+def test_overlapped_equals_deferred_bitwise(options, gradient, bucket_cap_mb):
     def fn(communicator):
         deferred, overlapped = (
-            train(communicator, overlap, gradient, space=space, bucket_cap_mb=bucket_cap_mb, block_size=16)
+            train(communicator, overlap, gradient, bucket_cap_mb=bucket_cap_mb, block_size=16, **options)
             for overlap in (False, True)
         )
         assert same_params(overlapped, deferred)
