@@ -69,7 +69,7 @@ class CpuKernels:
         self.scale: Scale = scale
         self.space = space
         self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
-        self._sketch_workspace: SketchWorkspace | None = None
+        self._sketch_workspace = SketchWorkspace()
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
         self._mask_of_byte = BYTE_BITS.astype(self._real)
@@ -313,8 +313,6 @@ class CpuKernels:
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
         """As the reference, in float64."""
-        if self._sketch_workspace is None:
-            self._sketch_workspace = SketchWorkspace(self._memory.values.numel())
         for view in span_views(memory, memory.share):
             for part in active_parts(memory, view, step, check=True):
                 work, is_mean = self._memory.cut(part.shape), index in step.share_gradients

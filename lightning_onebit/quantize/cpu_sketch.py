@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.quantize.cpu_variance import add_decoded_rms
@@ -16,20 +17,22 @@ from lightning_onebit.quantize.spans import SpanViews
 from lightning_onebit.quantize.tensor_sketch import PIECE_NUMEL, ROWS_PER_PIECE, WIDTH, TensorSketch
 from lightning_onebit.quantize.workspace import Workspace
 
+SMALL_NUMEL = 8192
+"""What has no more elements is added by numpy, in fewer calls, on one thread."""
+
 
 class SketchWorkspace:
-    """Memory in which spans of up to ``numel`` elements are sketched, allocated once."""
+    """Memory in which parts of tensors are sketched, piece by piece, allocated once."""
 
-    def __init__(self, numel: int) -> None:
-        rows = numel // WIDTH + 2
-        self.values = torch.empty(rows * WIDTH, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.values = np.empty(PIECE_NUMEL, dtype=np.float64)
         self._of: TensorSketch | None = None
-        self._signs = self.values
+        self._signs: NDArray[np.floating] = self.values
 
-    def signs(self, sketch: TensorSketch, dtype: torch.dtype) -> Tensor:
+    def signs(self, sketch: TensorSketch, dtype: np.dtype[np.floating]) -> NDArray[np.floating]:
         """The table of signs, in the dtype of what is multiplied."""
         if self._of is not sketch or self._signs.dtype != dtype:
-            self._of, self._signs = sketch, sketch.signs.to(dtype)
+            self._of, self._signs = sketch, sketch.sign_table.astype(dtype)
         return self._signs
 
 
@@ -76,41 +79,41 @@ def add_span_(
         np.clip(array, -kappa, kappa, out=array)
         np.greater_equal(np.abs(array), kappa, out=work.bits)
 
+    sums = sketch.sums.numpy()
     for p, elements, place in part.members:
         if not gathered and step.gradients[p] is None:
             continue
-        # The span of one large parameter has no padding at all, and a packed one some at the end of each block.
-        numel = elements.stop - elements.start
-        own = slice(place.start, place.start + numel)
-        squares = _add_(sketch, p, elements.start, a[own], space)
-        sums = sketch.sums[:, p]
-        sums[0] += squares
-        sums[2] += int(np.count_nonzero(nonzero[own]))
+        # The span of one large parameter has no padding at all, and a packed one some at the end of each parameter.
+        own = slice(place.start, place.start + elements.stop - elements.start)
+        sums[0, p] += _add_(sketch, p, elements.start, array[own], space)
+        sums[2, p] += np.count_nonzero(nonzero[own])
         if reaches:
-            sums[3] += int(np.count_nonzero(work.bits[own]))
+            sums[3, p] += np.count_nonzero(work.bits[own])
 
 
-def _add_(sketch: TensorSketch, tensor: int, start: int, values: Tensor, space: SketchWorkspace) -> float:
-    """Add elements of a tensor from number ``start`` on, and overwrite them; their sum of squares."""
-    numel, done, first_piece = values.numel(), 0, int(sketch.first_piece[tensor])
-    signs = space.signs(sketch, values.dtype)
-    while done < numel:
+def _add_(sketch: TensorSketch, tensor: int, start: int, values: NDArray[np.floating], space: SketchWorkspace) -> float:
+    """Add elements of a tensor from number ``start`` on; their sum of squares."""
+    sketched, signs = sketch.values[tensor], space.signs(sketch, values.dtype)
+    first_piece, done, squares = int(sketch.first_piece[tensor]), 0, 0.0
+    while done < len(values):
         piece, offset = divmod(start + done, PIECE_NUMEL)
-        place = int(sketch.draws[first_piece + piece, 0]) + offset
         part = values[done : done + PIECE_NUMEL - offset]
-        part.mul_(signs[place : place + part.numel()])
-        done += part.numel()
-    row, first = divmod(start, WIDTH)
-    rows = -(-(first + numel) // WIDTH)
-    row += first_piece * ROWS_PER_PIECE
-    row_signs = sketch.row_signs[row : row + rows]
-    matrix = space.values[: rows * WIDTH]
-    if first:
+        place = int(sketch.draws[first_piece + piece, 0]) + offset
+        row, first = divmod(offset, WIDTH)
+        rows, end = -(-(first + len(part)) // WIDTH), first + len(part)
+        matrix = space.values[: rows * WIDTH]
         matrix[:first] = 0.0
-    matrix[first : first + numel].copy_(values)
-    matrix[first + numel :] = 0.0
-    if rows == 1:
-        sketch.values[tensor].add_(matrix, alpha=int(row_signs[0]))
-    else:
-        sketch.values[tensor].addmv_(matrix.view(rows, WIDTH).t(), torch.from_numpy(row_signs).double())
-    return float(torch.dot(matrix, matrix))
+        np.multiply(part, signs[place : place + len(part)], out=matrix[first:end])
+        matrix[end:] = 0.0
+        row += (first_piece + piece) * ROWS_PER_PIECE
+        row_signs = sketch.row_signs[row : row + rows].astype(np.float64)
+        if len(part) <= SMALL_NUMEL:
+            total = sketched.numpy()
+            np.add(total, row_signs @ matrix.reshape(rows, WIDTH), out=total)
+            squares += float(matrix @ matrix)
+        else:  # by torch, whose number of threads is what the user has set
+            flat = torch.from_numpy(matrix)
+            sketched.addmv_(flat.view(rows, WIDTH).t(), torch.from_numpy(row_signs))
+            squares += float(torch.dot(flat, flat))
+        done += len(part)
+    return squares
