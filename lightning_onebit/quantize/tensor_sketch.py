@@ -82,19 +82,20 @@ class TensorSketch:
         """Of all rows of all pieces, +1 or -1, ``[256 pieces]``."""
         return _signs_of(np.ascontiguousarray(self.draws[:, 1:]).view(np.uint64).ravel())
 
+    def squares(self) -> Tensor:
+        """By tensor, the sum of a^2: float64 ``[tensors]``."""
+        fraction = 2.0**-SQUARE_BITS if self.numbers.dtype == torch.int64 else 1.0
+        return self.sums[0].double() + self.sums[1].double() * fraction
+
     def message(self, columns: Tensor) -> Tensor:
         """What is averaged over the ranks: float32 ``[columns + 3 tensors]``.
 
         Args:
             columns: int64, see :func:`used_columns`.
         """
-        numbers = self.numbers.double()
-        if self.numbers.dtype == torch.int64:  # exact up to 2^53
-            numbers[: self.values.numel()].mul_(2.0**-VALUE_BITS)
-            numbers[self.values.numel() :].view_as(self.sums)[1].mul_(2.0**-SQUARE_BITS)
-        values, sums = numbers[: self.values.numel()], numbers[self.values.numel() :].view_as(self.sums)
-        sums[1].add_(sums[0])
-        return torch.cat([values[columns], sums[1:].flatten()]).float()
+        unit = 2.0**-VALUE_BITS if self.numbers.dtype == torch.int64 else 1.0
+        values = self.values.view(-1)[columns].double() * unit  # exact up to 2^53
+        return torch.cat([values, self.squares(), self.sums[2:].double().view(-1)]).float()
 
     def estimate(self, mean: Tensor, columns: Tensor) -> Tensor:
         """Of the mean of all ranks' messages, by tensor: the squared norm of the mean; and the means of the sum of squares,

@@ -133,10 +133,14 @@ def train_model(kind, ranks, steps, *, every="auto", block_size=64):
 )
 def test_100_steps_equal_the_float64_model(ranks, kind, every):
     """Refreshes and estimates of r included; tensors are so small that sketches are exact."""
-    history, *others = run_threads(ranks, train, kind, 100) if every == "auto" else run_threads(
-        ranks, lambda communicator: train(communicator, kind, 100, variance_refresh=every)
+    history, *others = (
+        run_threads(ranks, train, kind, 100)
+        if every == "auto"
+        else run_threads(ranks, lambda communicator: train(communicator, kind, 100, variance_refresh=every))
     )
-    assert all(torch.equal(a, b) for other in others for x, y in zip(other, history, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b) for other in others for x, y in zip(other, history, strict=True) for a, b in zip(x, y, strict=True)
+    )
     expected = train_model(kind, ranks, 100, every=every)
     for step, (tensors, expected_tensors) in enumerate(zip(history, expected, strict=True)):
         for p, x in zip(tensors, expected_tensors, strict=False):

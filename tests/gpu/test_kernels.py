@@ -41,7 +41,14 @@ pytest.importorskip("triton")
 from interpreter import patch_once
 from work_counter import NoKernel, replace_kernels
 
-from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables, triton_variance
+from lightning_onebit.quantize import (
+    make_kernels,
+    triton_check,
+    triton_gradients,
+    triton_sketch,
+    triton_tables,
+    triton_variance,
+)
 from lightning_onebit.quantize import triton as triton_kernels
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
@@ -649,16 +656,18 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_encode_variance_kernel",
         "_serve_variance_kernel",
         "_apply_variance_kernel",
+        "_sketch_tensors_kernel",
     }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", *VARIANCE_KERNELS],
+    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", "sketch_tensors", *VARIANCE_KERNELS],
 )
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
     module = triton_variance if name in VARIANCE_KERNELS else module
+    module = triton_sketch if name == "sketch_tensors" else module
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
     for _ in range(2):  # the verdict is kept
         with pytest.raises(triton_check.KernelMismatchError, match=f"Triton's kernel '{name}' .* on {DEVICE}"):
@@ -854,10 +863,15 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
     names = {"encode", "serve", "apply", "gather", "scale", "sketch", "apply renewed", "serve_variance renewed"}
+    names.add("sketch_tensors renewed")
     assert names <= set(kernels)
     for name, found in kernels.items():
-        for forbidden in ("fma", "approx", "ftz", "full", "atom", "ld.local", "st.local"):
+        for forbidden in ("fma", "approx", "ftz", "full", "ld.local", "st.local"):
             assert not found[forbidden], (name, forbidden)
+        if name.startswith("sketch_tensors"):  # rows of 251 elements; integers are added up
+            assert found["atom"] == found["atom.global.gpu.relaxed.add"] > 0
+            continue
+        assert not found["atom"], name
         assert found["ld.global.v4" if "float64" not in name else "global.v2.b64"], name
     for wanted in ("div.rn.f32", "min.NaN.f32", "max.NaN.f32", "sqrt.rn.f64", "div.rn.f64"):
         assert kernels["encode"][wanted], wanted

@@ -99,7 +99,9 @@ def train(communicator, overlap, gradient, kind=torch.optim.AdamW, optimizer_opt
 
 
 @pytest.mark.parametrize(
-    "options", [{"variance_refresh": None}, {"variance_refresh": "auto"}, {"space": "momentum"}], ids=["frozen", "renewed", "m"]
+    "options",
+    [{"variance_refresh": None}, {"variance_refresh": "auto"}, {"space": "momentum"}],
+    ids=["frozen", "renewed", "m"],
 )
 @pytest.mark.parametrize("gradient", [every_gradient, some_missing, some_not_finite, some_late])
 @pytest.mark.parametrize("bucket_cap_mb", [0.0005, None])
