@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_onebit.quantize.cpu_variance import add_decoded_rms
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.spans import SpanViews
-from lightning_onebit.quantize.tensor_sketch import PIECE_NUMEL, ROWS_PER_PIECE, WIDTH, TensorSketch
+from lightning_onebit.quantize.tensor_sketch import SEGMENT_NUMEL, ROWS_PER_SEGMENT, WIDTH, TensorSketch
 from lightning_onebit.quantize.workspace import Workspace
 
 SMALL_NUMEL = 8192
@@ -22,10 +22,10 @@ SMALL_NUMEL = 8192
 
 
 class SketchWorkspace:
-    """Memory in which parts of tensors are sketched, piece by piece, allocated once."""
+    """Memory in which parts of tensors are sketched, segment by segment, allocated once."""
 
     def __init__(self) -> None:
-        self.values = np.empty(PIECE_NUMEL, dtype=np.float64)
+        self.values = np.empty(SEGMENT_NUMEL, dtype=np.float64)
         self._of: TensorSketch | None = None
         self._signs: NDArray[np.floating] = self.values
 
@@ -94,18 +94,18 @@ def add_span_(
 def _add_(sketch: TensorSketch, tensor: int, start: int, values: NDArray[np.floating], space: SketchWorkspace) -> float:
     """Add elements of a tensor from number ``start`` on; their sum of squares."""
     sketched, signs = sketch.values[tensor], space.signs(sketch, values.dtype)
-    first_piece, done, squares = int(sketch.first_piece[tensor]), 0, 0.0
+    first_segment, done, squares = int(sketch.first_segment[tensor]), 0, 0.0
     while done < len(values):
-        piece, offset = divmod(start + done, PIECE_NUMEL)
-        part = values[done : done + PIECE_NUMEL - offset]
-        place = int(sketch.draws[first_piece + piece, 0]) + offset
+        segment, offset = divmod(start + done, SEGMENT_NUMEL)
+        part = values[done : done + SEGMENT_NUMEL - offset]
+        place = int(sketch.draws[first_segment + segment, 0]) + offset
         row, first = divmod(offset, WIDTH)
         rows, end = -(-(first + len(part)) // WIDTH), first + len(part)
         matrix = space.values[: rows * WIDTH]
         matrix[:first] = 0.0
         np.multiply(part, signs[place : place + len(part)], out=matrix[first:end])
         matrix[end:] = 0.0
-        row += (first_piece + piece) * ROWS_PER_PIECE
+        row += (first_segment + segment) * ROWS_PER_SEGMENT
         row_signs = sketch.row_signs[row : row + rows].astype(np.float64)
         if len(part) <= SMALL_NUMEL:
             total = sketched.numpy()

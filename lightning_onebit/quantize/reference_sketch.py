@@ -8,8 +8,8 @@ from torch import Tensor
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.tensor_sketch import (
-    PIECE_NUMEL,
-    ROWS_PER_PIECE,
+    SEGMENT_NUMEL,
+    ROWS_PER_SEGMENT,
     SQUARE_BITS,
     VALUE_BITS,
     WIDTH,
@@ -47,10 +47,10 @@ def sketch_tensors_(memory: BucketMemory, index: int, step: StepInputs, sketch: 
     eps, kappa = n.eps[p], n.kappa[p]  # type: ignore[index]
     a = torch.where(live, gradient / torch.where(live, rms + eps, 1.0), 0.0).clamp(-kappa, kappa)
 
-    piece = torch.where(exists, sketch.first_piece_on_device[p] + place // PIECE_NUMEL, 0)
-    draws, row = sketch.draws_on_device, place // WIDTH % ROWS_PER_PIECE
-    signs = sketch.signs[draws[piece, 0] + place % PIECE_NUMEL].long()
-    row_signs = (draws[piece, 1 + row // 64] >> row % 64) % 2 * 2 - 1
+    segment = torch.where(exists, sketch.first_segment_on_device[p] + place // SEGMENT_NUMEL, 0)
+    draws, row = sketch.draws_on_device, place // WIDTH % ROWS_PER_SEGMENT
+    signs = sketch.signs[draws[segment, 0] + place % SEGMENT_NUMEL].long()
+    row_signs = (draws[segment, 1 + row // 64] >> row % 64) % 2 * 2 - 1
     fixed = (a * 2.0**VALUE_BITS).long()
     sketch.values.view(-1).index_add_(0, p * WIDTH + place % WIDTH, fixed * signs * row_signs)
 

@@ -6,11 +6,11 @@ norm estimates that of the vector without bias. The relative standard deviation 
 large is spread over the buckets, which a period of 251 elements alone can prevent. Up to 251 elements it is exact. See also
 :mod:`lightning_onebit.engine.clipping`, which sketches all tensors as one.
 
-**Signs.** Element P of a tensor goes to bucket P mod 251. It lies in row P div 251, and in piece P div 64256, 256 rows. At
-offset o in its piece, it has the sign ``signs[shift + o] row_sign``. All tensors share one table of signs; the shift and the
-signs of the rows are drawn for each piece from (seed, key of the tensor, piece). Without the latter, products of signs would
-repeat from piece to piece, where these overlap in the table. All of it is integer arithmetic (splitmix64: Steele, Lea and
-Flood, 2014), the same on every device.
+**Signs.** Element P of a tensor goes to bucket P mod 251. It lies in row P div 251, and in segment P div 64256, 256 rows. At
+offset o in its segment, it has the sign ``signs[shift + o] row_sign``. All tensors share one table of signs; the shift and
+the signs of the rows are drawn for each segment from (seed, key of the tensor, segment). Without the latter, products of
+signs would repeat from segment to segment, where these overlap in the table. All of it is integer arithmetic (splitmix64:
+Steele, Lea and Flood, 2014), the same on every device.
 
 **Sums** must not depend on the order of additions, as nobody knows it on a GPU. There, and in the reference, they are
 integers: of ``a 2^36``, truncated, so that only what is smaller than 2^-13 loses bits, and a bucket may hold up to 2^27.
@@ -32,15 +32,15 @@ from lightning_onebit.flat import send_
 
 WIDTH = 251
 """Buckets of one tensor. A prime: what is large in the same columns of many rows does not meet in the same few buckets."""
-ROWS_PER_PIECE = 256
-PIECE_NUMEL = ROWS_PER_PIECE * WIDTH
-"""Elements that share a table of signs, each piece from a random place in it on."""
+ROWS_PER_SEGMENT = 256
+SEGMENT_NUMEL = ROWS_PER_SEGMENT * WIDTH
+"""Elements that share a table of signs, each segment from a random place in it on."""
 VALUE_BITS = 36
 """Of the fraction of a fixed-point value."""
 SQUARE_BITS = 38
 """Of the fraction of a sum of squares."""
-WORDS_PER_PIECE = ROWS_PER_PIECE // 64
-DRAWS_PER_PIECE = 1 + WORDS_PER_PIECE
+WORDS_PER_SEGMENT = ROWS_PER_SEGMENT // 64
+DRAWS_PER_SEGMENT = 1 + WORDS_PER_SEGMENT
 SUMS = 4
 """Of a tensor: sum of a^2, its whole part; its fraction; elements that take part; those that are clamped."""
 
@@ -68,18 +68,18 @@ class TensorSketch:
         """``[tensors, 251]``; int64: in units of 2^-36."""
         self.sums = self.numbers[tensors * WIDTH :].view(SUMS, tensors)
         """``[4, tensors]``: see :data:`SUMS`."""
-        self.sign_table = random_signs(seed, 2 * PIECE_NUMEL)
-        self.first_piece, self.draws = draw_pieces(seed, keys, self.numels)
+        self.sign_table = random_signs(seed, 2 * SEGMENT_NUMEL)
+        self.first_segment, self.draws = draw_segments(seed, keys, self.numels)
         self.signs = torch.empty(len(self.sign_table), dtype=torch.int8, device=device)
         """The table, int8 ``[2 * 64256]``."""
         send_(self.signs, self.sign_table)
         sent = torch.empty(tensors + self.draws.size, dtype=torch.int64, device=device)
-        send_(sent, np.concatenate([self.first_piece, self.draws.ravel()]))
-        self.first_piece_on_device, self.draws_on_device = sent[:tensors], sent[tensors:].view(-1, DRAWS_PER_PIECE)
+        send_(sent, np.concatenate([self.first_segment, self.draws.ravel()]))
+        self.first_segment_on_device, self.draws_on_device = sent[:tensors], sent[tensors:].view(-1, DRAWS_PER_SEGMENT)
 
     @cached_property
     def row_signs(self) -> NDArray[np.int8]:
-        """Of all rows of all pieces, +1 or -1, ``[256 pieces]``."""
+        """Of all rows of all segments, +1 or -1, ``[256 segments]``."""
         return _signs_of(np.ascontiguousarray(self.draws[:, 1:]).view(np.uint64).ravel())
 
     def squares(self) -> Tensor:
@@ -115,20 +115,20 @@ def used_columns(numels: Sequence[int], device: torch.device) -> Tensor:
     return columns
 
 
-def draw_pieces(seed: int, keys: Sequence[int], numels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What is drawn for the pieces of all tensors.
+def draw_segments(seed: int, keys: Sequence[int], numels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What is drawn for the segments of all tensors.
 
     Returns:
-        By tensor, the number of its first piece, ``[tensors]``. By piece, its shift, and 4 words of 64 bits, one for each
-        row, lowest first: set where the sign is +1; ``[pieces, 5]``.
+        By tensor, the number of its first segment, ``[tensors]``. By segment, its shift, and 4 words of 64 bits, one for
+        each row, lowest first: set where the sign is +1; ``[segments, 5]``.
     """
-    pieces = -(-numels // PIECE_NUMEL)
-    first = np.cumsum(pieces) - pieces
-    piece = np.arange(int(pieces.sum())) - np.repeat(first, pieces)
+    segments = -(-numels // SEGMENT_NUMEL)
+    first = np.cumsum(segments) - segments
+    segment = np.arange(int(segments.sum())) - np.repeat(first, segments)
     of_key = splitmix64(np.asarray(keys, dtype=np.int64).astype(np.uint64) ^ splitmix64(np.uint64(seed)))
-    number = splitmix64(piece.astype(np.uint64) ^ np.repeat(of_key, pieces))
-    words = (splitmix64(number ^ np.uint64(1 + word)) for word in range(WORDS_PER_PIECE))
-    draws = np.stack([number % np.uint64(PIECE_NUMEL), *words], axis=1)
+    number = splitmix64(segment.astype(np.uint64) ^ np.repeat(of_key, segments))
+    words = (splitmix64(number ^ np.uint64(1 + word)) for word in range(WORDS_PER_SEGMENT))
+    draws = np.stack([number % np.uint64(SEGMENT_NUMEL), *words], axis=1)
     return first, draws.view(np.int64)
 
 

@@ -37,8 +37,8 @@ WIDTH = tl.constexpr(tensor_sketch.WIDTH)
 COLUMNS = tl.constexpr(triton.next_power_of_2(tensor_sketch.WIDTH))
 ROWS = tl.constexpr(8)
 """Of a tile, which has as many elements as the tile of a block of 2048."""
-ROWS_PER_PIECE = tl.constexpr(tensor_sketch.ROWS_PER_PIECE)
-DRAWS_PER_PIECE = tl.constexpr(tensor_sketch.DRAWS_PER_PIECE)
+ROWS_PER_SEGMENT = tl.constexpr(tensor_sketch.ROWS_PER_SEGMENT)
+DRAWS_PER_SEGMENT = tl.constexpr(tensor_sketch.DRAWS_PER_SEGMENT)
 VALUE_UNITS = tl.constexpr(2.0**tensor_sketch.VALUE_BITS)
 SQUARE_UNITS = tl.constexpr(2.0**tensor_sketch.SQUARE_BITS)
 BLOCKS_PER_PROGRAM = 8
@@ -55,7 +55,7 @@ def sketch_tensors_(memory: BucketMemory, index: int, step: StepInputs, sketch: 
         _sketch_tensors_kernel, -(-(last - first) // BLOCKS_PER_PROGRAM), memory,
         tables.blocks, tables.addresses, tables.numbers, step.flags, step.share_gradients.get(index),
         memory.rms, memory.rms_code, memory.rms_scale,
-        sketch.values, sketch.sums, sketch.signs, sketch.first_piece_on_device, sketch.draws_on_device,
+        sketch.values, sketch.sums, sketch.signs, sketch.first_segment_on_device, sketch.draws_on_device,
         first, last, memory.share_flat.start, len(sketch.numels), BLOCKS_PER_PROGRAM,
         PARAM_DTYPE=param_dtype(tables, step), ERROR_DTYPE=TRITON_DTYPES[memory.dtype],
     )  # fmt: skip
@@ -63,7 +63,7 @@ def sketch_tensors_(memory: BucketMemory, index: int, step: StepInputs, sketch: 
 
 @block_kernel(("first_block", "last_block", "share_start", "tensors", "blocks_per_program"))
 def _sketch_tensors_kernel(
-    blocks, addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, values, sums, signs, first_piece, draws,
+    blocks, addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, values, sums, signs, first_segment, draws,
     first_block, last_block, share_start, tensors, blocks_per_program,
     PARAM_DTYPE: tl.constexpr, ERROR_DTYPE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _sketch_tensors_kernel(
         row = blocks + block * BLOCK_COLUMNS
         parameter = tl.load(row + PARAMETER)
         sketch += _sketch_of_block(
-            addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, sums, signs, first_piece, draws,
+            addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, sums, signs, first_segment, draws,
             share_start, tensors, block, row, parameter, column, PARAM_DTYPE, ERROR_DTYPE,
         )  # fmt: skip
         next_row = blocks + tl.minimum(block + 1, last - 1) * BLOCK_COLUMNS
@@ -87,7 +87,7 @@ def _sketch_tensors_kernel(
 
 @triton.jit
 def _sketch_of_block(
-    addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, sums, signs, first_piece, draws,
+    addresses, numbers, flags, share_gradient, rms, rms_code, rms_scale, sums, signs, first_segment, draws,
     share_start, tensors, block, row, parameter, column, PARAM_DTYPE: tl.constexpr, ERROR_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A block's own sketch, int64 ``[COLUMNS]``; its sums are added to those of its tensor."""
@@ -124,12 +124,12 @@ def _sketch_of_block(
             a = tl.where(a == a, a, 0.0)  # a step with NaN does not count
 
             vector_row = first_row + row_here
-            piece = vector_row // ROWS_PER_PIECE
-            row_of_piece = vector_row - piece * ROWS_PER_PIECE
-            draw = draws + (tl.load(first_piece + parameter) + piece) * DRAWS_PER_PIECE
+            segment = vector_row // ROWS_PER_SEGMENT
+            row_of_segment = vector_row - segment * ROWS_PER_SEGMENT
+            draw = draws + (tl.load(first_segment + parameter) + segment) * DRAWS_PER_SEGMENT
             is_there = row_here * WIDTH - lead < numel
-            place = tl.load(draw, mask=is_there, other=0) + row_of_piece * WIDTH
-            row_bit = (tl.load(draw + 1 + row_of_piece // 64, mask=is_there, other=0) >> (row_of_piece % 64)) & 1
+            place = tl.load(draw, mask=is_there, other=0) + row_of_segment * WIDTH
+            row_bit = (tl.load(draw + 1 + row_of_segment // 64, mask=is_there, other=0) >> (row_of_segment % 64)) & 1
             sign = tl.load(signs + place[:, None] + column[None, :], mask=exists, other=0).to(tl.int64)
             sign *= (row_bit * 2 - 1)[:, None]
             sketch += tl.sum((a * VALUE_UNITS).to(tl.int64) * sign, axis=0)

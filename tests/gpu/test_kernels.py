@@ -35,7 +35,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.clipping import NormSketch
 from lightning_onebit.flat import flat_view
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
-from lightning_onebit.quantize.tensor_sketch import PIECE_NUMEL, TensorSketch
+from lightning_onebit.quantize.tensor_sketch import SEGMENT_NUMEL, TensorSketch
 
 pytest.importorskip("triton")
 from interpreter import patch_once
@@ -816,8 +816,8 @@ def test_sketches_of_tensors_with_d_as_it_is():
     assert_same_sketch(*(sketched([(0, memory)], step, device=device) for device in ("here", "reference")))
 
 
-def test_sketches_of_tensors_reach_beyond_a_piece():
-    numels = [2 * PIECE_NUMEL + 77, 30]
+def test_sketches_of_tensors_reach_beyond_a_segment():
+    numels = [2 * SEGMENT_NUMEL + 77, 30]
     [layout] = random_layouts(numels, block_size=16384)
     memory = random_memory(layout, masked=True, renews=True)
     assert_same_sketch(*(sketched([(0, memory)], random_step(numels), device=device) for device in ("here", "reference")))

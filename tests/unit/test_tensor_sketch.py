@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from lightning_onebit.quantize.cpu import CpuKernels
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.quantize.tensor_sketch import (
-    PIECE_NUMEL,
+    SEGMENT_NUMEL,
     VALUE_BITS,
     WIDTH,
     TensorSketch,
-    draw_pieces,
+    draw_segments,
     random_signs,
     splitmix64,
     used_columns,
@@ -75,13 +75,13 @@ def estimate(sketches):
 def test_what_is_drawn_is_written_down():
     """Known numbers of splitmix64 from its first state on (Vigna's code: seed 0 gives 0xe220a8397b1dcdaf)."""
     assert splitmix64(np.uint64(0)).tolist() == [0xE220A8397B1DCDAF]
-    numels = np.array([0, 1, PIECE_NUMEL, PIECE_NUMEL + 1])
-    first, draws = draw_pieces(5, [0, 0, 1, PIECE_NUMEL + 1], numels)
+    numels = np.array([0, 1, SEGMENT_NUMEL, SEGMENT_NUMEL + 1])
+    first, draws = draw_segments(5, [0, 0, 1, SEGMENT_NUMEL + 1], numels)
     assert first.tolist() == [0, 0, 1, 2]
     assert len(draws) == 4
-    assert ((draws[:, 0] >= 0) & (draws[:, 0] < PIECE_NUMEL)).all()
+    assert ((draws[:, 0] >= 0) & (draws[:, 0] < SEGMENT_NUMEL)).all()
     assert len(np.unique(draws[:, 1:])) == draws[:, 1:].size
-    alone = draw_pieces(5, [PIECE_NUMEL + 1], numels[3:])[1]
+    alone = draw_segments(5, [SEGMENT_NUMEL + 1], numels[3:])[1]
     assert alone.tolist() == draws[2:].tolist()
 
 
@@ -102,8 +102,8 @@ VECTORS = {
     "heavy tail": randn(20 * WIDTH, 2, torch.float32).pow(3),
     "all alike": torch.ones(20 * WIDTH),
     "the same column of rows of 256": torch.eye(256)[3].repeat(300) + 1e-3,
-    "two pieces": torch.ones(2 * PIECE_NUMEL + 77),
-    "pieces that are alike": randn(PIECE_NUMEL, 5, torch.float32).repeat(2),
+    "two segments": torch.ones(2 * SEGMENT_NUMEL + 77),
+    "segments that are alike": randn(SEGMENT_NUMEL, 5, torch.float32).repeat(2),
 }
 
 
