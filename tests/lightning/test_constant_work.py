@@ -137,6 +137,7 @@ def test_unseen_elements_cost_the_same_in_any_number_of_tensors(monkeypatch, few
     assert few.counts()["launch"] <= fewest.counts()["launch"] + 12 * BUCKETS
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # kernels that do nothing leave memory as it was
 def test_a_batch_with_sketch_and_refresh_costs_the_same_in_any_number_of_tensors_groups_and_ranks(monkeypatch, fewest):
     """Step 4 is both sketched and refreshed."""
     few, many = (
