@@ -11,8 +11,8 @@ to go on bit for bit is in two places:
   of late coordinates where D is never renewed, and gradients that wait for a step. No rank ever holds those of another.
 
 With as many ranks as before, everyone goes on where it stopped. Otherwise the means of the worker errors and of the second
-moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and everyone
-looks for the server errors of its chunks. A part that cannot be used is one warning: its errors start at zero, its second
+moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and all
+look for the server errors of their chunks. A part that cannot be used is one warning: its errors start at zero, its second
 moment as v of the last refresh. A run may go on with another ``variance_refresh``: then v_i begins so as well.
 """
 

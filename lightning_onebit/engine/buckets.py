@@ -414,7 +414,7 @@ class Buckets:
                 self._add_(_residual, residuals)
 
     def complete_second_moments_(self) -> None:
-        """Where an earlier run told no v_i, it begins as v. Where it did, none is 0 that takes part: a refresh sees to that."""
+        """Where an earlier run told no v_i, it begins as v. Where it did, none that takes part is 0."""
         if not self.renews:
             return
         corrections = self.bias_corrections()

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from model import RenewedAdamModel
-from nodes import on_nodes
 from sklearn.datasets import load_digits
-from thread_ranks import exchange_groups, run_threads
+from thread_ranks import run_threads
 from torch import nn
 
 from lightning_onebit.config import CompressionConfig
@@ -178,7 +177,7 @@ class Vit(nn.Module):
         self.patches = nn.Linear(4, 24)
         self.places = nn.Parameter(noise((16, 24), 1).float() * 0.02)
         layer = nn.TransformerEncoderLayer(24, 4, 48, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(24, 10)
 
     def forward(self, images):
@@ -223,7 +222,7 @@ def words():
     return batch
 
 
-def v_against_true(make_model, batch, ranks, steps, *, beta2=0.99, warmup_steps=20, **config):
+def v_against_true(make_model, batch, ranks, steps, *, beta2=0.999, warmup_steps=20, **config):
     """sqrt(v / v_true) of all coordinates where v_true is not 0, and the loss over the last steps."""
 
     def fn(communicator):
@@ -258,3 +257,46 @@ def v_against_true(make_model, batch, ranks, steps, *, beta2=0.99, warmup_steps=
 
     lock = threading.Lock()
     return run_threads(ranks, fn, timeout=110)[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "median", "three_quarters"), [(4, 200, 0.08, 0.15), (16, 80, 0.12, 0.25)], ids=["4", "16"]
+)
+@pytest.mark.parametrize(("make_model", "make_data"), [(Vit, digits), (Words, words)], ids=["vit", "rare rows"])
+def test_v_is_near_that_of_the_mean_gradient(make_model, make_data, ranks, steps, median, three_quarters):
+    """Of all coordinates: off by so much in the median, and by so much at most for three quarters of them. (Seen with 4
+    ranks: 2.3 and 1.8%, 8.7 and 6.3%; with r = 1 about 2x, with r = 1 / n about half where ranks have much in common.)"""
+    ratio, loss = v_against_true(make_model, make_data(), ranks, steps, variance_refresh="auto")
+    assert abs(ratio.median() - 1) <= median
+    assert (ratio - 1).abs().quantile(0.75) <= three_quarters
+    assert math.isfinite(loss)
+
+
+def test_half_of_a_block_changes_its_scale():
+    """Becomes 4x smaller, or larger. The rounding must not stick: 2,900 steps later sqrt(v) is that of the new gradients,
+    within 10% on both halves. Gradients are of one size and of either sign on each of two ranks, so v is known."""
+    steps, change, numel, beta2 = 3000, 100, 64, 0.99
+    size = torch.ones(2, numel)
+    size[:, numel // 2 :] = torch.tensor([[0.25], [4.0]])
+
+    def fn(communicator):
+        params = [nn.Parameter(torch.zeros(numel)) for _ in size]
+        optimizer = torch.optim.Adam(params, lr=1e-6, betas=(0.9, beta2))
+        for p in params:
+            p.grad = torch.full((numel,), 0.5**0.5)
+        for _ in range(20):
+            optimizer.step()
+        config = CompressionConfig(variance_refresh="auto", block_size=numel)
+        compressed = CompressedOptimizer(optimizer, config, communicator, {})
+        generator = torch.Generator().manual_seed(communicator.rank)
+        for step in range(steps):
+            signs = torch.randint(0, 2, size.shape, generator=generator).mul_(2).sub_(1)
+            for p, g in zip(params, signs * size if step >= change else signs.float(), strict=True):
+                p.grad = g
+            compressed.step()
+        state = optimizer.state_dict()["state"]
+        return torch.stack([(2 * state[i]["exp_avg_sq"]).sqrt() / size[i] for i in range(len(size))])
+
+    first, second = run_threads(2, fn, timeout=110)
+    assert torch.equal(first, second)
+    assert first.sub(1).abs().max() <= 0.1, first
