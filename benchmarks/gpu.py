@@ -97,6 +97,7 @@ def comparison(device: Any) -> dict[str, Any]:
                 run_step(kernels(scale=scale, space=space), *pairs[-1], early=early)
             if renews:
                 compare_refreshes(layout, settings, device)
+                compare_sketches(layout, settings, step, device)
             case = f"{dtype} {block_size} {scale} {space} early={early} masked={masked} ranks={chunks}"
             try:
                 assert_same(*pairs)
@@ -122,6 +123,28 @@ def compare_refreshes(layout: Any, settings: dict[str, Any], device: Any) -> Non
     for ours, expected in zip(*outcomes, strict=True):
         for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
             assert_same_bits(getattr(ours, name), getattr(expected, name), name)
+
+
+def compare_sketches(layout: Any, settings: dict[str, Any], step: Any, device: Any) -> None:
+    """Of a bucket, to which its programs add in any order."""
+    from buckets import CPU, assert_same_bits, copy_of_memory, copy_of_step, random_memory
+
+    from lightning_onebit.quantize.reference import ReferenceKernels
+    from lightning_onebit.quantize.tensor_sketch import TensorSketch
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    numels, outcomes = [p.numel() for p in step.params], []
+    for kernels, where in ((TritonKernels(), device), (TritonKernels(), device), (ReferenceKernels(), CPU)):
+        sketch = TensorSketch(7, range(len(numels)), numels, dtype=kernels.sketch_dtype, device=where)
+        memory = copy_of_memory(random_memory(layout, **settings), where)
+        kernels.sketch_tensors_(memory, 0, copy_of_step(step, where), sketch)
+        outcomes.append(sketch)
+    ours, again, expected = outcomes
+    assert_same_bits(ours.numbers, again.numbers, "sketch, once more")
+    assert_same_bits(ours.values, expected.values, "sketch")
+    assert_same_bits(ours.sums[2:], expected.sums[2:], "counts of the sketch")
+    difference = (ours.squares().cpu() - expected.squares()).abs() / expected.squares().clamp_(min=1e-9)
+    assert float(difference.max()) < 1e-9, difference
 
 
 def check(device: Any) -> dict[str, Any]:
@@ -431,6 +454,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     import numpy as np
     import torch
 
+    from lightning_onebit.quantize.tensor_sketch import TensorSketch
     from lightning_onebit.quantize.triton import TritonKernels
     from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_
 
@@ -449,6 +473,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     for codes in (refresh.received, refresh.result):
         codes.fill_(0x3F)
     code, code_message = numel, refresh.wire.chunk_nbytes
+    sketch = TensorSketch(0, places.tolist(), numels, dtype=kernels.sketch_dtype, device=device)
     return {
         "encode, renewed": (encode - tensor + code, lambda: kernels.encode_(renewing, 0, step, commit=False)),
         "apply, renewed": (late + tensor + code, lambda: kernels.apply_(renewing, 0, step, commit=True)),
@@ -458,6 +483,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
             lambda: kernels.serve_variance_(renewing, refresh),
         ),
         "apply_variance": (2 * tensor + 3 * code, lambda: kernels.apply_variance_(renewing, refresh, correction)),
+        "sketch_tensors": (tensor + code, lambda: kernels.sketch_tensors_(renewing, 0, step, sketch)),
         "encode": (encode, lambda: kernels.encode_(memory, 0, step, commit=False)),
         "encode at once": (encode + tensor, lambda: kernels.encode_(memory, 0, step, commit=True)),
         "serve": (serve, lambda: kernels.serve_(memory, step, commit=False)),

@@ -88,6 +88,10 @@ class Communicator:
         """Elementwise maximum over the ranks, in place."""
         self._all_reduce_(tensor, dist.ReduceOp.MAX)
 
+    def all_reduce_sum_(self, tensor: Tensor) -> None:
+        """Elementwise sum over the ranks, in place. Of integers: exact."""
+        self._all_reduce_(tensor, dist.ReduceOp.SUM)
+
     def all_reduce_mean_(self, tensor: Tensor, *, dtype: torch.dtype | None = None) -> None:
         """Elementwise mean over the ranks, in place; bitwise what DDP computes (it scales first, then sums).
 
@@ -102,10 +106,15 @@ class Communicator:
         if message is not tensor:
             tensor.copy_(message)
 
-    def ordered_mean(self, values: Tensor) -> Tensor:
+    def ordered_mean(self, values: Tensor, add: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
         """Elementwise mean over the ranks, ``[numel]``, a new tensor: the same bits wherever an element lies in ``values``.
 
         A library's sum depends on the place in the message. Here every rank adds up its part in the order of the ranks.
+
+        Args:
+            values: ``[numel]``.
+            add: ``add(out, parts)`` with ``out = sum_r parts[r]``, in the order of r, in one launch. torch takes one
+                for each rank.
         """
         n, numel = self.world_size, values.numel()
         if n == 1 or not numel:
@@ -115,11 +124,15 @@ class Communicator:
         sent[:numel] = values
         received = torch.empty_like(sent)
         self.all_to_all_(received, sent.mul_(1.0 / n))
-        first, *others = received.view(n, size)
-        for other in others:
-            first.add_(other)
+        total, parts = values.new_empty(size), received.view(n, size)
+        if add is not None:
+            add(total, parts)
+        else:
+            total.copy_(parts[0])
+            for part in parts[1:]:
+                total.add_(part)
         gathered = torch.empty_like(sent)
-        self.all_gather_(gathered, first.clone())
+        self.all_gather_(gathered, total)
         return gathered[:numel]
 
     def all_reduce_mean_future(self, tensor: Tensor, *, dtype: torch.dtype | None = None) -> torch.futures.Future[Tensor]:

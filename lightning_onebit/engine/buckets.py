@@ -29,8 +29,6 @@ from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
-CACHE_NUMEL = 65536
-
 
 @dataclass(frozen=True)
 class Part:
@@ -70,23 +68,6 @@ class Part:
     def of_bits(self, mask: Tensor) -> Tensor:
         """The bytes of these elements in a mask of the whole bucket."""
         return mask[self.flat // BITS_PER_BYTE :][: sign_nbytes(self.numel)]
-
-    def cut(self) -> Iterator[Part]:
-        """The same in pieces that fit in cache, cut in places that do not depend on how the parameter is cut into parts."""
-        size = max(1, CACHE_NUMEL // self.memory.layout.block_size)
-        first_of_parameter = self.blocks[0] - self.start // self.memory.layout.block_size
-        layout, first = self.memory.layout, self.blocks[0]
-        while first < self.blocks[1]:
-            last = min(self.blocks[1], first + size - (first - first_of_parameter) % size)
-            yield Part(
-                memory=self.memory,
-                parameter=self.parameter,
-                blocks=(first, last),
-                start=int(layout.start[first]),
-                numel=int(layout.numel[first:last].sum()),
-                flat=int(layout.offset[first]),
-            )
-            first = last
 
     @property
     def rms(self) -> Tensor:
@@ -248,10 +229,6 @@ class Buckets:
         # A parameter that has made no step has v = 0, whatever it is multiplied by.
         return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(self.steps, 1))
 
-    def is_in_share(self, part: Part) -> bool:
-        """Whether this rank compresses a part."""
-        return part.of_share(part.memory.error) is not None
-
     def _set_momentum_(self, error: Tensor, part: Part, momentum: Tensor, group: Mapping[str, Any]) -> None:
         error.copy_(momentum)
         memory, step = part.memory, int(self.steps[part.parameter])
@@ -269,13 +246,20 @@ class Buckets:
         """Whether values are divided by D before they are quantized; a single rank decides so for itself."""
         return self.config.space == "update" or not self.is_quantized
 
-    def note_live_(self, memory: BucketMemory) -> None:
-        """Elements with a second moment take part."""
-        exists = torch.from_numpy(memory.layout.exists).to(self.device)
+    def note_live_(self, memory: BucketMemory, *, waits: bool = True) -> None:
+        """Elements with a second moment take part.
+
+        Args:
+            memory: the bucket.
+            waits: whether the device may be waited for, to see whether all do; without, there is a mask in any case.
+        """
         rms = memory.rms if memory.rms_code is None else memory.rms_code
         assert rms is not None
         live = rms != 0
-        memory.live = None if bool((live | ~exists).all()) else pack_bits(live)
+        if waits and bool((live | ~torch.from_numpy(memory.layout.exists).to(self.device)).all()):
+            memory.live = None
+        else:
+            memory.live = pack_bits(live)
 
     def note_average_(self, index: int, active: np.ndarray[Any, Any] | None) -> None:
         """There is a new average: note which elements took part in it. Parameters that sat out keep theirs."""

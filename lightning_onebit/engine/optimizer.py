@@ -17,7 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -200,16 +202,18 @@ class CompressedOptimizer:
             outcome = None if self._waits_last else self._read(words)
         while self._sent:
             self._finish_(*self._sent.popleft())
+        estimates: dict[ParameterSet, Tensor] = {}
         if outcome is None:
-            outcome = self._read(words)
-        self._end_step_(outcome)
+            estimates = self._estimate()
+            outcome = self._read(words, list(estimates.values()))
+        self._end_step_(outcome, dict(zip(estimates, outcome.beside, strict=True)))
         self._refuse(changed)
         return outcome.counts
 
-    def _read(self, words: Tensor) -> Outcome:
+    def _read(self, words: Tensor, beside: Sequence[Tensor] = ()) -> Outcome:
         """Wait for what the ranks have told each other; if they disagree, nothing of the step remains."""
         try:
-            return self.agreement.read(words)
+            return self.agreement.read(words, beside)
         except RanksDisagree:
             while self._sent:
                 self._sent.popleft()[2].wait()
@@ -248,7 +252,17 @@ class CompressedOptimizer:
             memory, step = each.buckets.memories[index], each.step_inputs(self._groups.topology.num_nodes)
             each.buckets.kernels.apply_(memory, index, step, commit=self._commits_late)
 
-    def _end_step_(self, outcome: Outcome) -> None:
+    def _estimate(self) -> dict[ParameterSet, Tensor]:
+        """Launch what second moments need to know of the step, by which nothing changes yet: it is read when all is."""
+        number, estimates = self._steps + 1, {}
+        with record_function("onebit::sketch"), self.communicator.counters.counting_sketches():
+            for each in self._sets:
+                estimate = each.estimate(number)
+                if estimate is not None:
+                    estimates[each] = estimate
+        return estimates
+
+    def _end_step_(self, outcome: Outcome, learned: Mapping[ParameterSet, NDArray[np.float32]]) -> None:
         """Count the step, or take it back; renew second moments, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
@@ -259,20 +273,27 @@ class CompressedOptimizer:
         for each in self._sets:
             each.set_active_(outcome, self._params)
         if outcome.counts:
-            self._renew_(has_news=outcome.has_news)
+            self._renew_(learned, has_news=outcome.has_news)
             self._forget_step_()
             self.agreement.forget_nonfinite()
         else:
             self._take_back_()
             self.agreement.note_nonfinite()
 
-    def _renew_(self, *, has_news: bool) -> None:
-        """Count the step, and let D follow the second moment where it is time: valid from the next step on."""
+    def _renew_(self, learned: Mapping[ParameterSet, NDArray[np.float32]], *, has_news: bool) -> None:
+        """Count the step, and let D follow the second moment where it is time: valid from the next step on.
+
+        Args:
+            learned: what has been estimated already, and brought to the host with the outcome.
+            has_news: whether some rank asks for a refresh.
+        """
         number, counters = self._steps + 1, self.communicator.counters
         late_is_due = has_news and self._is_late_refresh_due
         for each in self._sets:
             each.count_step_(late=self._commits_late)
-            if each.renewal is not None and each.renewal.is_sketch_due(number):
+            if each.renewal is not None and each in learned:
+                each.renewal.take_over_(learned[each])
+            elif each.renewal is not None and each.renewal.is_sketch_due(number):
                 with record_function("onebit::sketch"), counters.counting_sketches():
                     each.learn_(number)
             with record_function("onebit::refresh"), counters.counting_refreshes():

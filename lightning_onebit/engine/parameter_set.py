@@ -141,9 +141,19 @@ class ParameterSet:
         refresh_late_(self.late, self.buckets, groups, self._step, number=int(self.buckets.steps.max(initial=0)))
 
     def learn_(self, number: int) -> None:
-        """Learn from the gradients of step ``number``. Collective."""
+        """Learn from the gradients of step ``number``. Collective. Waits for the device."""
         if self.renewal is not None and self._step is not None:
             self.renewal.learn_(self._step, number)
+
+    def estimate(self, number: int) -> Tensor | None:
+        """What is to be learned from step ``number``, if it is time; not waited for. Collective.
+
+        Returns:
+            float32 ``[4, parameters]``: see :meth:`Renewal.estimate`.
+        """
+        if self.renewal is None or self._step is None or not self.renewal.is_sketch_due(number):
+            return None
+        return self.renewal.estimate(self._step, number)
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

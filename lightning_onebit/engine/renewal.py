@@ -14,8 +14,8 @@ r, one number per tensor, brings one rank's gradients to the scale of the mean's
     r = E ||mean_i a_i||^2 / E mean_i ||a_i||^2        in [1/n, 1]
 
 with the a_i of step 1: preconditioned and clamped, so that the few coordinates with large gradients, or with a tiny D, do
-not decide. Nobody has the mean: its norm is that of a sketch (:mod:`lightning_onebit.engine.sketch`). The same numbers tell
-how well D still fits: the mean square of the mean gradient over D, which is 1 where it does.
+not decide. Nobody has the mean: its norm is that of a sketch (:mod:`lightning_onebit.quantize.tensor_sketch`). The same
+numbers tell how well D still fits: the mean square of the mean gradient over D, which is 1 where it does.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from lightning_onebit.comm.compressed_allreduce import exchange_
 from lightning_onebit.comm.groups import ExchangeGroups
-from lightning_onebit.engine.buckets import Buckets, Part
-from lightning_onebit.engine.sketch import WIDTH, TensorSketches
+from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.quantize.memory import StepInputs
+from lightning_onebit.quantize.tensor_sketch import TensorSketch, used_columns
 
 SKETCH_STEPS = 16
 """Steps between estimates of r, after as many at every step."""
@@ -54,6 +54,7 @@ class Renewal:
         """By parameter: averages of ||mean_i a_i||^2, of mean_i ||a_i||^2, of the squared mean per element that takes part,
         of the share of clamped elements, and over how many estimates. Float32 numbers: the order in which buckets were
         added up is not in them. The same on all ranks."""
+        self._columns: Tensor | None = None
 
     @property
     def root_r(self) -> NDArray[np.float64]:
@@ -73,47 +74,40 @@ class Renewal:
     def _is_empty(self) -> bool:
         return not self._buckets.memories
 
-    @torch.no_grad()
     def learn_(self, step: StepInputs, number: int) -> None:
-        """Estimate r from the gradients of a step, with the D that it used. Collective.
+        """Estimate r from the gradients of a step, with the D that it used. Collective. Waits for the device.
 
         Args:
             step: whose gradients are at hand.
             number: of the step, the seed of the sketches.
         """
-        buckets, groups = self._buckets, self._groups
-        sketches = TensorSketches(number, buckets.places, buckets.device)
-        # By parameter: sum of a_i^2; how many elements take part; how many are clamped.
-        sums = torch.zeros(3, len(buckets.params), dtype=torch.float64, device=buckets.device)
-        for index, parts in enumerate(buckets.parts):
-            for part in parts:
-                self._add_(sketches, sums, index, part, step)
-        widths = [min(WIDTH, p.numel()) for p in buckets.params]
-        message = torch.cat([*(row[:width] for row, width in zip(sketches.values, widths, strict=True)), sums.view(-1)])
-        # Sums over the shares of a node, means over nodes. Rounded in between: what is in which share cannot be seen.
-        if groups.node is not None:
-            message = groups.node.ordered_mean(message).mul_(groups.node.world_size)
-        total = groups.peers.ordered_mean(message.float())
-        *rows, sums_of_all = total.double().cpu().split([*widths, sums.numel()])
-        of_mean = torch.stack([row.square().sum() for row in rows]).numpy() if rows else np.zeros(0)
-        self._average_(of_mean, *sums_of_all.view(3, -1).numpy())
+        self.take_over_(self.estimate(step, number).cpu().numpy())
 
-    def _add_(self, sketches: TensorSketches, sums: Tensor, index: int, part: Part, step: StepInputs) -> None:
-        """Add a_i of a part of this rank's share, cut so that it fits in cache."""
-        memory, p = part.memory, part.parameter
-        shared, gradient = step.share_gradients.get(index), step.gradients[p]
-        if not self._buckets.is_in_share(part) or (shared is None and gradient is None):
-            return
-        c = step.coefficients(p)
-        for sub in part.cut():
-            g = sub.of_parameter(gradient) if shared is None else sub.of_share(shared)  # type: ignore[arg-type]
-            assert g is not None
-            rms = memory.decoded_rms(sub.blocks)[: sub.numel]
-            a = torch.where(rms > 0, g.to(rms.dtype) / (rms + c.eps), 0.0).clamp_(-c.kappa, c.kappa)
-            sketches.add_(p, sub.start, a)
-            sums[0, p] += a.double().square_().sum()
-            sums[1, p] += torch.count_nonzero(rms)
-            sums[2, p] += torch.count_nonzero(a.abs() >= c.kappa)
+    @torch.no_grad()
+    def estimate(self, step: StepInputs, number: int) -> Tensor:
+        """What :meth:`learn_` learns, not yet taken over. Collective. Does not wait for the device.
+
+        Returns:
+            By parameter, means over the ranks: ||mean_i a_i||^2; of ||a_i||^2; of how many elements take part; of how many
+            are clamped. float32 ``[4, parameters]``, on the device.
+        """
+        buckets, groups, kernels = self._buckets, self._groups, self._buckets.kernels
+        numels = [p.numel() for p in buckets.params]
+        sketch = TensorSketch(number, buckets.places, numels, dtype=kernels.sketch_dtype, device=buckets.device)
+        for index, memory in enumerate(buckets.memories):
+            kernels.sketch_tensors_(memory, index, step, sketch)
+        if groups.node is not None:  # sums over the node's shares, whose gradients are means over nodes
+            groups.node.all_reduce_sum_(sketch.numbers)
+        if self._columns is None:
+            self._columns = used_columns(numels, buckets.device)
+        add = None  # one launch for all ranks
+        if buckets.device_kernels is not None and buckets.memories:
+            add = partial(buckets.device_kernels.add_parts_, memory=buckets.memories[0])
+        return sketch.estimate(groups.peers.ordered_mean(sketch.message(self._columns), add), self._columns)
+
+    def take_over_(self, estimate: NDArray[np.float32]) -> None:
+        """Let the averages follow :meth:`estimate`, brought to the host."""
+        self._average_(*estimate.astype(np.float64))
 
     def _average_(
         self,
@@ -180,4 +174,4 @@ class Renewal:
                 kernels.encode_variance_(memory, messages, correction)
                 exchange_(messages, self._groups, partial(kernels.serve_variance_, memory, messages))
             kernels.apply_variance_(memory, messages, correction)
-            buckets.note_live_(memory)
+            buckets.note_live_(memory, waits=not kernels.reads_flags_on_device)

@@ -34,7 +34,6 @@ from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.engine.renewal import SKETCH_STEPS
-from lightning_onebit.engine.sketch import WIDTH
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
@@ -43,6 +42,7 @@ from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
+from lightning_onebit.quantize.tensor_sketch import WIDTH
 from lightning_onebit.refresh_schedule import longest_interval
 
 REPLACED_TOO_LATE = (

@@ -16,15 +16,19 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.cpu import CpuKernels
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 
 class Kernels(Protocol):
     """What every implementation offers; specified in :class:`~lightning_onebit.quantize.reference.ReferenceKernels`, and for
-    the second moment in :mod:`lightning_onebit.quantize.reference_variance`."""
+    the second moment in :mod:`lightning_onebit.quantize.reference_variance` and
+    :mod:`lightning_onebit.quantize.reference_sketch`."""
 
     name: str
     reads_flags_on_device: bool
     """Whether ``apply_`` looks up on the device whether the step counts, so that nobody has to wait for that."""
+    sketch_dtype: torch.dtype
+    """In what ``sketch_tensors_`` adds up: int64 for fixed point, or float64."""
 
     def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
 
@@ -37,6 +41,8 @@ class Kernels(Protocol):
     def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None: ...
 
     def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None: ...
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None: ...
 
 
 class DeviceKernels(Kernels, Protocol):

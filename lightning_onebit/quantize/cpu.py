@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
 from lightning_onebit.flat import all_finite
+from lightning_onebit.quantize.cpu_sketch import SketchWorkspace, add_span_
 from lightning_onebit.quantize.cpu_variance import (
     add_decoded_rms,
     apply_variance_,
@@ -41,6 +42,7 @@ from lightning_onebit.quantize.spans import (
     parts_of,
     span_views,
 )
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 from lightning_onebit.quantize.workspace import Memory, Workspace, scale_divisors
 
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
@@ -61,11 +63,13 @@ class CpuKernels:
 
     name = "cpu"
     reads_flags_on_device = False
+    sketch_dtype = torch.float64
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update", block_size: int, dtype: torch.dtype) -> None:
         self.scale: Scale = scale
         self.space = space
         self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
+        self._sketch_workspace = SketchWorkspace()
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
         self._mask_of_byte = BYTE_BITS.astype(self._real)
@@ -306,6 +310,15 @@ class CpuKernels:
         """As the reference."""
         assert messages is not None
         apply_variance_(memory, messages, correction, self._memory)
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """As the reference, in float64."""
+        for view in span_views(memory, memory.share):
+            for part in active_parts(memory, view, step, check=True):
+                work, is_mean = self._memory.cut(part.shape), index in step.share_gradients
+                if is_mean or any(step.gradients[p] is not None for p, _, _ in part.members):
+                    gradient = self._local_gradient(memory, index, part, step, work, work.values)
+                    add_span_(sketch, memory, part, step, gradient, work, self._sketch_workspace, gathered=is_mean)
 
     # The quantizer C
 

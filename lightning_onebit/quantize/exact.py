@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_onebit.quantize.logarithm import square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import unpack_bits
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 
 class ExactKernels:
@@ -19,6 +20,7 @@ class ExactKernels:
 
     name = "exact"
     reads_flags_on_device = False
+    sketch_dtype = torch.float64
 
     def __init__(self) -> None:
         self._before: dict[int, Tensor] = {}
@@ -66,6 +68,9 @@ class ExactKernels:
             torch.mul(memory.second_moment[flat], float(correction[p]), out=memory.rms[flat])
         largest = torch.finfo(memory.dtype).max
         square_root_(memory.rms.clamp_(max=largest), out=memory.rms)
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """A single rank has the mean itself."""
 
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
         """Step 6: ``x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)``."""

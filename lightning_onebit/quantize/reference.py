@@ -14,12 +14,14 @@ from torch import Tensor
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference_sketch import sketch_tensors_
 from lightning_onebit.quantize.reference_variance import (
     apply_variance_,
     encode_variance_,
     renew_second_moment_,
     serve_variance_,
 )
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -49,6 +51,7 @@ class ReferenceKernels:
     encode_variance_ = staticmethod(encode_variance_)
     serve_variance_ = staticmethod(serve_variance_)
     apply_variance_ = staticmethod(apply_variance_)
+    sketch_dtype = torch.int64
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
         self.scale: Scale = scale
@@ -184,6 +187,10 @@ class ReferenceKernels:
         active = step.is_active[torch.from_numpy(memory.layout.parameter)]
         signs = torch.where(active[memory.block_of(blocks)], signs, last_signs)
         self._write(memory, memory.result, 0, blocks, signs, torch.where(active, scales, last_scales))
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """See :func:`~lightning_onebit.quantize.reference_sketch.sketch_tensors_`."""
+        sketch_tensors_(memory, index, step, sketch, self._gradient(memory, index, step))
 
     # The quantizer C
 

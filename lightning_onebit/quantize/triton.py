@@ -7,6 +7,7 @@ waits for the GPU. See :mod:`lightning_onebit.quantize.triton_blocks` for what m
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +34,7 @@ from lightning_onebit.quantize.triton_blocks import (
     unpack,
 )
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
+from lightning_onebit.quantize.triton_sketch import sketch_tensors_
 from lightning_onebit.quantize.triton_tables import (
     BETA,
     BLOCK_COLUMNS,
@@ -85,6 +87,8 @@ class TritonKernels:
     encode_variance_ = staticmethod(encode_variance_)
     serve_variance_ = staticmethod(serve_variance_)
     apply_variance_ = staticmethod(apply_variance_)
+    sketch_dtype = torch.int64
+    sketch_tensors_ = staticmethod(sketch_tensors_)
     reads_flags_on_device = True
     gather_ = staticmethod(gather_)
     scale_ = staticmethod(scale_)

@@ -10,6 +10,7 @@ from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import SketchDraws, add_parts_, draw_sketch, gather_, scale_, sketch_
 
@@ -19,6 +20,7 @@ NUMELS = (2 * BLOCK_SIZE + 13, 5, 700)
 SKETCH_NUMEL, ROWS_PER_DRAW = 2048, 2
 SKETCH_TOLERANCE = 1e-4
 """The sketch alone is a sum in float32, in another order."""
+SQUARES_TOLERANCE = 1e-6
 
 
 class KernelMismatchError(RuntimeError):
@@ -67,6 +69,7 @@ def _compare_all(device: torch.device) -> None:
             _compare(name, what, one, other, device)
     _compare_gradients(memory, step, expected_step)
     _compare_variance(device)
+    _compare_sketches(device)
 
 
 def _compare_variance(device: torch.device) -> None:
@@ -97,6 +100,22 @@ def _compare_variance(device: torch.device) -> None:
             _compare(name, what, getattr(memory, what), getattr(expected, what), device)
         for what in ("sent", "served"):
             _compare(name, what, getattr(messages, what), getattr(expected_messages, what), device)
+
+
+def _compare_sketches(device: torch.device) -> None:
+    """Sketches of tensors: equal bit for bit, but for sums of squares, which are of float64."""
+    sketches = []
+    try:
+        for kernels, where in ((TritonKernels(), device), (ReferenceKernels(), CPU)):
+            sketch = TensorSketch(1, range(len(NUMELS)), NUMELS, dtype=torch.int64, device=where)
+            kernels.sketch_tensors_(_bucket(where, renews=True), 0, _step(where), sketch)
+            sketches.append(sketch)
+    except Exception as error:
+        raise KernelMismatchError(f"Triton's kernel 'sketch_tensors' fails on {device}: {error!r}") from error
+    one, other = sketches
+    _compare("sketch_tensors", "a sketch", one.values.flatten(), other.values.flatten(), device)
+    _compare("sketch_tensors", "a count", one.sums[2:].flatten(), other.sums[2:].flatten(), device)
+    _compare("sketch_tensors", "a sum of squares", one.squares(), other.squares(), device, SQUARES_TOLERANCE)
 
 
 def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: StepInputs) -> None:

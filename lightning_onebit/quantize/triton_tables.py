@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.flat import send_
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 
@@ -154,15 +155,6 @@ def tables_of(memory: BucketMemory) -> BucketTables:
 def is_aligned(flat: Tensor) -> bool:
     """Whether a flat tensor in the order of memory begins where the largest loads can begin."""
     return flat.data_ptr() % 16 == 0
-
-
-def send_(target: Tensor, values: NDArray[Any]) -> None:
-    """Copy an array into a tensor on the device, without waiting for it.
-
-    Pinned memory comes from torch's allocator, which hands it out again only after the copies that read it have ended.
-    """
-    source = torch.from_numpy(values)
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def param_dtype(tables: BucketTables, step: StepInputs) -> Any:

@@ -5,6 +5,7 @@ The expected results are those of the reference kernels, which commit at once, w
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from thread_ranks import exchange_groups, run_threads
@@ -78,10 +79,26 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
             for name in ("error", "server_error", "rms", "live", "live_before", "result"):
                 if getattr(memory, name) is not None:
                     state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
-            state[f"second moments {index} of {number}"] = each.late[index].second_moment
+            if each.late:
+                state[f"second moments {index} of {number}"] = each.late[index].second_moment
+        if each.renewal is not None:
+            state |= _renewed(number, each)
     if exchanger is not None:
         exchanger.close()
     return made, state, {i: dict(s) for i, s in optimizer.state_dict()["state"].items()}, norms
+
+
+def _renewed(number, each):
+    """What is kept of a set where D is renewed. Masks are compared by what they say: without a wait there is always one."""
+    state = {f"statistics of {number}": torch.from_numpy(each.renewal.statistics)}
+    for index, memory in enumerate(each.buckets.memories):
+        everything = torch.from_numpy(np.packbits(memory.layout.exists, bitorder="little"))
+        for name in ("rms_code", "rms_scale", "second_moment", "second_moment_residual"):
+            state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
+        for name in ("live", "live_before"):
+            mask = getattr(memory, name)
+            state[f"{name} of bucket {index} of set {number}"] = everything if mask is None else mask & everything
+    return state
 
 
 def same(actual, expected):
@@ -126,6 +143,42 @@ def test_late_commits_equal_early_ones_of_the_reference(monkeypatch, arguments):
     ((made, state, *_), _), _ = run_both(monkeypatch, 2, 3, **arguments)
     assert made == [True] * 3
     assert any("bucket 1" in name for name in state)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"local_world_size": 2},
+        {"dtypes": (torch.float32, torch.bfloat16, torch.float64)},
+        {"clip": 1.0, "late": True},
+    ],
+    ids=["flat", "nodes", "several", "clipped"],
+)
+def test_renewed_variance(monkeypatch, arguments):
+    """What is learned of the gradients is launched before the host knows whether the step counts, and used by the next one:
+    as when it is learned at the step's end. Steps that do not count teach nothing."""
+
+    def change(rank, step, params, optimizer):
+        if (rank, step) == (1, 3):
+            params[1].grad[0] = math.inf
+        if step == 5:
+            params[3].grad = None
+
+    world_size = 4 if arguments.get("local_world_size") == 2 else 2
+    config = {"variance_refresh": "auto"}
+    results = run_both(monkeypatch, world_size, 20, LateReferenceKernels, config=config, change=change, **arguments)
+    made, state, *_ = results[0][0]
+    assert made == [step != 3 for step in range(20)]
+    statistics = state["statistics of 0"]
+    assert statistics[:, 4].max() == 16
+    assert ((statistics[:, 0] > 0) & (statistics[:, 0] < statistics[:, 1])).all()
+    for other in results[0][1:]:
+        assert torch.equal(other[1]["statistics of 0"], statistics)
+
+
+def test_renewed_variance_by_interpreted_kernels(monkeypatch):
+    run_both(monkeypatch, 2, 3, config={"variance_refresh": "auto"}, dtypes=(torch.float32,))
 
 
 def test_nodes_average_first(monkeypatch):

@@ -35,12 +35,20 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.clipping import NormSketch
 from lightning_onebit.flat import flat_view
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
+from lightning_onebit.quantize.tensor_sketch import SEGMENT_NUMEL, TensorSketch
 
 pytest.importorskip("triton")
 from interpreter import patch_once
 from work_counter import NoKernel, replace_kernels
 
-from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables, triton_variance
+from lightning_onebit.quantize import (
+    make_kernels,
+    triton_check,
+    triton_gradients,
+    triton_sketch,
+    triton_tables,
+    triton_variance,
+)
 from lightning_onebit.quantize import triton as triton_kernels
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
@@ -648,16 +656,18 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_encode_variance_kernel",
         "_serve_variance_kernel",
         "_apply_variance_kernel",
+        "_sketch_tensors_kernel",
     }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", *VARIANCE_KERNELS],
+    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", "sketch_tensors", *VARIANCE_KERNELS],
 )
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
     module = triton_variance if name in VARIANCE_KERNELS else module
+    module = triton_sketch if name == "sketch_tensors" else module
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
     for _ in range(2):  # the verdict is kept
         with pytest.raises(triton_check.KernelMismatchError, match=f"Triton's kernel '{name}' .* on {DEVICE}"):
@@ -755,6 +765,92 @@ def test_the_table_of_a_step_is_not_overwritten_while_it_is_being_sent():
     assert_same_bits(largest, scale * torch.arange(200, device=DEVICE, dtype=torch.float32))
 
 
+# ---- sketches of tensors
+
+
+def sketched(memories, step, *, device, seed=3):
+    """Of all buckets of a step, in any order: by the kernels on the GPU, by the reference on the CPU."""
+    kernels = ReferenceKernels() if device == "reference" else TritonKernels()
+    where = CPU if device == "reference" else DEVICE
+    numels = [p.numel() for p in step.params]
+    keys = np.cumsum([0, *numels[:-1]])
+    sketch, step = TensorSketch(seed, keys, numels, dtype=kernels.sketch_dtype, device=where), copy_of_step(step, where)
+    for index, memory in memories:
+        kernels.sketch_tensors_(copy_of_memory(memory, where), index, step, sketch)
+    return sketch
+
+
+def assert_same_sketch(actual, expected):
+    """Bit for bit, but for sums of squares, float64 over a block: to the rounding of 16384 additions."""
+    assert_same_bits(actual.values, expected.values, "values")
+    assert_same_bits(actual.sums[2:], expected.sums[2:], "counts")
+    one, other = (each.sums[0].cpu() * 2**38 + each.sums[1].cpu() for each in (actual, expected))
+    assert ((one - other).abs() <= 16384 * 2.0**-53 * other + 2 + other.ne(0)).all()
+
+
+@each_dtype
+def test_sketches_of_tensors(dtype):
+    """Of blocks that cross rows of 251, and that are larger; some elements are not live, some are clamped."""
+    coefficients = [ADAM._replace(kappa=3.0 + p, eps=1e-3 * (p % 3)) for p in range(len(NUMELS))]
+    for block_size, numels in ((64, NUMELS), (2048, [*NUMELS[:-2], 5000, 251])):
+        [layout] = random_layouts(numels, block_size=block_size)
+        memory = random_memory(layout, masked=True, renews=True, dtype=errors_dtype(dtype))
+        step = random_step(numels, dtype=dtype, sits_out=[3], missing=[4], coefficients=coefficients)
+        actual, expected = (sketched([(0, memory)], step, device=device) for device in ("here", "reference"))
+        assert_same_sketch(actual, expected)
+        assert not actual.values[[2, 3, 4]].any()
+        assert actual.sums[3].any()
+        assert actual.sums[2, 5] == (memory.rms_code[slice(*flat_of(layout, 5))] != 0).sum()
+
+
+def flat_of(layout, parameter):
+    own = np.flatnonzero(layout.parameter == parameter)
+    return int(layout.offset[own[0]]), int(layout.offset[own[-1] + 1])
+
+
+def test_sketches_of_tensors_with_d_as_it_is():
+    """As of a single rank, where D is not coded."""
+    [layout] = random_layouts([300, 9])
+    memory = random_memory(layout, masked=True)
+    step = random_step([300, 9])
+    assert_same_sketch(*(sketched([(0, memory)], step, device=device) for device in ("here", "reference")))
+
+
+def test_sketches_of_tensors_reach_beyond_a_segment():
+    numels = [2 * SEGMENT_NUMEL + 77, 30]
+    [layout] = random_layouts(numels, block_size=16384)
+    memory = random_memory(layout, masked=True, renews=True)
+    assert_same_sketch(*(sketched([(0, memory)], random_step(numels), device=device) for device in ("here", "reference")))
+
+
+def test_sketches_of_tensors_of_node_means():
+    """Of this rank's share only; also of what has no gradient on this rank."""
+    numels = [200, 5, 130, 70, 300]
+    [layout] = random_layouts(numels, num_chunks=6)
+    memory = random_memory(layout, share=range(2, 4), chunk=3, masked=True, renews=True, seed=2)
+    step = random_step(numels, sits_out=[3], missing=[1, 2], seed=2)
+    flat = randn(layout.flat_numel_of(memory.share), 3, torch.float32)
+    step.share_gradients[5] = torch.where(exists(layout)[memory.share_flat], flat, 0.0)
+    actual, expected = (sketched([(5, memory)], step, device=device) for device in ("here", "reference"))
+    assert_same_sketch(actual, expected)
+    assert actual.sums[2].any()
+
+
+def test_sketches_do_not_show_how_tensors_are_cut_into_buckets_nor_their_order():
+    numels = [1000, 3, 700, 90]
+    step, found = random_step(numels), []
+    for bucket_numel in (2**40, 300):
+        layouts = random_layouts(numels, block_size=64, bucket_numel=bucket_numel)
+        memories = [(i, random_memory(layout, renews=True)) for i, layout in enumerate(layouts)]
+        for _, memory in memories:
+            memory.set_rms_(torch.ones(memory.layout.flat_numel))
+        found.append(sketched(memories, step, device="here").numbers)
+        found.append(sketched(memories[::-1], step, device="here").numbers)
+    assert len(memories) > 4
+    for each in found[1:]:
+        assert_same_bits(each, found[0])
+
+
 # ---- what is compiled, which needs no GPU
 
 
@@ -767,10 +863,15 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
     names = {"encode", "serve", "apply", "gather", "scale", "sketch", "apply renewed", "serve_variance renewed"}
+    names.add("sketch_tensors renewed")
     assert names <= set(kernels)
     for name, found in kernels.items():
-        for forbidden in ("fma", "approx", "ftz", "full", "atom", "ld.local", "st.local"):
+        for forbidden in ("fma", "approx", "ftz", "full", "ld.local", "st.local"):
             assert not found[forbidden], (name, forbidden)
+        if name.startswith("sketch_tensors"):  # rows of 251 elements; integers are added up
+            assert found["atom"] == found["atom.global.gpu.relaxed.add"] > 0
+            continue
+        assert not found["atom"], name
         assert found["ld.global.v4" if "float64" not in name else "global.v2.b64"], name
     for wanted in ("div.rn.f32", "min.NaN.f32", "max.NaN.f32", "sqrt.rn.f64", "div.rn.f64"):
         assert kernels["encode"][wanted], wanted

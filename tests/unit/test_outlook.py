@@ -14,11 +14,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning_onebit.engine.sketch import WIDTH
 from ranks import run_ranks
 from torch import nn
 
 from lightning_onebit import FixedStep, Observation, OneBitDDPStrategy, PhaseSwitch, VarianceStability, Verdict
-from lightning_onebit.engine.sketch import WIDTH
 from lightning_onebit.freeze.criteria import Plan
 from lightning_onebit.lightning.callbacks.phase_switch import of_each
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
