@@ -60,7 +60,9 @@ def warm_up(optimizer, steps, world_size, gradient=gradient):
 
 
 def freeze(optimizer, communicator=None, **config):
-    return CompressedOptimizer(optimizer, CompressionConfig(**config), communicator or Communicator(), {})
+    """The paper's frozen phase, unless ``config`` says otherwise; with refreshes: test_renewal.py."""
+    config = CompressionConfig(**{"variance_refresh": None, **config})
+    return CompressedOptimizer(optimizer, config, communicator or Communicator(), {})
 
 
 def compressed_steps(optimizer, compressed, rank, steps, gradient=gradient):
@@ -500,7 +502,7 @@ def test_one_message_per_bucket_and_phase(overlap):
     def fn(communicator):
         optimizer = make_optimizer(torch.optim.Adam, torch.float32)
         warm_up(optimizer, WARMUP_STEPS, 2)
-        config = CompressionConfig(block_size=8, bucket_cap_mb=0.001)
+        config = CompressionConfig(block_size=8, bucket_cap_mb=0.001, variance_refresh=None)
         compressed = CompressedOptimizer(optimizer, config, communicator, {}, overlap=overlap)
         buckets = len(compressed._queue)
         before = compressed.communicator.counters.collectives
