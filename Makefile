@@ -12,7 +12,9 @@ EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
 
 BIN := $(VENV)/bin
-# Most modules of these packages are never imported: each is compiled when it is, not all of them now.
+# Most modules of these packages are never imported: each is compiled when it is, not all of them now. That has to be kept:
+# to compile what importing Lightning takes is three times the work of importing it, for each process that a test starts.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help

@@ -75,7 +75,10 @@ def comparison(device: Any) -> dict[str, Any]:
         for scale, space in (("l2", "update"), ("l1", "momentum"), ("l1", "update"), ("l2", "momentum"))
         for early, masked in ((False, True), (True, False))
     )
-    coefficients = cycle([ADAM, ADAM._replace(coupled_decay=0.01), ADAM._replace(sign=-1.0, nesterov=0.9, shrink=0.99)])
+    renewed = ADAM._replace(square_decay=0.99, root_r=0.7)
+    coefficients = cycle(
+        [renewed, renewed._replace(coupled_decay=0.01), ADAM._replace(sign=-1.0, nesterov=0.9, shrink=0.99)]
+    )
     ranks, compared = cycle([2, 5, 1, 3]), []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for block_size in (8, 24, 64, 2048, 16384):
@@ -84,12 +87,17 @@ def comparison(device: Any) -> dict[str, Any]:
             chunks = next(ranks)
             [layout] = random_layouts(numels, block_size=block_size, num_chunks=chunks)
             errors = torch.float64 if dtype == torch.float64 else torch.float32
-            memory = random_memory(layout, chunk=chunks - 1, masked=masked, dtype=errors, seed=block_size)
+            renews = space == "update"
+            settings: dict[str, Any] = {"chunk": chunks - 1, "masked": masked or renews, "renews": renews, "dtype": errors}
+            memory = random_memory(layout, **settings, seed=block_size)
             step = random_step(numels, dtype=dtype, coefficients=next(coefficients), sits_out=[5], missing=[2])
             pairs = []
             for kernels, where in ((TritonKernels, device), (ReferenceKernels, CPU)):
                 pairs.append((copy_of_memory(memory, where), copy_of_step(step, where)))
                 run_step(kernels(scale=scale, space=space), *pairs[-1], early=early)
+            if renews:
+                compare_refreshes(layout, settings, device)
+                compare_sketches(layout, settings, step, device)
             case = f"{dtype} {block_size} {scale} {space} early={early} masked={masked} ranks={chunks}"
             try:
                 assert_same(*pairs)
@@ -97,6 +105,46 @@ def comparison(device: Any) -> dict[str, Any]:
                 raise AssertionError(f"{case}: {error}") from error
             compared.append(case)
     return {"equal": compared}
+
+
+def compare_refreshes(layout: Any, settings: dict[str, Any], device: Any) -> None:
+    """Of all ranks, which exchange by copying."""
+    import numpy as np
+    from buckets import CPU, assert_same_bits, copy_of_memory, random_memory, refresh_
+
+    from lightning_onebit.quantize.reference import ReferenceKernels
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    ranks, outcomes = range(layout.num_chunks), []
+    for kernels, where in ((TritonKernels(), device), (ReferenceKernels(), CPU)):
+        memories = [copy_of_memory(random_memory(layout, **{**settings, "chunk": rank}, seed=rank), where) for rank in ranks]
+        refresh_(kernels, memories, np.linspace(1.0, 3.0, int(layout.parameter.max()) + 1))
+        outcomes.append(memories)
+    for ours, expected in zip(*outcomes, strict=True):
+        for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+            assert_same_bits(getattr(ours, name), getattr(expected, name), name)
+
+
+def compare_sketches(layout: Any, settings: dict[str, Any], step: Any, device: Any) -> None:
+    """Of a bucket, to which its programs add in any order."""
+    from buckets import CPU, assert_same_bits, copy_of_memory, copy_of_step, random_memory
+
+    from lightning_onebit.quantize.reference import ReferenceKernels
+    from lightning_onebit.quantize.tensor_sketch import TensorSketch
+    from lightning_onebit.quantize.triton import TritonKernels
+
+    numels, outcomes = [p.numel() for p in step.params], []
+    for kernels, where in ((TritonKernels(), device), (TritonKernels(), device), (ReferenceKernels(), CPU)):
+        sketch = TensorSketch(7, range(len(numels)), numels, dtype=kernels.sketch_dtype, device=where)
+        memory = copy_of_memory(random_memory(layout, **settings), where)
+        kernels.sketch_tensors_(memory, 0, copy_of_step(step, where), sketch)
+        outcomes.append(sketch)
+    ours, again, expected = outcomes
+    assert_same_bits(ours.numbers, again.numbers, "sketch, once more")
+    assert_same_bits(ours.values, expected.values, "sketch")
+    assert_same_bits(ours.sums[2:], expected.sums[2:], "counts of the sketch")
+    difference = (ours.squares().cpu() - expected.squares()).abs() / expected.squares().clamp_(min=1e-9)
+    assert float(difference.max()) < 1e-9, difference
 
 
 def check(device: Any) -> dict[str, Any]:
@@ -374,7 +422,7 @@ def run_step(kernels: Any, memory: Any, step: Any, *, early: bool) -> None:
     kernels.apply_(memory, 0, step, commit=not early)
 
 
-def bucket(numels: list[int], device: Any) -> tuple[Any, Any]:
+def bucket(numels: list[int], device: Any, *, renews: bool = False) -> tuple[Any, Any]:
     """Float32, update space, ``RANKS`` ranks. No value matters; all are finite."""
     import numpy as np
     import torch
@@ -385,10 +433,13 @@ def bucket(numels: list[int], device: Any) -> tuple[Any, Any]:
 
     [layout] = plan_buckets(numels, block_size=2048, num_chunks=RANKS, bucket_numel=sum(numels))
     memory = BucketMemory(
-        layout, share=range(RANKS), chunk=0, has_rms=True, keeps_before=True, dtype=torch.float32, device=device
-    )
-    memory.rms.uniform_(0.5, 1.0)
-    numbers = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-3)
+        layout, share=range(RANKS), chunk=0, has_rms=True, keeps_before=True, renews=renews, dtype=torch.float32,
+        device=device,
+    )  # fmt: skip
+    memory.set_rms_(torch.empty(layout.flat_numel, device=device).uniform_(0.5, 1.0))
+    if memory.second_moment is not None:
+        memory.second_moment.uniform_(0.5, 1.0)
+    numbers = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-3, square_decay=0.999, root_r=0.7)
     params, gradients = ([torch.randn(numel, device=device) for numel in numels] for _ in range(2))
     flags = torch.ones(1 + len(numels), dtype=torch.int32, device=device)
     flags[0] = 0
@@ -403,6 +454,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     import numpy as np
     import torch
 
+    from lightning_onebit.quantize.tensor_sketch import TensorSketch
     from lightning_onebit.quantize.triton import TritonKernels
     from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_
 
@@ -416,7 +468,22 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     messages, message = memory.layout.message_nbytes, memory.layout.chunk_nbytes
     encode, serve = 3 * tensor + 2 * messages, chunk_tensor + messages + message
     late = 6 * tensor + 3 * messages + 2 * chunk_tensor + messages + message
+    renewing, _ = bucket(numels, device, renews=True)
+    refresh, correction = renewing.variance_messages(), np.full(len(numels), 1.5)
+    for codes in (refresh.received, refresh.result):
+        codes.fill_(0x3F)
+    code, code_message = numel, refresh.wire.chunk_nbytes
+    sketch = TensorSketch(0, places.tolist(), numels, dtype=kernels.sketch_dtype, device=device)
     return {
+        "encode, renewed": (encode - tensor + code, lambda: kernels.encode_(renewing, 0, step, commit=False)),
+        "apply, renewed": (late + tensor + code, lambda: kernels.apply_(renewing, 0, step, commit=True)),
+        "encode_variance": (tensor + code, lambda: kernels.encode_variance_(renewing, refresh, correction)),
+        "serve_variance": (
+            2 * chunk_tensor + (RANKS + 1) * code_message,
+            lambda: kernels.serve_variance_(renewing, refresh),
+        ),
+        "apply_variance": (2 * tensor + 3 * code, lambda: kernels.apply_variance_(renewing, refresh, correction)),
+        "sketch_tensors": (tensor + code, lambda: kernels.sketch_tensors_(renewing, 0, step, sketch)),
         "encode": (encode, lambda: kernels.encode_(memory, 0, step, commit=False)),
         "encode at once": (encode + tensor, lambda: kernels.encode_(memory, 0, step, commit=True)),
         "serve": (serve, lambda: kernels.serve_(memory, step, commit=False)),

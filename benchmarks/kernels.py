@@ -5,6 +5,8 @@
 encode  steps 1 and 2: divide by D, clamp, momentum, error, norm, signs, residual
 serve   step 4: decode n messages, average, error, norm, signs, residual, for 1/n of the elements
 apply   step 6: decode and add to the parameter
+renewed  step 1 and 2 where D is a code, and v_i is updated
+refresh  what is exchanged every 64 steps to renew D: code v_i; average n codes; take the result over
 
 Each is one call of the kernels for CPUs, for a bucket of one large tensor or of 400 small ones. Its time is that of the
 processor, so that what else runs on the machine counts little. Rates are of float32: 4 bytes per element. The roofline is
@@ -18,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,27 @@ from report import Spread, describe, environment, save, table
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.quantize import make_kernels
+from lightning_onebit.quantize import Kernels, make_kernels
 from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 
 FLOAT32_BYTES = 4
 MESSAGE_BYTES = FLOAT32_BYTES / 32
 """Bytes per element of reading or writing a message; scales are negligible."""
-NUMBERS = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-3)
+CODE_BYTES = 1
+NUMBERS = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-3, square_decay=0.999)
 
 
 def traffic_bytes(ranks: int) -> dict[str, float]:
     """By part, bytes per element that have to be read or written."""
+    refreshed = FLOAT32_BYTES + CODE_BYTES
     return {
         "encode": 4 * FLOAT32_BYTES + 2 * MESSAGE_BYTES,  # gradient, D, error in, error out; u, message
+        # gradient, error in and out, v_i in and out; the code of D; u, message
+        "encode, renewed": 5 * FLOAT32_BYTES + CODE_BYTES + 2 * MESSAGE_BYTES,
+        "refresh, encode": refreshed,  # v_i; message
+        "refresh, serve": 2 * FLOAT32_BYTES + (ranks + 1) * CODE_BYTES,  # residual in and out; per element of the chunk
+        "refresh, apply": 2 * FLOAT32_BYTES + 3 * CODE_BYTES,  # v_i in and out; both messages, the code of D
         "serve": 2 * FLOAT32_BYTES + (ranks + 1) * MESSAGE_BYTES,  # error in, error out; per element of the chunk
         "apply": 2 * FLOAT32_BYTES + MESSAGE_BYTES,  # parameter in, parameter out
     }
@@ -69,6 +79,32 @@ def calls(numels: list[int], ranks: int) -> dict[str, tuple[int, Callable[[], No
         "encode": (sum(numels), lambda: kernels.encode_(memory, 0, step, commit=True)),
         "serve": (len(memory.server_error), lambda: kernels.serve_(memory, step, commit=True)),
         "apply": (sum(numels), lambda: kernels.apply_(memory, 0, step, commit=False)),
+        **renewed_calls(memory, step, kernels),
+    }
+
+
+def renewed_calls(memory: BucketMemory, step: StepInputs, kernels: Kernels) -> dict[str, tuple[int, Callable[[], None]]]:
+    """The same where the second moment is renewed: each tensor has its own r."""
+    layout, numbers = memory.layout, step.numbers.copy()
+    renewed = BucketMemory(
+        layout, share=memory.share, chunk=0, has_rms=True, keeps_before=False, renews=True, dtype=memory.dtype,
+        device=memory.device,
+    )  # fmt: skip
+    renewed.set_rms_(torch.empty(layout.flat_numel).uniform_(0.5, 1.0))
+    assert renewed.second_moment is not None
+    renewed.second_moment.uniform_(0.5, 1.0)
+    renewed.result.fill_(0x3F)
+    numbers[:, Coefficients._fields.index("root_r")] = np.linspace(0.5, 1.0, len(numbers))
+    step = replace(step, numbers=numbers)
+    messages, correction = renewed.variance_messages(), np.full(len(numbers), 1.5)
+    messages.received.fill_(0x3F)
+    messages.result.fill_(0x3F)
+    numel, chunk_numel = int(layout.numel.sum()), len(renewed.server_error)
+    return {
+        "encode, renewed": (numel, lambda: kernels.encode_(renewed, 0, step, commit=True)),
+        "refresh, encode": (numel, lambda: kernels.encode_variance_(renewed, messages, correction)),
+        "refresh, serve": (chunk_numel, lambda: kernels.serve_variance_(renewed, messages)),
+        "refresh, apply": (numel, lambda: kernels.apply_variance_(renewed, messages, correction)),
     }
 
 

@@ -77,12 +77,8 @@ def fit(strategy: str, settings: argparse.Namespace) -> None:
 
 
 def criterion(steps: int) -> VarianceStability:
-    """When to freeze the second moment: once no tensor's has changed by more than a quarter within a 20th of the run.
-
-    The defaults, 4% within 1 / (1 - beta2) = 1000 steps, are for longer runs. They never pass in one this short: its second
-    moments still remember the first gradients, which are the largest by far.
-    """
-    return VarianceStability(tolerance=0.25, window=max(1, steps // 20), min_steps=0.1, max_steps=0.5)
+    """When to switch: the defaults, but in a run of less than 67 steps after 30% of it."""
+    return VarianceStability() if steps >= 67 else VarianceStability(min_steps=0.1, max_steps=0.3)
 
 
 @dataclass(kw_only=True)

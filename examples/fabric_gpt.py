@@ -22,8 +22,8 @@ MEGABYTE = 1_000_000
 
 def main(settings: argparse.Namespace) -> None:
     # A fraction of the run only has a meaning if its length is known: Fabric does not know it, so it is said here. The
-    # default criterion is for longer runs than this one.
-    criterion = VarianceStability(tolerance=0.25, window=settings.steps // 20, min_steps=0.1, max_steps=0.5)
+    # default criterion is for longer runs: with refreshes it has 20 dense steps at least.
+    criterion = VarianceStability(min_steps=0.1, max_steps=0.3)
     strategy = OneBitDDPFabricStrategy(criterion=criterion, total_steps=settings.steps)
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()

@@ -10,7 +10,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_onebit.comm.compressed_allreduce import ErrorFeedback, compressed_all_reduce
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.consistency.divergence import DivergenceError
-from lightning_onebit.freeze.criteria import FixedStep, VarianceStability
+from lightning_onebit.freeze.criteria import Criterion, FixedStep, Observation, Plan, Ratio, Verdict
+from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks import CommMonitor, DivergenceGuard, PhaseSwitch
 from lightning_onebit.lightning.fabric_strategy import OneBitDDPFabricStrategy
 from lightning_onebit.lightning.pytorch_lightning import register_refusals
@@ -21,15 +22,20 @@ from lightning_onebit.version import __version__
 __all__ = [
     "CommMonitor",
     "CommStats",
+    "Criterion",
     "DivergenceError",
     "DivergenceGuard",
     "ErrorFeedback",
     "FixedStep",
+    "Observation",
     "OneBitDDPFabricStrategy",
     "OneBitDDPStrategy",
     "Phase",
     "PhaseSwitch",
+    "Plan",
+    "Ratio",
     "VarianceStability",
+    "Verdict",
     "__version__",
     "compressed_all_reduce",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 LARGEST_VALUE = 1e30
 """Nothing larger is quantized: scales travel as float32, and what error feedback adds up must stay far below 3e38, or an
 infinity would stay in it for ever."""
@@ -14,6 +16,10 @@ class Coefficients(NamedTuple):
 
     1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
     6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
+
+    and, where the second moment is renewed, of each rank's own::
+
+        v_i = square_decay v_i + (1 - square_decay) (root_r sign g_i + coupled_decay x)^2
     """
 
     beta: float
@@ -33,3 +39,17 @@ class Coefficients(NamedTuple):
     """eta."""
     nesterov: float = 0.0
     """The momentum, if the step looks ahead; else 0."""
+    square_decay: float = 1.0
+    """beta2."""
+    root_r: float = 1.0
+    """Brings the gradient of one rank to the scale of the mean of all."""
+
+    @property
+    def square_root_weight(self) -> float:
+        """``sqrt(1 - square_decay)``, so that ``v_i = square_decay v_i + (square_factor g_i + this coupled_decay x)^2``."""
+        return np.sqrt(1.0 - self.square_decay)  # of arrays as well, where these stand for numbers
+
+    @property
+    def square_factor(self) -> float:
+        """``sign root_r sqrt(1 - square_decay)``"""
+        return self.sign * self.root_r * self.square_root_weight

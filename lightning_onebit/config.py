@@ -6,8 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_onebit.arguments import is_integer, is_number
+
 Scale = Literal["l2", "l1"]
 Space = Literal["update", "momentum"]
+WarmupPrecision = Literal["fp32", "bf16"]
+VarianceRefresh = int | Literal["auto"] | None
 
 MAX_BLOCK_SIZE = 16384
 """Up to this length torch reduces a block on one thread, so its norm does not depend on the blocks
@@ -38,16 +42,23 @@ class CompressionConfig:
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
     itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
 
+    variance_refresh: VarianceRefresh = "auto"
+    """When the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a number: every so many
+    steps; ``None``: never, as in the 1-bit Adam paper. Belongs to ``space="update"``: in momentum space "auto" is None."""
+
     bucket_cap_mb: float | None = None
     """Size of one exchange, in MiB of float32 gradient; ``None``: chosen by the bytes on the wire, a quarter of the model,
     between 1 Mi and 16 Mi elements (signs of 128 KiB and 2 MiB), so that exchanges overlap with work without becoming many:
     21 for BERT-large. Each may cover several of DDP's buckets. The result does not depend on it."""
 
+    warmup_precision: WarmupPrecision = "fp32"
+    """What gradients travel as in warm-up: ``"fp32"`` as they are, bitwise as under DDP; ``"bf16"`` rounded to bfloat16,
+    half the bytes of float32."""
+
     def __post_init__(self) -> None:
-        integral = isinstance(self.block_size, int) and not isinstance(self.block_size, bool)
-        if not integral or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
+        if not is_integer(self.block_size) or self.block_size % 8 or not 8 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ValueError(
-                f"Invalid block_size: {self.block_size}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
+                f"Invalid block_size: {self.block_size!r}. Must be a multiple of 8 between 8 and {MAX_BLOCK_SIZE},"
                 " so that every block fills whole bytes. HINT: the default, 2048, suits most models."
             )
         if self.scale not in ("l2", "l1"):
@@ -58,10 +69,32 @@ class CompressionConfig:
             raise ValueError(
                 f"Invalid space: {self.space!r}. Must be 'update' (compress m/D) or 'momentum' (compress m, the paper's)."
             )
-        if self.bucket_cap_mb is not None and not 0 < self.bucket_cap_mb < math.inf:
+        refresh = self.variance_refresh
+        if refresh is not None and refresh != "auto" and not (is_integer(refresh) and refresh >= 1):
             raise ValueError(
-                f"Invalid bucket_cap_mb: {self.bucket_cap_mb}. Must be finite and > 0 (MiB of float32 gradient)."
+                f"Invalid variance_refresh: {refresh!r}. Must be 'auto', a number of steps >= 1, or None (never). HINT:"
+                " 'auto' renews often at first."
             )
+        if self.warmup_precision not in ("fp32", "bf16"):
+            raise ValueError(
+                f"Invalid warmup_precision: {self.warmup_precision!r}. Must be 'fp32' (gradients as they are, bitwise as"
+                " under DDP) or 'bf16' (half the bytes)."
+            )
+        if self.space == "momentum" and is_integer(refresh):
+            raise ValueError(
+                f"Invalid variance_refresh: {refresh} with space='momentum', where momentum travels before it is divided by"
+                " D: errors would change their meaning with D. HINT: use space='update', or variance_refresh=None."
+            )
+        if self.bucket_cap_mb is not None and not (is_number(self.bucket_cap_mb) and 0 < self.bucket_cap_mb < math.inf):
+            raise ValueError(
+                f"Invalid bucket_cap_mb: {self.bucket_cap_mb!r}. Must be a finite number > 0 (MiB of float32 gradient), or"
+                " None: by the size of the model."
+            )
+
+    @property
+    def renews_variance(self) -> bool:
+        """Whether the second moment is renewed during the compressed phase."""
+        return self.variance_refresh is not None and self.space == "update"
 
     def bucket_numel(self, numel: int) -> int:
         """Most elements of a bucket, for ``numel`` elements in all: at least one block."""

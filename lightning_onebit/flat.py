@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -54,3 +56,12 @@ def all_within(tensors: Sequence[Tensor], limit: float) -> bool:
     """Whether no magnitude is above ``limit``; NaN is."""
     # Python's numbers are compared: in float16 a limit of 1e30 would be infinite.
     return float(get_total_norm(tensors)) <= limit or all(float(t.abs().amax()) <= limit for t in tensors if t.numel())
+
+
+def send_(target: Tensor, values: NDArray[Any]) -> None:
+    """Copy an array into a tensor on the device, without waiting for it.
+
+    Pinned memory comes from torch's allocator, which hands it out again only after the copies that read it have ended.
+    """
+    source = torch.from_numpy(values)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

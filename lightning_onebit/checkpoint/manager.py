@@ -7,7 +7,7 @@ The strategies for Trainer and Fabric each have a :class:`CheckpointManager`. Wh
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +25,14 @@ from lightning_onebit.checkpoint.state import (
     restore,
     shared_state,
 )
+from lightning_onebit.checkpoint.stock import LoadedState, replaced_before_saving
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.engine.ranges import ElementRange
 from lightning_onebit.phase import Phase
 
 
@@ -50,6 +52,13 @@ class Phases(Protocol):
     def compressed(self) -> dict[Optimizer, CompressedOptimizer]: ...
     @property
     def steps_made(self) -> list[int]: ...
+    def state_positions(self) -> list[list[int]]: ...
+    def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]: ...
+    def warm_up_again(self, missing: Sequence[Tensor], *, drops_gradients: bool) -> None: ...
+    @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]: ...
+    @property
+    def replaced_state(self) -> list[bool]: ...
     @property
     def stock_state_tells_all(self) -> bool: ...
     def ddp_buckets(self, *, of_next_backward: bool = False) -> list[list[str]]: ...
@@ -132,6 +141,8 @@ class CheckpointManager:
             "space": phases.space,
             "ddp_buckets": phases.ddp_buckets(),
             "optimizer_steps": phases.steps_made,
+            "with_state": phases.state_positions() if phases.is_pending else None,
+            "replaced": phases.replaced_state if any(phases.replaced_state) else None,
             "optimizers": shared_state(list(phases.compressed.values())) if self._strategy.is_global_zero else [],
         }
 
@@ -180,23 +191,68 @@ class CheckpointManager:
         """
         phases, topology = self._phases, self._phases.topology
         parts = None if path is None else Parts(path, follow_link=True)
-        problems: dict[int, str] = {}
         phase = Phase.COMPRESSED if header["phase"] == Phase.COMPRESSED.name else Phase.WARMUP
         same_world_size = header["world_size"] == self._strategy.world_size
         ddp_buckets = header["ddp_buckets"] if same_world_size else []
-        phases.resume(phase, is_pending=header["is_pending"], ddp_buckets=ddp_buckets)
-        if phase is Phase.COMPRESSED and not header["is_pending"]:
-            compressed = list(phases.compressed.values())
-            if header["space"] == phases.space:
-                restore(compressed, optimizers, block_size=header["block_size"])
-                problems = load_errors(compressed, positions, header, parts, topology)
-            else:
-                problems = dict.fromkeys(range(header["world_size"]), SPACE)
+        if phase is Phase.COMPRESSED:
+            # At the freeze those that never had a gradient have no state; afterwards all have one that are trained.
+            missing = phases.trained_without_state(header.get("with_state"))
+            some_miss = torch.tensor(len(missing), device=self._strategy.root_device)
+            Communicator().all_reduce_max_(some_miss)
+            if some_miss:
+                phases.resume(Phase.WARMUP, is_pending=False, ddp_buckets=ddp_buckets)
+                phases.warm_up_again(missing, drops_gradients=header["has_gradients"])
+                return
+        is_frozen = phase is Phase.COMPRESSED and not header["is_pending"]
+        same_space = header["space"] == phases.space
+        if is_frozen and same_space:
+            loaded = LoadedState(phases.compressed_optimizers)
+            phases.resume(phase, is_pending=False, ddp_buckets=ddp_buckets)
+            problems = self._restore(header, optimizers, positions, parts, loaded)
+        else:  # all there is is stock state
+            phases.resume(phase, is_pending=phase is Phase.COMPRESSED, ddp_buckets=ddp_buckets)
+            problems = dict.fromkeys(range(header["world_size"]), SPACE) if is_frozen else {}
         if header["has_gradients"]:
             named_parameters = {name: p for p, name in phases.names.items()}
             self._loaded_gradients, more = load_gradients(named_parameters, header, parts, topology)
             problems |= more
         self._warn_of_problems(problems, header, parts)
+
+    def _restore(
+        self,
+        header: Mapping[str, Any],
+        optimizers: Sequence[Mapping[str, Any]],
+        positions: Sequence[int],
+        parts: Parts | None,
+        loaded: LoadedState,
+    ) -> dict[int, str]:
+        """State as it was saved, and errors; where stock state is not that which was saved, it takes over at the next step.
+
+        Returns:
+            By rank of then, what is wrong with its part.
+        """
+        topology, compressed = self._phases.topology, list(self._phases.compressed.values())
+        restore(compressed, optimizers, block_size=header["block_size"])
+        was_alone, is_alone = header["world_size"] == 1, topology.world_size == 1
+        has_average = not was_alone and not is_alone and header["block_size"] == self._strategy.config.block_size
+        in_part = was_alone and is_alone  # the momentum
+        replaced: set[CompressedOptimizer] = set()
+
+        def compare(*, with_momentum: bool) -> None:
+            for index, c in enumerate(compressed):
+                if replaced_before_saving(header, index) or not loaded.is_what_is_restored(c, with_momentum=with_momentum):
+                    replaced.add(c)
+
+        if not in_part:
+            compare(with_momentum=has_average)
+            for c in replaced if not is_alone and not has_average else ():  # where the stock momentum is now, to come again
+                c.add_errors_([ElementRange(error.start, -error.values) for error in c.worker_errors()], [])
+        problems = load_errors(compressed, positions, header, parts, topology)
+        if in_part:
+            compare(with_momentum=True)
+        for c in replaced:
+            loaded.put_back(c.optimizer)
+        return problems
 
     def put_back_gradients(self) -> None:
         """Gradients that waited for a step when the checkpoint was saved do so again, in ``p.grad``."""

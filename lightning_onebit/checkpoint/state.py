@@ -7,12 +7,13 @@ to go on bit for bit is in two places:
 * **Under a key of its own**, what all ranks know: the phase, D, the last average as bits, and which coordinates are
   late. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
 * **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
-  errors, the server errors of its chunks, second moments of late coordinates, and gradients that wait for a step. No rank
-  ever holds those of another.
+  errors, the server errors of its chunks, its own second moment v_i with what its chunks have not passed on of it, or those
+  of late coordinates where D is never renewed, and gradients that wait for a step. No rank ever holds those of another.
 
-With as many ranks as before, everyone goes on where it stopped. Otherwise the mean of the worker errors, that of the late
-second moments, and all server errors are the same afterwards: nodes take over what some of the old ones had, weighted, and
-everyone looks for the server errors of its chunks. A part that cannot be used is one warning, and its errors start at zero.
+With as many ranks as before, everyone goes on where it stopped. Otherwise the means of the worker errors and of the second
+moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and all
+look for the server errors of their chunks. A part that cannot be used is one warning: its errors start at zero, its second
+moment as v of the last refresh. A run may go on with another ``variance_refresh``: then v_i begins so as well.
 """
 
 from __future__ import annotations
@@ -86,13 +87,19 @@ class PartContent:
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
-        """Its errors and second moments of late coordinates. On the CPU no copy is made."""
+        """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
         position = len(self.meta["optimizers"])
         entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
-        for name, errors in (("worker", compressed.worker_errors()), ("server", compressed.server_errors())):
-            entry[name] = [[error.start, error.values.numel(), _dtype_name(error.values.dtype)] for error in errors]
-            for index, error in enumerate(errors):
-                self.arrays[f"{position}/{name}/{index}"] = error.values.cpu().numpy()
+        own = {
+            "worker": compressed.worker_errors(),
+            "server": compressed.server_errors(),
+            "second_moment": compressed.second_moments(),
+            "residual": compressed.second_moment_residuals(),
+        }
+        for name, ranges in own.items():
+            entry[name] = [[each.start, each.values.numel(), _dtype_name(each.values.dtype)] for each in ranges]
+            for index, each in enumerate(ranges):
+                self.arrays[f"{position}/{name}/{index}"] = each.values.cpu().numpy()
         places, values = compressed.late_second_moments()
         entry["late"] = places.numel()
         self.arrays[f"{position}/late/places"] = places.cpu().numpy()
@@ -136,6 +143,12 @@ def read_header(state: Any) -> Mapping[str, Any]:
         raise _damaged("ddp_buckets are no lists of names")
     if not all(isinstance(steps, int) and 0 <= steps < MOST_STEPS for steps in state["optimizer_steps"]):
         raise _damaged(f"optimizer_steps are {state['optimizer_steps']!r:.80}")
+    with_state = state.get("with_state") or []
+    if not (isinstance(with_state, list) and all(isinstance(positions, list) for positions in with_state)):
+        raise _damaged(f"with_state is {with_state!r:.80}")
+    replaced = state.get("replaced") or []
+    if not (isinstance(replaced, list) and all(isinstance(each, bool) for each in replaced)):
+        raise _damaged(f"replaced is {replaced!r:.80}")
     return state
 
 
@@ -174,7 +187,7 @@ def load_errors(
     parts: Parts | None,
     topology: Topology,
 ) -> dict[int, str]:
-    """Add the errors of a checkpoint to those of ``compressed``, in place, and its second moments of late coordinates.
+    """Add the errors of a checkpoint to those of ``compressed``, in place, and the second moments of its ranks.
 
     Args:
         compressed: the optimizers.
@@ -203,6 +216,9 @@ def load_errors(
             if weight is not None:
                 places, values = content.late
                 c.add_late_second_moments_(places, values * weight)
+                moments = [ElementRange(each.start, each.values * weight) for each in content.second_moment]
+                c.add_second_moments_(moments, [])
+            c.add_second_moments_([], content.residual)
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
                 c.add_errors_(
@@ -217,6 +233,8 @@ def load_errors(
         for rank in range(old.world_size):
             if not (same and rank == topology.rank):
                 load(rank)
+    for c in compressed:
+        c.complete_second_moments_()
     return problems
 
 
@@ -264,6 +282,9 @@ class _Content:
     worker: list[ElementRange]
     server: list[ElementRange]
     """Those that touch this rank's chunks."""
+    second_moment: list[ElementRange]
+    residual: list[ElementRange]
+    """Those that touch this rank's chunks."""
     late: tuple[Tensor, Tensor]
     """Places and second moments of late coordinates."""
     same_chunks: bool
@@ -277,7 +298,7 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
 
         def read_errors(name: str, targets: Sequence[ElementRange] | None = None) -> list[ElementRange]:
             found = []
-            for index, (start, numel, dtype) in enumerate(entry[name]):
+            for index, (start, numel, dtype) in enumerate(entry.get(name, [])):  # not all are there without refreshes
                 if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
                     array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
                     if not np.isfinite(array).all():
@@ -295,6 +316,8 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         return _Content(
             worker=read_errors("worker"),
             server=read_errors("server", chunks),
+            second_moment=read_errors("second_moment"),
+            residual=read_errors("residual", chunks),
             late=(torch.from_numpy(places), torch.from_numpy(values)),
             same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],
         )

@@ -1,6 +1,9 @@
-"""The compressed all-reduce: an all-to-all of signs, an average on the serving rank, an all-gather of signs."""
+"""The compressed all-reduce: an all-to-all of messages, an average on the serving rank, an all-gather of its message."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,33 +16,32 @@ from lightning_onebit.comm.groups import ExchangeGroups, flat_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig, Scale
 from lightning_onebit.flat import all_within
-from lightning_onebit.quantize import Kernels, make_kernels
+from lightning_onebit.quantize import make_kernels
 from lightning_onebit.quantize.layout import plan_buckets
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 
 
-def exchange_(memory: BucketMemory, groups: ExchangeGroups, kernels: Kernels, step: StepInputs, *, commit: bool) -> None:
-    """Steps 3 to 5 of the algorithm for one bucket: from ``memory.sent`` of all ranks to ``memory.result``. Collective.
+def exchange_(messages: Messages, groups: ExchangeGroups, serve: Callable[[], object]) -> None:
+    """Steps 3 to 5 of the algorithm for one bucket: from ``sent`` of all ranks to ``result``. Collective.
 
     Args:
-        memory: the bucket, encoded; ``received``, ``served``, ``result`` and, if ``commit``, ``server_error`` are written.
+        messages: those of the bucket's signs, a :class:`BucketMemory`, or of its second moment, with ``sent`` written;
+            ``received``, ``served``, ``share_result`` and ``result`` are written.
         groups: the ranks that take part.
-        kernels: the server's quantizer; a thread needs its own.
-        step: which parameters are active, if ``commit``.
-        commit: whether the step is known to count.
+        serve: step 4, from ``received`` to ``served``: a kernel's, bound to its arguments. A thread needs its own kernels.
     """
     with record_function("onebit::all_to_all"):  # step 3: every rank is the server of its own chunk
-        groups.peers.all_to_all_(memory.received, memory.sent)
+        groups.peers.all_to_all_(messages.received, messages.sent)
     with record_function("onebit::serve"):  # step 4
-        kernels.serve_(memory, step, commit=commit)
-    with record_function("onebit::all_gather"):  # step 5: the same u on all ranks, bit for bit
-        result = memory.result_before
+        serve()
+    with record_function("onebit::all_gather"):  # step 5: the same result on all ranks, bit for bit
+        result = messages.result_before
         if groups.node is None:
-            groups.peers.all_gather_(result, memory.served)
+            groups.peers.all_gather_(result, messages.served)
         else:
-            groups.peers.all_gather_(memory.share_result, memory.served)
-            groups.node.all_gather_(result, memory.share_result)
-    memory.turn_results_()
+            groups.peers.all_gather_(messages.share_result, messages.served)
+            groups.node.all_gather_(result, messages.share_result)
+    messages.turn_results_()
 
 
 class ErrorFeedback:
@@ -130,7 +132,8 @@ def compressed_all_reduce(
     sum over calls follows the exact one; without it that part is lost.
 
     Args:
-        tensor: float16, bfloat16, float32 or float64, any shape, the same on all ranks. Overwritten by the average.
+        tensor: float16, bfloat16, float32 or float64, any shape, the same on all ranks; may be a parameter. Overwritten by
+            the average.
         error_feedback: state kept between calls, made for this tensor; it also fixes group, block size and scale.
         group: process group; ``None`` for the default one.
         block_size: elements per scale, a multiple of 8.
@@ -143,7 +146,7 @@ def compressed_all_reduce(
         FloatingPointError: on all ranks, if a value is infinite or NaN on any, or beyond 1e30, which could overflow
             together with what was left out before; nothing has been changed then.
         ValueError: on all ranks, if the number of elements differs between ranks; and if ``error_feedback`` does
-            not fit the tensor.
+            not fit the tensor, or elements of the tensor share memory.
     """
     if error_feedback is None:
         error_feedback = ErrorFeedback(tensor, group=group, block_size=block_size, scale=scale)
@@ -159,6 +162,11 @@ def compressed_all_reduce(
             f"The error feedback was made for errors of {error_feedback.dtype}, but {tensor.dtype} needs"
             f" {error_dtype(tensor.dtype)}. HINT: create `ErrorFeedback` from a tensor of the same dtype."
         )
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"Elements of the tensor share memory (shape {tuple(tensor.shape)}, strides {tensor.stride()}), so it cannot be"
+            " overwritten by the average. HINT: pass `tensor.contiguous()`, and keep what it is."
+        )
     _check_agreement(tensor, error_feedback.communicator)
 
     # The tensor is both what is sent and, replaced by the average, what step 6 writes: x = 0 x + u.
@@ -172,7 +180,7 @@ def compressed_all_reduce(
     )
     for index, memory in enumerate(error_feedback.buckets):
         error_feedback.kernels.encode_(memory, index, step, commit=True)
-        exchange_(memory, error_feedback.groups, error_feedback.kernels, step, commit=True)
+        exchange_(memory, error_feedback.groups, partial(error_feedback.kernels.serve_, memory, step, commit=True))
         error_feedback.kernels.apply_(memory, index, step, commit=False)
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))

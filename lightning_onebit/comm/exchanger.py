@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -23,6 +24,7 @@ class Exchange:
         self._work = work
         self._finished = threading.Event()
         self._error: BaseException | None = None
+        self._seconds_waited = 0.0
 
     def done(self) -> bool:
         """Whether :meth:`wait` would return at once."""
@@ -34,9 +36,15 @@ class Exchange:
         Raises:
             RuntimeError: if it failed, with the cause attached.
         """
+        start = time.perf_counter()
         self._finished.wait()
+        self._seconds_waited = time.perf_counter() - start
         if self._error is not None:
             raise RuntimeError(f"A compressed exchange failed on this rank: {self._error}") from self._error
+
+    def seconds_waited(self) -> float | None:
+        """How long :meth:`wait` kept what waits from going on; ``None`` if that is not known yet."""
+        return self._seconds_waited
 
     def run(self, failed: BaseException | None = None) -> BaseException | None:
         """Do the work, unless an earlier one ``failed``. Returns the error, if there was one; never raises."""
@@ -57,6 +65,7 @@ class StreamExchange(Exchange):
         super().__init__(work)
         self._stream = stream
         self._event = torch.cuda.Event()
+        self._waited: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     @override
     def done(self) -> bool:
@@ -66,7 +75,19 @@ class StreamExchange(Exchange):
     def wait(self) -> None:
         """Have the current stream wait for the exchange; the calling thread goes on."""
         super().wait()
-        torch.cuda.current_stream(self._stream.device).wait_event(self._event)
+        stream = torch.cuda.current_stream(self._stream.device)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(stream)
+        stream.wait_event(self._event)
+        after.record(stream)
+        self._waited = before, after
+
+    @override
+    def seconds_waited(self) -> float | None:
+        """Of the device: the host only issues."""
+        if self._waited is None or not self._waited[1].query():
+            return None
+        return self._waited[0].elapsed_time(self._waited[1]) / 1000.0
 
     @override
     def run(self, failed: BaseException | None = None) -> BaseException | None:

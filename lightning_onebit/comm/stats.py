@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lightning_onebit.phase import Phase
@@ -29,13 +31,31 @@ class PhaseCounters:
     bytes_received: int = 0
     bytes_within_node: int = 0
     """Bytes sent to other devices of the same node, by hierarchical exchanges; in none of the others."""
+    refresh_bytes_sent: int = 0
+    """Those of :attr:`bytes_sent` that renewed second moments."""
+    sketch_bytes_sent: int = 0
+    """Those of :attr:`bytes_sent` that told norms: for clipping, and how the ranks' gradients compare with their mean."""
     collectives: int = 0
     """Collective operations, each of one message per pair of ranks or less."""
     dense_equivalent_bytes: int = 0
     """Bytes that dense DDP would have sent meanwhile: all gradients at each synchronization, compressed ones as float32."""
     seconds_waited: float = 0.0
-    """Time the training thread spent inside exchanges. Counted for compressed exchanges only: during
-    warm-up DDP waits inside its own backward."""
+    """Time the training thread, or on a GPU its stream, waited for exchanges. Counted for compressed exchanges only:
+    during warm-up DDP waits inside its own backward."""
+
+    @contextmanager
+    def counting_refreshes(self) -> Iterator[None]:
+        """Within, what is sent renews second moments. Nothing else may be on its way."""
+        before = self.bytes_sent
+        yield
+        self.refresh_bytes_sent += self.bytes_sent - before
+
+    @contextmanager
+    def counting_sketches(self) -> Iterator[None]:
+        """Within, what is sent are sketches. Nothing else may be on its way."""
+        before = self.bytes_sent
+        yield
+        self.sketch_bytes_sent += self.bytes_sent - before
 
 
 @dataclass
@@ -57,6 +77,14 @@ class CommStats:
     @property
     def bytes_sent(self) -> int:
         return sum(counters.bytes_sent for counters in self.phases.values())
+
+    @property
+    def refresh_bytes_sent(self) -> int:
+        return sum(counters.refresh_bytes_sent for counters in self.phases.values())
+
+    @property
+    def sketch_bytes_sent(self) -> int:
+        return sum(counters.sketch_bytes_sent for counters in self.phases.values())
 
     @property
     def bytes_received(self) -> int:

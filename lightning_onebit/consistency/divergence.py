@@ -40,7 +40,8 @@ def divergence_error(difference: str, *, step: int, agreed_after: int | None) ->
         earlier = f"a checkpoint of step {agreed_after} or earlier"
     return DivergenceError(
         f"The ranks have diverged: after optimizer step {step} {difference}. {last}. Causes may be a memory error of the"
-        " hardware, code that changes parameters on one rank only, or processors that round differently. HINT: resume from"
+        " hardware, code that changes parameters on one rank only or by this rank's data (in `forward`, as"
+        " `nn.Embedding(max_norm=...)` does), or processors that round differently. HINT: resume from"
         f" {earlier}; DivergenceGuard(every_n_steps=1) finds the step, every_n_steps=None compares never."
     )
 

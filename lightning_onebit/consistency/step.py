@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import exchange, raise_disagreement, short_digest
-from lightning_onebit.methods import hyperparameters, parameters_of
+from lightning_onebit.methods import hyperparameters, parameters_of, used_values
 
 DIGEST, NEWS = 1, 3
 """Places in the message, after those of the parameters."""
@@ -31,6 +33,8 @@ class Outcome:
     """Whether any rank asks for a refresh."""
     requests: list[int]
     """The largest that any rank has made, each."""
+    beside: list[NDArray[np.float32]]
+    """What was brought to the host together with this."""
 
 
 class StepAgreement:
@@ -76,7 +80,7 @@ class StepAgreement:
             has_news: whether it asks for a refresh.
             changed: parameters that are new, or in another group, since the second moment was frozen.
         """
-        settings = (*_values(self._optimizer), *map(id, changed))
+        settings = (*(value for _, _, value in used_values(self._optimizer)), *map(id, changed))
         if settings != self._settings:  # told apart cheaply, described only then
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
@@ -106,19 +110,37 @@ class StepAgreement:
         """Make ``words`` those of all ranks, in place. Collective; does not wait for the device."""
         self._communicator.all_reduce_max_(words)
 
-    def read(self, words: Tensor) -> Outcome:
-        """What :meth:`share_` has led to. Waits for the device; collective only where the ranks disagree.
+    def read(self, words: Tensor, beside: Sequence[Tensor] = ()) -> Outcome:
+        """What :meth:`share_` has led to. Waits for the device, once; collective only where the ranks disagree.
+
+        Args:
+            words: that have been shared.
+            beside: float32 on the device, to be brought to the host with the same wait.
 
         Raises:
             RanksDisagree: on all ranks, if settings of the optimizer, which schedulers may have changed, or its parameters
                 are not the same.
         """
-        stop, *rest = words.tolist()
+        numel = len(words)
+        if beside:  # the bits of floats travel as int32
+            words = torch.cat([words, *(each.reshape(-1).view(torch.int32) for each in beside)])
+        values = words.tolist()
+        stop, *rest = values[:numel]
+        floats, bits = [], np.array(values[numel:], dtype=np.int32).view(np.float32)
+        for each in beside:
+            floats.append(bits[: each.numel()].reshape(each.shape))
+            bits = bits[each.numel() :]
         active, (largest, minus_smallest, news, *requests) = rest[: len(self._parameters)], rest[len(self._parameters) :]
         if largest != -minus_smallest:
             everybodys = exchange(self._communicator, self._description(), self._device)
             raise_disagreement(everybodys, about="the optimizer's settings")
-        return Outcome(counts=not stop, active=[bool(flag) for flag in active], has_news=bool(news), requests=requests)
+        return Outcome(
+            counts=not stop,
+            active=[bool(flag) for flag in active],
+            has_news=bool(news),
+            requests=requests,
+            beside=floats,
+        )
 
     def _description(self) -> dict[str, str]:
         changed = ", ".join(self._names.get(p, "a parameter") for p in self._changed)
@@ -162,15 +184,3 @@ class StepAgreement:
         for rank, index in gathered.view(-1, len(here)).nonzero().tolist():
             found[self._parameters[index]].append(rank)
         return {p: ranks for p, ranks in found.items() if ranks}
-
-
-def _values(optimizer: Optimizer) -> list[object]:
-    """The values of all parameter groups, to be compared with those of the last step."""
-    values: list[object] = []
-    for group in optimizer.param_groups:
-        for value in group.values():
-            if isinstance(value, (bool, int, float, str, tuple)):
-                values.append(value)
-            elif isinstance(value, Tensor) and value.numel() == 1:
-                values.append(value.item())
-    return values

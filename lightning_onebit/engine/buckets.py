@@ -25,6 +25,7 @@ from lightning_onebit.methods.base import Method
 from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buckets, sign_nbytes
+from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
@@ -69,6 +70,11 @@ class Part:
         return mask[self.flat // BITS_PER_BYTE :][: sign_nbytes(self.numel)]
 
     @property
+    def rms(self) -> Tensor:
+        """sqrt(v_hat), a new tensor ``[numel]``."""
+        return self.memory.decoded_rms(self.blocks)[: self.numel]
+
+    @property
     def average(self) -> Encoded:
         """The last average u, views."""
         return self.memory.encoded(self.memory.result, 0, self.blocks)
@@ -100,6 +106,8 @@ class Buckets:
         self.topology = groups.topology
         self.device, self.dtype = params[0].device, error_dtype(params[0].dtype)
         self.is_quantized = self.topology.world_size > 1
+        self.renews = config.renews_variance and method.has_second_moment
+        """Whether second moments go on, so that D can be renewed."""
         self.keeps_before = keeps_before or not self.is_quantized  # a single rank knows it anyway
         in_group = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.param_group_of = [in_group[p] for p in self.params]
@@ -128,6 +136,7 @@ class Buckets:
                 share=self.topology.share,
                 chunk=self.topology.chunk if self.is_quantized else None,
                 has_rms=method.has_second_moment,
+                renews=self.renews,
                 keeps_before=keeps_before or self.kernels.reads_flags_on_device,
                 dtype=self.dtype,
                 device=self.device,
@@ -175,20 +184,32 @@ class Buckets:
         The first compressed step adds beta u, and an error of zero, to a last average of zero: put beta u into the error's
         place. So the momentum needs no dense copy. A single rank keeps u itself there, for it has no error.
         """
+        if memory.has_rms:
+            self._take_second_moment_(memory, parts)
         for part in parts:
             p, group = self.params[part.parameter], self.group(part.parameter)
-            state = self.optimizer.state.get(p, {})
-            second_moment = self._stock_second_moment(part.parameter)
-            if memory.rms is not None and second_moment is not None:
-                square_root_(part.of_parameter(second_moment).to(self.dtype), out=part.of_bucket(memory.rms))
-            momentum, error = self.method.momentum(state), part.of_share(memory.error)
+            momentum, error = self.method.momentum(self.optimizer.state.get(p, {})), part.of_share(memory.error)
             if momentum is not None and error is not None:
                 self._set_momentum_(error, part, part.of_parameter(flat_view(momentum)), group)
             if part.start + part.numel == p.numel():
-                self._second_moment = None
                 self.optimizer.state.pop(p, None)
-        if memory.rms is not None:
-            self.note_live_(memory)
+
+    def _take_second_moment_(self, memory: BucketMemory, parts: Sequence[Part]) -> None:
+        """D of a bucket, and v_i, which begins as Adam's v."""
+        rms = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
+        corrections = self.bias_corrections()
+        for part in parts:
+            v_hat = self._stock_second_moment(part.parameter)
+            if v_hat is None:
+                continue
+            square_root_(part.of_parameter(v_hat).to(self.dtype), out=part.of_bucket(rms))
+            v = None if memory.second_moment is None else part.of_share(memory.second_moment)
+            if v is not None:
+                v.copy_(part.of_parameter(v_hat)).div_(corrections[part.parameter])
+        self._second_moment = None
+        memory.set_rms_(rms)
+        self.note_live_(memory)
+        memory.live_before = memory.live
 
     _second_moment: tuple[int, Tensor] | None = None
 
@@ -202,12 +223,18 @@ class Buckets:
             self._second_moment = parameter, flat_view(v_hat)
         return self._second_moment[1]
 
+    def bias_corrections(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """By parameter, v_hat / v = 1 / (1 - beta2^t)."""
+        decays = np.array([self.method.second_moment_decay(group) for group in self.optimizer.param_groups])
+        # A parameter that has made no step has v = 0, whatever it is multiplied by.
+        return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(self.steps, 1))
+
     def _set_momentum_(self, error: Tensor, part: Part, momentum: Tensor, group: Mapping[str, Any]) -> None:
         error.copy_(momentum)
         memory, step = part.memory, int(self.steps[part.parameter])
         c = self.method.coefficients(group, max(1, step), num_averaged=1)
-        if memory.rms is not None and self.divides_first:
-            rms = part.of_bucket(memory.rms)
+        if memory.has_rms and self.divides_first:
+            rms = part.rms
             error.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
         if self.is_quantized:
             # With nesterov, step 6 will look back at a last average of zero, not at u. The later steps make up for that, so
@@ -219,13 +246,20 @@ class Buckets:
         """Whether values are divided by D before they are quantized; a single rank decides so for itself."""
         return self.config.space == "update" or not self.is_quantized
 
-    def note_live_(self, memory: BucketMemory) -> None:
-        """Elements with a second moment take part."""
-        assert memory.rms is not None
-        exists = torch.from_numpy(memory.layout.exists).to(self.device)
-        live = memory.rms != 0
-        memory.live = None if bool((live | ~exists).all()) else pack_bits(live)
-        memory.live_before = memory.live
+    def note_live_(self, memory: BucketMemory, *, waits: bool = True) -> None:
+        """Elements with a second moment take part.
+
+        Args:
+            memory: the bucket.
+            waits: whether the device may be waited for, to see whether all do; without, there is a mask in any case.
+        """
+        rms = memory.rms if memory.rms_code is None else memory.rms_code
+        assert rms is not None
+        live = rms != 0
+        if waits and bool((live | ~torch.from_numpy(memory.layout.exists).to(self.device)).all()):
+            memory.live = None
+        else:
+            memory.live = pack_bits(live)
 
     def note_average_(self, index: int, active: np.ndarray[Any, Any] | None) -> None:
         """There is a new average: note which elements took part in it. Parameters that sat out keep theirs."""
@@ -254,8 +288,8 @@ class Buckets:
                 p, values = self.params[part.parameter], part.of_bucket(u)
                 if part.start == 0:
                     momentum, second_moment = (torch.empty(p.numel(), dtype=self.dtype) for _ in range(2))
-                if memory.rms is not None:
-                    rms = part.of_bucket(memory.rms)
+                if memory.has_rms:
+                    rms = part.rms
                     part.of_parameter(second_moment).copy_(rms).square_()
                     if self.divides_first:
                         values.mul_(rms + self.numbers_of(part.parameter).eps)
@@ -318,8 +352,8 @@ class Buckets:
                     continue
                 c = self.numbers_of(part.parameter)
                 move = part.of_parameter(errors[part.parameter]).mul_(-c.step_size)
-                if part.memory.rms is not None and not self.divides_first:
-                    rms = part.of_bucket(part.memory.rms)
+                if part.memory.has_rms and not self.divides_first:
+                    rms = part.rms
                     move.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
                 part.of_parameter(flat_view(self.params[part.parameter])).add_(move)
 
@@ -364,6 +398,31 @@ class Buckets:
         """Take over u, on a single rank, after :meth:`restore_`."""
         self._add_(lambda part: part.of_share(part.memory.error), momentum)
 
+    def second_moments(self) -> list[ElementRange]:
+        """v_i of this rank's share, merged where neighbours; none where D stays."""
+        return self._merged(_second_moment) if self.renews else []
+
+    def second_moment_residuals(self) -> list[ElementRange]:
+        """What this rank's chunks have not passed on of v, merged where neighbours; none where D stays."""
+        return self._merged(_residual) if self.renews and self.is_quantized else []
+
+    def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
+        """Add what an earlier run had of them, after :meth:`restore_`, which sets them to zero."""
+        if self.renews:
+            self._add_(_second_moment, second_moments)
+            if self.is_quantized:
+                self._add_(_residual, residuals)
+
+    def complete_second_moments_(self) -> None:
+        """Where an earlier run told no v_i, it begins as v. Where it did, none that takes part is 0."""
+        if not self.renews:
+            return
+        corrections = self.bias_corrections()
+        for part in (part for parts in self.parts for part in parts):
+            v = _second_moment(part)
+            if v is not None:
+                v.copy_(torch.where(v == 0, part.rms.square_().div_(corrections[part.parameter]), v))
+
     def _add_(self, view: Any, sources: Sequence[ElementRange]) -> None:
         targets = [
             ElementRange(self.places[part.parameter] + part.start, values)
@@ -376,7 +435,8 @@ class Buckets:
     def shared_state(self) -> dict[int, dict[str, Tensor]]:
         """By parameter, what all ranks know and stock state does not tell exactly; restored by :meth:`restore_`.
 
-        * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; only if there is a D.
+        * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; or, where it is renewed by several ranks,
+          ``rms_code`` and ``rms_scale``: its 8-bit logarithm, uint8 ``[numel]``, float32 ``[blocks]``. Only if there is a D.
         * ``step``: int64, 0-d.
         * ``common_share``: numerator and denominator of s, float64 ``[2]``; only if it is known.
         * ``signs``, ``scales``: the last average; uint8 ``[ceil(numel / 8)]``, float32 ``[blocks]``. With one rank: none.
@@ -388,6 +448,10 @@ class Buckets:
             entry, memory = collected[part.parameter], part.memory
             if memory.rms is not None:
                 entry.setdefault("rms", []).append(part.of_bucket(memory.rms))
+            if memory.rms_code is not None:
+                assert memory.rms_scale is not None
+                entry.setdefault("rms_code", []).append(part.of_bucket(memory.rms_code))
+                entry.setdefault("rms_scale", []).append(memory.rms_scale[slice(*part.blocks)])
             if self.is_quantized:
                 entry.setdefault("signs", []).append(part.average.signs)
                 entry.setdefault("scales", []).append(part.average.scales)
@@ -422,9 +486,13 @@ class Buckets:
         was_quantized = any("signs" in shared[i] for i in range(len(self.params)))
         same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
         for memory, parts in zip(self.memories, self.parts, strict=True):
-            if memory.rms is not None:
+            if memory.has_rms:
+                rms = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
                 for part in parts:
-                    part.of_bucket(memory.rms).copy_(part.of_parameter(shared[part.parameter]["rms"]))
+                    part.of_bucket(rms).copy_(_saved_rms(part, shared[part.parameter], block_size))
+                memory.set_rms_(rms)
+            if memory.second_moment is not None:
+                memory.second_moment.zero_()
             for name in ("live", "live_before"):
                 if any(name in shared[part.parameter] for part in parts):
                     mask = torch.full((memory.layout.flat_numel // BITS_PER_BYTE,), 255, dtype=torch.uint8)
@@ -454,7 +522,11 @@ class Buckets:
         if "common_share" in entry:
             expected["common_share"] = (torch.float64, (2,))
         if self.method.has_second_moment and numel:  # a parameter without elements is in no bucket
-            expected["rms"] = (self.dtype, (numel,))
+            if "rms_code" in entry:
+                expected["rms_code"] = (torch.uint8, (numel,))
+                expected["rms_scale"] = (torch.float32, (num_blocks(numel, block_size),))
+            else:
+                expected["rms"] = (self.dtype, (numel,))
         if "signs" in entry:
             expected["signs"] = (torch.uint8, (sign_nbytes(numel),))
             expected["scales"] = (torch.float32, (num_blocks(numel, block_size),))
@@ -467,7 +539,7 @@ class Buckets:
                 raise ValueError(
                     f"`{name}` of a parameter of {numel} elements must be {dtype} {list(shape)}, not {value!r:.80}"
                 )
-        for name in ("rms", "scales"):
+        for name in ("rms", "rms_scale", "scales"):
             if name in expected and not bool((entry[name].isfinite() & (entry[name] >= 0)).all()):
                 raise ValueError(f"`{name}` holds infinite, NaN or negative values")
 
@@ -479,6 +551,9 @@ class Buckets:
                 masks = [] if memory.live_before is None else [part.of_bits(memory.live_before)]
                 yield p, "momentum", [*part.average, *masks]
             second_moment = [] if memory.rms is None else [part.of_bucket(memory.rms)]
+            if memory.rms_code is not None:
+                assert memory.rms_scale is not None
+                second_moment = [part.of_bucket(memory.rms_code), memory.rms_scale[slice(*part.blocks)]]
             yield p, "second moment", [*second_moment, *([] if memory.live is None else [part.of_bits(memory.live)])]
 
 
@@ -495,13 +570,20 @@ def _parts(memory: BucketMemory) -> Iterator[Part]:
         )
 
 
-def square_root_(values: Tensor, out: Tensor) -> None:
-    """The correctly rounded root of ``values``, to ``out`` of the same dtype.
+def _second_moment(part: Part) -> Tensor | None:
+    assert part.memory.second_moment is not None
+    return part.of_share(part.memory.second_moment)
 
-    torch's on a CPU is MKL's: it rounds a quarter of the numbers in [2, 4) the other way, perhaps others on another
-    processor.
-    """
-    if values.device.type == "cpu":
-        np.sqrt(values.numpy(), out=out.numpy())
-    else:
-        torch.sqrt(values, out=out)
+
+def _residual(part: Part) -> Tensor | None:
+    assert part.memory.second_moment_residual is not None
+    return part.of_chunk(part.memory.second_moment_residual)
+
+
+def _saved_rms(part: Part, entry: Mapping[str, Tensor], block_size: int) -> Tensor:
+    """sqrt(v_hat) of a part, as :meth:`Buckets.shared_state` has it, on the CPU: the same bits when it is coded again."""
+    if "rms_code" not in entry:
+        return part.of_parameter(entry["rms"])
+    code = part.of_parameter(entry["rms_code"])
+    blocks = torch.arange(part.start, part.start + part.numel) // block_size
+    return decode_logarithm(code, entry["rms_scale"][blocks])

@@ -151,7 +151,8 @@ def clip_buckets_(all_buckets: Sequence[Buckets], communicator: Communicator, ma
             kernels.sketch_(partial, memory, step, draws, places)
         steps.append((buckets, kernels, step))
     sketch = partial.sum(dim=0)
-    communicator.all_reduce_mean_(sketch)
+    with communicator.counters.counting_sketches():
+        communicator.all_reduce_mean_(sketch)
     norm = _norm(sketch)
     # As torch. A norm that is not finite must not make NaN of all gradients, and hide where it came from.
     coefficient = (max_norm / (norm.nan_to_num(nan=torch.inf, posinf=torch.inf) + 1e-6)).clamp(max=1.0)

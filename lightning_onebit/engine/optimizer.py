@@ -12,13 +12,14 @@ One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bi
 
 from __future__ import annotations
 
-import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -34,11 +35,13 @@ from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
+from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.variance import REFRESH_STEPS, LateCoordinates, first_gradients_
+from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.methods import method_for, parameters_of
+from lightning_onebit.refresh_schedule import is_refresh_due
 
 
 class CompressedOptimizer:
@@ -73,7 +76,7 @@ class CompressedOptimizer:
         overlap: bool = False,
     ) -> None:
         self.optimizer, self.method, self.communicator = optimizer, method_for(optimizer), communicator
-        self._names = names
+        self._names, self._config = names, config
         self._groups = groups or flat_groups(communicator)
         self._exchanger = exchanger or InlineExchanger()
         self._overlap = overlap and communicator.world_size > 1
@@ -91,7 +94,8 @@ class CompressedOptimizer:
                     config,
                     self._groups,
                     keeps_before=self._overlap or looks_ahead,
-                )
+                ),
+                self._groups,
             )
             for kind in sorted({(str(p.dtype), str(p.device)) for p in params})
         ]
@@ -108,16 +112,29 @@ class CompressedOptimizer:
         self._knows_live = self.method.has_second_moment or communicator.world_size == 1
         self._learns_live = False
         self._sent: deque[tuple[ParameterSet, int, Exchange]] = deque()
+        self._waited: list[Exchange] = []
+        """Exchanges that were waited for, for how long has not been counted yet."""
         self._num_sent = 0
         self._arrived: set[Tensor] = set()
         self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
         self.last_outcome: Outcome | None = None
         """What the ranks have told each other with the last step."""
+        optimizer.state = self._state = FrozenState(dict, optimizer.state)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
         """Those that are trained since the optimizer's state was frozen, but were not before."""
         return [p for p in parameters_of(self.optimizer) if p.requires_grad and p not in self._param_group_of]
+
+    @property
+    def state_was_replaced(self) -> bool:
+        """Whether user code has replaced or cleared ``optimizer.state``, by ``load_state_dict`` for instance."""
+        return self.optimizer.state is not self._state or self._state.was_cleared or bool(self._state)
+
+    @property
+    def has_begun_a_step(self) -> bool:
+        """Whether gradients of the next step have been sent during backward."""
+        return bool(self._arrived) or self._num_sent > 0
 
     @property
     def kernel_names(self) -> set[str]:
@@ -185,16 +202,18 @@ class CompressedOptimizer:
             outcome = None if self._waits_last else self._read(words)
         while self._sent:
             self._finish_(*self._sent.popleft())
+        estimates: dict[ParameterSet, Tensor] = {}
         if outcome is None:
-            outcome = self._read(words)
-        self._end_step_(outcome)
+            estimates = self._estimate()
+            outcome = self._read(words, list(estimates.values()))
+        self._end_step_(outcome, dict(zip(estimates, outcome.beside, strict=True)))
         self._refuse(changed)
         return outcome.counts
 
-    def _read(self, words: Tensor) -> Outcome:
+    def _read(self, words: Tensor, beside: Sequence[Tensor] = ()) -> Outcome:
         """Wait for what the ranks have told each other; if they disagree, nothing of the step remains."""
         try:
-            return self.agreement.read(words)
+            return self.agreement.read(words, beside)
         except RanksDisagree:
             while self._sent:
                 self._sent.popleft()[2].wait()
@@ -210,14 +229,15 @@ class CompressedOptimizer:
             each.set_active_(counts, self._params)
         if each.node_average is not None:  # hierarchical: g_i is the mean of this node
             with record_function("onebit::node_average"):
-                needed_later = counts is None or (counts.has_news and self._is_refresh_due and len(each.late[index]) > 0)
+                needed_later = counts is None or self._looks_back(each, index, counts)
                 each.average_inside_node_(index, keep=needed_later)
         with record_function("onebit::encode"):  # steps 1 and 2
             buckets.kernels.encode_(memory, index, step, commit=commit)
-            if commit:
+            if commit and each.late:
                 each.late[index].collect_(index, step)
         if buckets.is_quantized:  # steps 3 to 5
-            work = partial(exchange_, memory, self._groups, buckets.server_kernels, step, commit=commit)
+            serve = partial(buckets.server_kernels.serve_, memory, step, commit=commit)
+            work = partial(exchange_, memory, self._groups, serve)
             self._sent.append((each, index, self._exchanger.submit(work)))
         else:
             self._sent.append((each, index, InlineExchanger().submit(lambda: None)))
@@ -225,32 +245,79 @@ class CompressedOptimizer:
 
     def _finish_(self, each: ParameterSet, index: int, exchange: Exchange) -> None:
         """Step 6 for one bucket, once its new average is there."""
-        start = time.perf_counter()
         with record_function("onebit::wait"):
             exchange.wait()
-        self.communicator.counters.seconds_waited += time.perf_counter() - start
+        self._waited.append(exchange)
         with record_function("onebit::apply"):
             memory, step = each.buckets.memories[index], each.step_inputs(self._groups.topology.num_nodes)
             each.buckets.kernels.apply_(memory, index, step, commit=self._commits_late)
 
-    def _end_step_(self, outcome: Outcome) -> None:
-        """Count the step, or take it back; refresh, if it is time."""
+    def _estimate(self) -> dict[ParameterSet, Tensor]:
+        """Launch what second moments need to know of the step, by which nothing changes yet: it is read when all is."""
+        number, estimates = self._steps + 1, {}
+        with record_function("onebit::sketch"), self.communicator.counters.counting_sketches():
+            for each in self._sets:
+                estimate = each.estimate(number)
+                if estimate is not None:
+                    estimates[each] = estimate
+        return estimates
+
+    def _end_step_(self, outcome: Outcome, learned: Mapping[ParameterSet, NDArray[np.float32]]) -> None:
+        """Count the step, or take it back; renew second moments, if it is time."""
         self.last_outcome = outcome
         self.communicator.counters.steps += 1
-        refresh = self._is_refresh_due and outcome.has_news
+        self._count_waits()
         if self._learns_live and not outcome.counts:
             self._forget_live_()
         self._learns_live = False
         for each in self._sets:
             each.set_active_(outcome, self._params)
-            if outcome.counts:
-                each.count_step_(refresh=refresh, late=self._commits_late, groups=self._groups)
         if outcome.counts:
+            self._renew_(learned, has_news=outcome.has_news)
             self._forget_step_()
             self.agreement.forget_nonfinite()
         else:
             self._take_back_()
             self.agreement.note_nonfinite()
+
+    def _renew_(self, learned: Mapping[ParameterSet, NDArray[np.float32]], *, has_news: bool) -> None:
+        """Count the step, and let D follow the second moment where it is time: valid from the next step on.
+
+        Args:
+            learned: what has been estimated already, and brought to the host with the outcome.
+            has_news: whether some rank asks for a refresh.
+        """
+        number, counters = self._steps + 1, self.communicator.counters
+        late_is_due = has_news and self._is_late_refresh_due
+        for each in self._sets:
+            each.count_step_(late=self._commits_late)
+            if each.renewal is not None and each in learned:
+                each.renewal.take_over_(learned[each])
+            elif each.renewal is not None and each.renewal.is_sketch_due(number):
+                with record_function("onebit::sketch"), counters.counting_sketches():
+                    each.learn_(number)
+            with record_function("onebit::refresh"), counters.counting_refreshes():
+                if each.renewal is not None and is_refresh_due(number, self._config.variance_refresh):
+                    each.renewal.refresh_()
+                elif late_is_due and each.late:
+                    each.refresh_late_(self._groups)
+
+    def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
+        """Whether the gradients of a bucket are looked at again at the end of the step."""
+        if each.renewal is not None:
+            return each.renewal.is_sketch_due(self._steps + 1)
+        return outcome.has_news and self._is_late_refresh_due and len(each.late[index]) > 0
+
+    def _count_waits(self) -> None:
+        """On a GPU the last ones may still be in progress; they are counted with the next step."""
+        unknown = []
+        for exchange in self._waited:
+            seconds = exchange.seconds_waited()
+            if seconds is None:
+                unknown.append(exchange)
+            else:
+                self.communicator.counters.seconds_waited += seconds
+        self._waited = unknown
 
     def _take_back_(self) -> None:
         """The step does not count: errors and parameters are as they were, averages become so."""
@@ -299,7 +366,7 @@ class CompressedOptimizer:
 
     def _news(self) -> list[Tensor]:
         """Where a refresh is due, whether each bucket has something to tell; int32 ``[1]``."""
-        if not self._is_refresh_due:
+        if not self._is_late_refresh_due:
             return []
         news = (late.has_news() for each in self._sets for late in each.late)
         return [flag.to(torch.int32).view(1) for flag in news if flag is not None]
@@ -322,7 +389,7 @@ class CompressedOptimizer:
                 memory.live = memory.live_before = None
 
     @property
-    def _is_refresh_due(self) -> bool:
+    def _is_late_refresh_due(self) -> bool:
         return (self._steps + 1) % REFRESH_STEPS == 0
 
     @property
@@ -368,23 +435,30 @@ class CompressedOptimizer:
         Returns:
             The norm before clipping, 0-d, the same on all ranks.
         """
-        params = parameters_of(self.optimizer)
-        with_gradient = [p for p in params if p.grad is not None]
-        if self.communicator.world_size == 1:
-            norm = get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-        elif self._waits_last:
+        with_gradient = [p for p in parameters_of(self.optimizer) if p.grad is not None]
+        if self._waits_last and self.communicator.world_size > 1:
             return clip_buckets_([each.buckets for each in self._sets], self.communicator, max_norm, seed=self._steps)
-        else:
-            # The step is the seed: a resumed run draws the same.
-            numel = sketch_numel(sum(p.numel() for p in params))
-            sketch = NormSketch(seed=self._steps, device=self._device, numel=numel)
-            sketch.add_([p.grad for p in params], [p.numel() for p in params])
-            self.communicator.all_reduce_mean_(sketch.buckets)
-            norm = sketch.norm()
+        norm = self.grad_norm()
         # A norm that is NaN would make NaN of all gradients, and hide where it came from. Divided by infinity, only what is
         # not finite becomes NaN.
         clip_grads_with_norm_(with_gradient, max_norm, norm.nan_to_num(nan=torch.inf, posinf=torch.inf))
         return norm
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The norm of the mean of the local gradients, 0-d, the same on all ranks, estimated by a sketch. Collective.
+
+        A single rank computes it exactly.
+        """
+        params = parameters_of(self.optimizer)
+        if self.communicator.world_size == 1:
+            return get_total_norm([p.grad for p in params if p.grad is not None])
+        # The step is the seed: a resumed run draws the same.
+        sketch = NormSketch(seed=self._steps, device=self._device, numel=sketch_numel(sum(p.numel() for p in params)))
+        sketch.add_([p.grad for p in params], [p.numel() for p in params])
+        with self.communicator.counters.counting_sketches():
+            self.communicator.all_reduce_mean_(sketch.buckets)
+        return sketch.norm()
 
     @torch.no_grad()
     def outstanding(self) -> dict[Tensor, Tensor]:
@@ -401,6 +475,10 @@ class CompressedOptimizer:
 
     # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
+    def stock_state(self) -> dict[Tensor, dict[str, Any]]:
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
+        return {each.buckets.params[i]: entry for each in self._sets for i, entry in each.buckets.stock_state().items()}
+
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
         return p in self._param_group_of
@@ -412,6 +490,24 @@ class CompressedOptimizer:
     def server_errors(self) -> list[ElementRange]:
         """The server errors of what this rank serves."""
         return [each for each_set in self._sets for each in each_set.buckets.server_errors()]
+
+    def second_moments(self) -> list[ElementRange]:
+        """v_i of this rank, where second moments go on."""
+        return [each for each_set in self._sets for each in each_set.buckets.second_moments()]
+
+    def second_moment_residuals(self) -> list[ElementRange]:
+        """What this rank's chunks have not passed on of v."""
+        return [each for each_set in self._sets for each in each_set.buckets.second_moment_residuals()]
+
+    def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
+        """Add those of an earlier run, in the same places. After :meth:`restore_`, which sets them to zero."""
+        for each in self._sets:
+            each.buckets.add_second_moments_(second_moments, residuals)
+
+    def complete_second_moments_(self) -> None:
+        """After all of these were added: where none was told, v_i begins as v."""
+        for each in self._sets:
+            each.buckets.complete_second_moments_()
 
     def late_second_moments(self) -> tuple[Tensor, Tensor]:
         """v_i of late coordinates: places as of a :class:`ElementRange`, int64, rising, and float64 copies, on the CPU."""
@@ -433,6 +529,8 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
+                if each.renewal is not None:
+                    entry["gradient_statistics"] = each.renewal.statistics_of(i)
             late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
             for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
                 entries = [entry for j, entry in late if j == i]
@@ -450,7 +548,9 @@ class CompressedOptimizer:
         for each in self._sets:
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             each.buckets.restore_(by_index, block_size=block_size)
-            each.late = [LateCoordinates(each.buckets, index) for index in range(len(each.buckets.memories))]
+            if each.renewal is not None:
+                each.renewal.restore_(by_index)
+            each.late = each.find_late()
             for late in each.late:
                 late.restore_(by_index)
         # Without D, who is live is known from the first average on; a single rank does not ask.
@@ -488,7 +588,8 @@ class CompressedOptimizer:
 
         Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
         """
-        self._average_gradients_()
+        self.average_gradients_()
+        self._free_state_()
         for each in self._sets:
             each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
         self._end_()
@@ -496,6 +597,7 @@ class CompressedOptimizer:
     @torch.no_grad()
     def retire_(self) -> None:
         """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
+        self._free_state_()
         for each in self._sets:
             each.buckets.give_back_({})
         self._end_()
@@ -510,18 +612,25 @@ class CompressedOptimizer:
     def close(self) -> None:
         """Take the hook off the optimizer's ``state_dict``, without touching its state."""
         self._handle.remove()
+        self._free_state_()
+
+    def _free_state_(self) -> None:
+        """``optimizer.state`` is that of a stock optimizer again."""
+        if self.optimizer.state is self._state:
+            self.optimizer.state = defaultdict(dict, self._state)
 
     @property
     def _device(self) -> torch.device:
         return self._sets[0].buckets.device if self._sets else torch.device("cpu")
 
     def _complete(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Make a state dict what a stock optimizer would have written at this step."""
+        """Make a state dict what a stock optimizer would have written at this step. What user code has put here is that."""
+        if self.state_was_replaced:
+            return state_dict
         position = {p: index for index, p in enumerate(parameters_of(self.optimizer))}
         state = dict(state_dict["state"])
-        for each in self._sets:
-            for i, entry in each.buckets.stock_state().items():
-                state[position[each.buckets.params[i]]] = entry
+        for p, entry in self.stock_state().items():
+            state[position[p]] = entry
         return {**state_dict, "state": dict(sorted(state.items()))}
 
     def _changed_parameters(self) -> list[Tensor]:
@@ -530,12 +639,21 @@ class CompressedOptimizer:
 
     def _refuse(self, changed: Sequence[Tensor]) -> None:
         if changed:
+            now = _param_group_indices(self.optimizer)
+            what: dict[str, list[str]] = {"new": [], "removed": [], "moved to another group": []}
+            for p in changed:
+                how = "new" if p not in self._param_group_of else "moved to another group" if p in now else "removed"
+                what[how].append(self._names.get(p, f"one of shape {tuple(p.shape)}"))
             raise RuntimeError(
-                "The optimizer's parameters have changed since the second moment was frozen; new ones have none."
-                " HINT: call `strategy.resume_warmup()` before adding parameters, and freeze again later."
+                "The optimizer's parameters have changed since the second moment was frozen:"
+                f" {'; '.join(f'{how}: {_first_of(names)}' for how, names in what.items() if names)}. State is kept for"
+                " those of then, group by group. HINT: call `strategy.resume_warmup()` before adding, removing or moving"
+                " parameters, and freeze again later. To train some no longer, `requires_grad_(False)` is enough."
             )
 
-    def _average_gradients_(self) -> None:
+    @torch.no_grad()
+    def average_gradients_(self) -> None:
+        """Local gradients that wait for a step become their mean over the ranks. Collective."""
         words = self.agreement.propose(skip=False, has_news=False, changed=self._changed_parameters())
         self.agreement.share_(words)
         for p, active in zip(self._params, self.agreement.read(words).active, strict=True):
@@ -568,6 +686,10 @@ def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
             if second_moment is not None and not bool(torch.isfinite(second_moment).all()):
                 diverged.append(p)
     return diverged
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _param_group_indices(optimizer: Optimizer) -> dict[Tensor, int]:

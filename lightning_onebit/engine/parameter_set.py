@@ -14,7 +14,8 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.consistency.step import Outcome
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.variance import LateCoordinates, refresh_
+from lightning_onebit.engine.renewal import Renewal
+from lightning_onebit.engine.variance import LateCoordinates, refresh_late_
 from lightning_onebit.flat import flat_gradient, flat_view
 from lightning_onebit.quantize.memory import StepInputs
 
@@ -24,11 +25,13 @@ class ParameterSet:
 
     Args:
         buckets: of these parameters.
+        groups: the ranks.
     """
 
-    def __init__(self, buckets: Buckets) -> None:
+    def __init__(self, buckets: Buckets, groups: ExchangeGroups) -> None:
         self.buckets = buckets
-        self.late = [LateCoordinates(buckets, index) for index in range(len(buckets.memories))]
+        self.late = self.find_late()
+        self.renewal = Renewal(buckets, groups) if buckets.renews else None
         self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
         self.node_average: NodeAverage | None = None
         self._params = [flat_view(p) for p in buckets.params]
@@ -36,6 +39,10 @@ class ParameterSet:
         self._taken: set[int] = set()
         self._step: StepInputs | None = None
         self._share_gradient: Tensor | None = None
+
+    def find_late(self) -> list[LateCoordinates]:
+        """By bucket, the coordinates that are not live yet; none where all second moments go on."""
+        return [] if self.buckets.renews else [LateCoordinates(self.buckets, i) for i in range(len(self.buckets.memories))]
 
     def step_inputs(self, num_averaged: int) -> StepInputs:
         """What the present step brings; made at the first call."""
@@ -71,7 +78,10 @@ class ParameterSet:
                 "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
                 " HINT: set it when the optimizer is created."
             )
-        return np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
+        numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
+        if self.renewal is not None:
+            numbers[:, Coefficients._fields.index("root_r")] = self.renewal.root_r
+        return numbers
 
     def take_gradients_(self, index: int) -> None:
         """Look up the gradients of a bucket's parameters."""
@@ -111,17 +121,39 @@ class ParameterSet:
         self._step.share_gradients[index] = buffer
         self.node_average.average_(self._step.share_gradients[index], memory, kernels)
 
-    def count_step_(self, *, refresh: bool, late: bool, groups: ExchangeGroups) -> None:
-        """Count the step of the parameters that were active, and refresh late coordinates."""
+    def count_step_(self, *, late: bool) -> None:
+        """Count the step of the parameters that were active.
+
+        Args:
+            late: whether nothing was committed when the gradients were encoded.
+        """
         if self._step is not None and self._step.active is not None:
             self.buckets.steps += self._step.active
-        for index, coordinates in enumerate(self.late):
-            if late and self._step is not None:
+        if late and self._step is not None:
+            for index, coordinates in enumerate(self.late):
                 coordinates.collect_(index, self._step)
+        for index in range(len(self.buckets.memories)):
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
-        if refresh:
-            assert self._step is not None
-            refresh_(self.late, self.buckets, groups, self._step, number=int(self.buckets.steps.max(initial=0)))
+
+    def refresh_late_(self, groups: ExchangeGroups) -> None:
+        """Let late coordinates take part. Collective."""
+        assert self._step is not None
+        refresh_late_(self.late, self.buckets, groups, self._step, number=int(self.buckets.steps.max(initial=0)))
+
+    def learn_(self, number: int) -> None:
+        """Learn from the gradients of step ``number``. Collective. Waits for the device."""
+        if self.renewal is not None and self._step is not None:
+            self.renewal.learn_(self._step, number)
+
+    def estimate(self, number: int) -> Tensor | None:
+        """What is to be learned from step ``number``, if it is time; not waited for. Collective.
+
+        Returns:
+            float32 ``[4, parameters]``: see :meth:`Renewal.estimate`.
+        """
+        if self.renewal is None or self._step is None or not self.renewal.is_sketch_due(number):
+            return None
+        return self.renewal.estimate(self._step, number)
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

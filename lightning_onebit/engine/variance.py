@@ -313,7 +313,10 @@ class LateCoordinates:
             entry = shared[part.parameter]
             if "late" not in entry:
                 continue
-            elements, live_since = entry["late"].to(self.places), entry["live_since"].to(self.live_since)
+            late, since_then = entry["late"], entry.get("live_since")
+            if not isinstance(late, Tensor) or not isinstance(since_then, Tensor):
+                raise ValueError("`late` or `live_since` is no tensor")
+            elements, live_since = late.to(self.places), since_then.to(self.live_since)
             numel = self._buckets.params[part.parameter].numel()
             if (
                 elements.shape != live_since.shape
@@ -343,7 +346,7 @@ class LateCoordinates:
         self._locate_()
 
 
-def refresh_(
+def refresh_late_(
     all_late: Sequence[LateCoordinates], buckets: Buckets, groups: ExchangeGroups, step: StepInputs, *, number: int
 ) -> None:
     """Make second moments those of all ranks, and let coordinates take part that have one. Collective.

@@ -60,7 +60,9 @@ def compressible(optimizers: Sequence[Optimizer]) -> CompressibleOptimizers:
         except ValueError as error:
             dense[optimizer] = str(error)
     if not compressed:
-        raise ValueError(" ".join(dict.fromkeys(dense.values())) or "There is no optimizer: nothing can be compressed.")
+        beside = " Beside one that can be compressed, others may stand: their gradients stay dense, as under DDP."
+        reasons = " ".join(dict.fromkeys(dense.values()))
+        raise ValueError(reasons + beside if reasons else "There is no optimizer: nothing can be compressed.")
     return CompressibleOptimizers(compressed=compressed, dense=dense)
 
 

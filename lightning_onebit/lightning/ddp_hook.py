@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_onebit.comm.primitives import Communicator, completed_future
 from lightning_onebit.comm.stats import DENSE_ELEMENT_NBYTES, ring_all_reduce_nbytes
+from lightning_onebit.config import WarmupPrecision
 
 
 class Regrouping:
@@ -44,26 +45,33 @@ class Regrouping:
         return self._backwards >= self.PATIENCE
 
     def average(
-        self, communicator: Communicator, bucket: dist.GradBucket, dense: Mapping[Tensor, Tensor]
+        self,
+        communicator: Communicator,
+        bucket: dist.GradBucket,
+        dense: Mapping[Tensor, Tensor],
+        dtype: torch.dtype | None,
     ) -> torch.futures.Future[Tensor]:
-        """Average the ``dense`` gradients of a bucket, views of it by parameter: all together, when the last is there."""
+        """Average the ``dense`` gradients of a bucket, views of it by parameter: all together, when the last is there.
+
+        ``dtype`` is what they travel as; ``None``: as they are.
+        """
         buffer = bucket.buffer()
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         self._futures.append((future, buffer))
         self._found.append(bucket.parameters())
         self._gradients.update(dense)
         if bucket.is_last():
-            self._average_all(communicator)
+            self._average_all(communicator, dtype)
         return future
 
-    def _average_all(self, communicator: Communicator) -> None:
+    def _average_all(self, communicator: Communicator, dtype: torch.dtype | None) -> None:
         found, wanted = ([p for params in buckets for p in params] for buckets in (self._found, self._wanted))
         buckets = self._wanted if set(found) == set(wanted) else self._found
         for params in buckets:
             gradients = [self._gradients[p] for p in params if p in self._gradients]
             if gradients:
                 message = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                communicator.all_reduce_mean_(message)
+                communicator.all_reduce_mean_(message, dtype=dtype)
                 _put_back(message, gradients)
         for future, buffer in self._futures:
             future.set_result(buffer)
@@ -77,8 +85,10 @@ class Regrouping:
 class HookState:
     """What the hook needs to know; the phase controller changes ``local`` and ``gradients_ready`` between batches."""
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, warmup_precision: WarmupPrecision = "fp32") -> None:
         self.communicator = communicator
+        self.warmup_precision = warmup_precision
+        """What gradients travel as while ``local`` is empty."""
         self.local_world_size = 1
         """Ranks of a node, if they exchange as one."""
         self.local: frozenset[Tensor] = frozenset()
@@ -95,6 +105,11 @@ class HookState:
         self.regrouping: Regrouping | None = None
         """Averages in other buckets than DDP's; ``None``: nobody wants that."""
 
+    def travelling_dtype(self, buffer: Tensor) -> torch.dtype | None:
+        """What the gradients in ``buffer`` are averaged as; ``None``: as they are."""
+        narrows = self.warmup_precision == "bf16" and not self.local and buffer.is_floating_point()
+        return torch.bfloat16 if narrows and buffer.element_size() > torch.bfloat16.itemsize else None
+
     def look_ahead(self) -> None:
         """See to it that ``buckets`` are those of the next backward. Collective.
 
@@ -110,9 +125,9 @@ class HookState:
 def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP communication hook of both phases.
 
-    In warm-up the bucket is averaged over the ranks, bitwise as DDP does it without a hook. In the compressed phase
-    ``p.grad`` is the local gradient where a compressed optimizer will exchange it, when it steps, or at once if
-    exchanges overlap with backward. All others are averaged: those of optimizers that cannot be compressed, and of
+    In warm-up the bucket is averaged over the ranks, bitwise as DDP does it without a hook, or rounded to bfloat16. In the
+    compressed phase ``p.grad`` is the local gradient where a compressed optimizer will exchange it, when it steps, or at
+    once if exchanges overlap with backward. All others are averaged: those of optimizers that cannot be compressed, and of
     parameters in no optimizer.
     """
     buffer, counters = bucket.buffer(), state.communicator.counters
@@ -133,21 +148,23 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
                 local_numel += gradient.numel()
             else:
                 dense[p] = gradient
+    world_size = state.communicator.world_size
     counters.dense_equivalent_bytes += (
-        ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, state.communicator.world_size) // state.local_world_size
+        ring_all_reduce_nbytes(DENSE_ELEMENT_NBYTES * local_numel, world_size) // state.local_world_size
     )  # of a ring, one hop in so many leaves the node: only those count as sent
+    # Not what was sent meanwhile: another thread, in which exchanges are carried out, counts there as well.
+    averaged_nbytes = sum(gradient.nbytes for gradient in dense.values()) if local_numel else buffer.nbytes
+    counters.dense_equivalent_bytes += ring_all_reduce_nbytes(averaged_nbytes, world_size)
     if local_numel and state.gradients_ready is not None:
         state.gradients_ready(params)
-    before = counters.bytes_sent
     if state.regrouping is not None:
-        future = state.regrouping.average(state.communicator, bucket, dense)
+        future = state.regrouping.average(state.communicator, bucket, dense, state.travelling_dtype(buffer))
     elif not local_numel:
-        future = state.communicator.all_reduce_mean_future(buffer)
+        future = state.communicator.all_reduce_mean_future(buffer, dtype=state.travelling_dtype(buffer))
     elif dense:
         future = _average_some(state.communicator, buffer, list(dense.values()))
     else:
         future = completed_future(buffer)
-    counters.dense_equivalent_bytes += counters.bytes_sent - before
     return future
 
 

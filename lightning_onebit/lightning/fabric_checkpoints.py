@@ -1,7 +1,8 @@
 """Checkpoints under Fabric, which knows no run: every optimizer carries a header of the run in its own state dict.
 
 A stock optimizer disregards the entry. When the last optimizer of a run has loaded its state, with ``fabric.load`` or with
-``load_state_dict``, the run goes on as the headers say: all optimizers change phase together.
+``load_state_dict``, the run goes on as the headers say: all optimizers change phase together. State without a header, or of
+some optimizers only, takes the place of theirs, and the phase stays.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import checkpoint_settings
 from lightning_onebit.lightning.phase_controller import PhaseController
+from lightning_onebit.methods import counted_steps
 from lightning_onebit.phase import Phase
 
 POSITION = "position"
@@ -48,7 +50,7 @@ class FabricCheckpoints:
     def with_header(self, optimizer: Optimizer, state_dict: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, Any]:
         """``state_dict`` with what the header says of the run and of this optimizer."""
         position = list(self._phases.steps.made).index(optimizer)
-        of_all = ("optimizers", "optimizer_steps")
+        of_all = [name for name in ("optimizers", "optimizer_steps", "with_state", "replaced") if header[name] is not None]
         own = {**header, **{name: header[name][position : position + 1] for name in of_all}, POSITION: position}
         return {**state_dict, CHECKPOINT_KEY: own}
 
@@ -92,27 +94,31 @@ class FabricCheckpoints:
         return remainder
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        if self._phases.phase is Phase.COMPRESSED:
-            raise RuntimeError(
-                "`load_state_dict` was called on an optimizer in the compressed phase, whose state is held in another form."
-                " HINT: use `fabric.load`, or call `fabric.strategy.resume_warmup()` first."
-            )
         self._headers.pop(optimizer, None)
         if CHECKPOINT_KEY in state_dict:
             self._headers[optimizer] = read_header(state_dict[CHECKPOINT_KEY])
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         header = self._headers.get(optimizer)
-        self._phases.steps.count_loaded(optimizer, () if header is None else header["optimizer_steps"])
+        if header is not None or counted_steps(optimizer) is not None or self._phases.phase is Phase.WARMUP:
+            self._phases.steps.count_loaded(optimizer, () if header is None else header["optimizer_steps"])
         if self._path is None:
             self._resume_when_all_are_loaded()
+
+    def forget(self) -> None:
+        """Training goes on: what some optimizers have loaded by now is a state like any other, without its header."""
+        self._headers.clear()
 
     def _resume_when_all_are_loaded(self) -> None:
         made = self._phases.steps.made
         if len(self._headers) == len(made):
+            self._phases.drop_compressed_state()
             headers = [self._headers[optimizer] for optimizer in made]
             self._headers.clear()
             optimizers = [entry for header in headers for entry in header["optimizers"]]
             positions = [header[POSITION] for header in headers]
-            self._checkpoints.resume(headers[0], optimizers, positions, self._path)
+            with_state = [each for header in headers for each in header.get("with_state") or []]
+            replaced = [each for header in headers for each in header.get("replaced") or []]
+            header = {**headers[0], "with_state": with_state or None, "replaced": replaced or None}
+            self._checkpoints.resume(header, optimizers, positions, self._path)
             self._checkpoints.put_back_gradients()

@@ -17,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_onebit.arguments import check_steps
 from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.comm.watch import passing
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     criterion_settings,
@@ -40,7 +42,7 @@ from lightning_onebit.lightning.fabric_checkpoints import FabricCheckpoints
 from lightning_onebit.lightning.failures import explain_
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.phase_controller import PhaseController
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
+from lightning_onebit.lightning.preflight import check_arguments, check_module, check_optimizer, warn_if_alone
 from lightning_onebit.phase import Phase
 
 
@@ -59,16 +61,18 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         criterion: when to freeze; ``None``: :class:`~lightning_onebit.VarianceStability`.
         guard: compares the ranks every so many steps; ``None``: :class:`~lightning_onebit.DivergenceGuard` with its default.
         total_steps: optimizer steps of the whole run, for criteria that are fractions of it; Fabric does not know it.
-        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next five.
+        block_size: see :class:`~lightning_onebit.OneBitDDPStrategy`, also for the next six.
         scale: likewise.
         space: likewise.
         hierarchical: likewise.
         bucket_cap_mb: likewise.
+        warmup_precision: likewise.
         max_skipped_steps: likewise.
         **kwargs: every argument of :class:`lightning.fabric.strategies.DDPStrategy` and of
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
+        TypeError: if an argument is unknown, or of another type.
         ValueError: if an argument is outside its domain, or asks for another communication of gradients.
 
     Example::
@@ -85,16 +89,30 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
+        variance_refresh: VarianceRefresh = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"Invalid total_steps: {total_steps}. Must be >= 1, or None if it is not known.")
-        check_ddp_arguments(type(self).__name__, kwargs)
+        if total_steps is not None:
+            total_steps = check_steps("total_steps", total_steps, or_none="if it is not known")
+        if guard is not None and not isinstance(guard, DivergenceGuard):
+            raise TypeError(
+                f"Invalid guard: {guard!r}. Must be a DivergenceGuard, or None for one with its default. HINT: for a number"
+                " of steps, write guard=DivergenceGuard(every_n_steps=n)."
+            )
+        check_arguments(type(self), OneBitDDPFabricStrategy, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            variance_refresh=variance_refresh,
+            bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
+        )
         # Never overlapped: a training loop may do anything to gradients between backward and step.
         self.overlap: bool | Literal["auto"] = False
         self.hierarchical = hierarchical
@@ -140,6 +158,21 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Those whose gradients are compressed once the warm-up is over: all."""
         return self._phases.optimizers.compressed
 
+    @property
+    def warmup_start(self) -> int:
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
+        return self._phases.warmup_start
+
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        return self._phases.expected_compression_ratio
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
+        return str(self.precision.precision) not in ("32-true", "64-true")
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
         self._phases.freeze_variance()
@@ -147,6 +180,17 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def resume_warmup(self) -> None:
         """Go back to plain DDP: what error feedback still holds is applied. Call on all ranks, between two steps."""
         self._phases.resume_warmup()
+
+    def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:
+        """The 2-norm of the mean gradient, 0-d and the same on all ranks: for decisions, which all must take alike.
+
+        In the compressed phase ``p.grad`` is this rank's own, and so would be its norm; that of the mean is estimated,
+        within about 1%. In warm-up it is exact. Call on all ranks, between backward and step, when gradients are unscaled.
+
+        Args:
+            optimizer: whose parameters; may be left out if there is one.
+        """
+        return self._phases.grad_norm(optimizer)
 
     def check_ranks_agree(self) -> None:
         """Raise :class:`~lightning_onebit.DivergenceError` on all ranks if they hold different bits. Collective."""
@@ -211,6 +255,9 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def backward(self, *args: Any, **kwargs: Any) -> None:
         with self._failures_explained():
             self._start_switch()  # which may begin to compress with this very gradient
+            passing("a backward")
+            self._phases.drop_lost_state()
+            self._loading.forget()
             super().backward(*args, **kwargs)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -219,12 +266,14 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         phases = self._phases
         with self._failures_explained():
             self._start_switch()
+            passing("an optimizer step")
             if unaveraged := phases.steps.unaveraged():
                 reason = (
                     "it did not require gradients when `fabric.setup` made the DDP module, or is in no such module. HINT:"
                     " unfreeze parameters before, or set the module up once more"
                 )
                 raise unaveraged_error(unaveraged, phases.names, reason)
+            phases.take_over_replaced_state()
             self._agree_on_infinities(optimizer)
             with phases.steps.step(optimizer):
                 output = super().optimizer_step(optimizer, **kwargs)

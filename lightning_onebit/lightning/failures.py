@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_onebit.comm.watch import others_say
 from lightning_onebit.phase import Phase
 
 _LATE = re.compile(r"time[d -]*out", re.IGNORECASE)
@@ -53,10 +54,15 @@ def explain_(
         limit = "the timeout" if timeout is None else f"{timeout.total_seconds():g} seconds (`timeout` of the strategy)"
         what = f"there was no answer within {limit}: another rank hangs or is stopped, or the network is down"
     elif _CLOSED.search(str(error)):
-        what = "a connection was closed: another rank has died or failed, and its own output says why"
+        what = (
+            "a connection was closed: another rank has died or failed, as its own output says, or has come to its end before"
+        )
     else:
         what = "another rank has died or failed, or is at another place of the program"
     resume = "`trainer.fit(..., ckpt_path=...)`" if checkpoint is None else f"`trainer.fit(..., ckpt_path={checkpoint!r})`"
+    others = others_say()
+    if others:
+        what += f" ({'; '.join(others)})"
     message = (
         f"{_BEGIN}, on rank {rank}, phase {phase.name}, after {step} optimizer steps: {what}. Training cannot go on without"
         f" that rank, so all ranks end. HINT: start again, and resume from the last checkpoint with {resume}. What the"

@@ -8,34 +8,47 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
-from weakref import ref
+from weakref import ReferenceType, ref
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lightning_onebit.arguments import check_switch
 from lightning_onebit.comm.exchanger import Exchanger, InlineExchanger, make_exchanger
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
-from lightning_onebit.config import CompressionConfig
+from lightning_onebit.comm.watch import start_watch, stop_watch
+from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
-from lightning_onebit.lightning.compressible import CompressibleOptimizers
+from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.renewal import SKETCH_STEPS
+from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.process_groups import make_process_groups
-from lightning_onebit.methods import needs_warmup, parameters_of
+from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
+from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
+from lightning_onebit.quantize.tensor_sketch import WIDTH
+from lightning_onebit.refresh_schedule import longest_interval
 
+REPLACED_TOO_LATE = (
+    "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
+    " step. HINT: do it between a step and the next backward."
+)
 NOT_RUNNING = (
     "needs a running `trainer.fit`, or a model set up with Fabric. HINT: call it from a callback, or from the training loop."
 )
@@ -64,8 +77,7 @@ class PhaseController:
 
     def __init__(self, strategy: ConfiguredStrategy) -> None:
         for name in ("overlap", "hierarchical"):
-            if (value := getattr(strategy, name)) not in (True, False, "auto"):
-                raise ValueError(f"Invalid {name}: {value!r}. Must be 'auto', True or False.")
+            check_switch(name, getattr(strategy, name))
         self._strategy = strategy
         self.comm_stats = CommStats()
         self.names: dict[Tensor, str] = {}
@@ -74,6 +86,8 @@ class PhaseController:
         self.optimizers = CompressibleOptimizers()
         self.is_pending = False
         """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
+        self.warmup_start = 0
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
         self.overlaps = False
         """Whether buckets are sent during backward, once compressed."""
         self.has_waiting_gradients = False
@@ -84,7 +98,9 @@ class PhaseController:
         self.groups: ExchangeGroups | None = None
         self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
-        self._replicas: dict[Tensor, str] = {}
+        self._had_state: set[Tensor] = set()
+        """Parameters that had a state when the compressed phase began."""
+        self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
 
     @property
@@ -102,6 +118,11 @@ class PhaseController:
         return min((self.steps.made[optimizer] for optimizer in self.optimizers.compressed), default=0)
 
     @property
+    def compressed_optimizers(self) -> Sequence[Optimizer]:
+        """Those that are compressed, or will be."""
+        return self.optimizers.compressed
+
+    @property
     def steps_made(self) -> list[int]:
         """Steps of each optimizer of the run."""
         return list(self.steps.made.values())
@@ -115,6 +136,26 @@ class PhaseController:
     def space(self) -> str:
         """What errors are kept in; a single rank decides for itself."""
         return self._strategy.config.space if self._strategy.world_size > 1 else "update"
+
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters.
+
+        Refreshes and sketches count as often as they are late in a run.
+        """
+        trained = {p for p in self.names if p.requires_grad}
+        compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
+        stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in trained - compressed)
+        config = self._strategy.config
+        sent: float = stay_dense
+        for p in compressed:
+            sent += encoded_nbytes(p.numel(), config.block_size)
+        if config.renews_variance:
+            interval = longest_interval(config.variance_refresh)
+            for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+                sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
+                sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
+        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, sent)
 
     @property
     def options(self) -> dict[str, object]:
@@ -165,21 +206,41 @@ class PhaseController:
         self.hook_state.local = frozenset(compressed) - frozenset(dense)
         have_state = {p for optimizer in self.optimizers.compressed for p, state in optimizer.state.items() if state}
         self._frozen = {p for p in compressed if p.requires_grad or p in have_state}
+        self._had_state = have_state
         self.is_pending = True
         self._set_phase(Phase.COMPRESSED)
 
     def begin_compressing(self) -> None:
-        """Freeze the optimizers' state, if that is pending. Before the first backward that overlaps. Collective then."""
+        """Freeze the optimizers' state, if that is pending. Before the first backward that overlaps. Collective then.
+
+        As late as possible, so that until then state is stock: to be saved, read and replaced as in warm-up.
+        """
         if not self.is_pending:
             return
-        assert self.hook_state is not None
         self.is_pending = False
         world_size, device = self._strategy.world_size, self._strategy.root_device
         self._exchanger.close()
         self._exchanger = make_exchanger(device) if world_size > 1 else InlineExchanger()
-        with agreement(Communicator(), device, about="the switch to compression"):
-            self.steps.compressed = {
-                optimizer: CompressedOptimizer(
+        self._freeze_state(self.optimizers.compressed, about="the switch to compression")
+        if world_size == 1:
+            return
+        kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
+        rank_zero_info(
+            f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}: a step sends"
+            f" about {self.expected_compression_ratio:.1f} times fewer bytes than with float32 gradients."
+        )
+        if ReferenceKernels.name in kernels:
+            rank_zero_warn(
+                "There are no fast kernels for this device, so compression runs as plain torch, many times slower."
+                " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
+            )
+
+    def _freeze_state(self, optimizers: Sequence[Optimizer], *, about: str) -> None:
+        """Have the state of ``optimizers``, which is stock, held in buckets from now on. Collective."""
+        assert self.hook_state is not None
+        with agreement(Communicator(), self._strategy.root_device, about=about):
+            for optimizer in optimizers:
+                self.compressed[optimizer] = CompressedOptimizer(
                     optimizer,
                     self._strategy.config,
                     self.hook_state.communicator,
@@ -188,42 +249,167 @@ class PhaseController:
                     exchanger=self._exchanger,
                     overlap=self.overlaps,
                 )
-                for optimizer in self.optimizers.compressed
-            }
         if self.overlaps:
             (compressed,) = self.compressed.values()
             self.hook_state.gradients_ready = compressed.gradients_ready
-        if world_size == 1:
-            return
-        kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
-        rank_zero_info(f"{type(self._strategy).__name__}: compressing with the kernels {' and '.join(map(repr, kernels))}.")
-        if ReferenceKernels.name in kernels:
-            rank_zero_warn(
-                "There are no fast kernels for this device, so compression runs as plain torch, many times slower."
-                " HINT: for GPUs, install Triton: pip install lightning_onebit[cuda]."
-            )
 
     def resume_warmup(self) -> None:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
+        self.drop_lost_state()
         if self.phase is Phase.WARMUP:
             return
-        self.begin_compressing()  # gradients may be local already
-        for compressed in self.compressed.values():
-            compressed.give_back_()
+        self.warmup_start = self.optimizer_steps
+        stock = {o: dict(o.state) for o in self.optimizers.compressed if self.is_pending or self._is_replaced(o)}
+        if not self.is_pending:
+            for compressed in self.compressed.values():
+                compressed.give_back_()
+        elif self.has_waiting_gradients:  # which may be local already
+            self.begin_compressing()
+            for compressed in self.compressed.values():
+                compressed.average_gradients_()
+                compressed.close()
+        for optimizer, state in stock.items():
+            optimizer.state = defaultdict(dict, state)
         self.compressed.clear()
         self._set_phase(Phase.WARMUP)
+
+    def _is_replaced(self, optimizer: Optimizer) -> bool:
+        """Whether user code has replaced state that was frozen; until the next step it is stock, beside the errors."""
+        return optimizer in self.compressed and self.compressed[optimizer].state_was_replaced
+
+    @property
+    def has_stock_state(self) -> bool:
+        """In the compressed phase, whether state of the warm-up, or of user code, is still to be frozen before a step."""
+        return self.is_pending or any(compressed.state_was_replaced for compressed in self.compressed.values())
+
+    @property
+    def replaced_state(self) -> list[bool]:
+        """For each compressed optimizer, whether its state was replaced since its last step."""
+        return [self._is_replaced(optimizer) for optimizer in self.optimizers.compressed]
+
+    def drop_lost_state(self) -> None:
+        """Go back to warm-up if user code has removed state, so that a second moment is missing. Alike on all ranks.
+
+        Raises:
+            RuntimeError: if gradients of the compressed phase are waiting for their step.
+        """
+        replaced = [optimizer for optimizer, c in self.compressed.items() if c.state_was_replaced]
+        if self.is_pending:
+            missing = [p for o in self.optimizers.compressed for p in self._trained_without_state(o) if p in self._had_state]
+        else:
+            missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
+        if not missing:
+            return
+        if self.has_waiting_gradients:
+            raise RuntimeError(REPLACED_TOO_LATE)
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced or self.optimizers.compressed)
+        self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
+        for optimizer, compressed in self.compressed.items():
+            if optimizer in replaced:
+                compressed.close()
+            else:
+                compressed.retire_()
+        self.compressed.clear()
+        self.warmup_start = self.optimizer_steps
+        self._set_phase(Phase.WARMUP)
+
+    def take_over_replaced_state(self) -> None:
+        """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
+
+        With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up. Called
+        before a step, so that until then the new state is stock, and can be saved and read.
+
+        Raises:
+            RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step,
+                or if they have been sent.
+        """
+        self.drop_lost_state()
+        replaced = {optimizer: c for optimizer, c in self.compressed.items() if c.state_was_replaced}
+        if not replaced:
+            return
+        if any(compressed.has_begun_a_step for compressed in replaced.values()):
+            raise RuntimeError(REPLACED_TOO_LATE)
+        kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
+        rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
+        errors = {}
+        for optimizer, compressed in replaced.items():  # copies: so the old buckets can go before new ones come
+            worker, server = (
+                [ElementRange(e.start, e.values.clone()) for e in each]
+                for each in (compressed.worker_errors(), compressed.server_errors())
+            )
+            errors[optimizer] = worker, server, compressed.late_second_moments()
+            compressed.close()
+            if counted_steps(optimizer) is not None:
+                self.steps.count_loaded(optimizer)
+        del compressed
+        replaced.clear()
+        for optimizer in errors:
+            del self.compressed[optimizer]
+        order = self.optimizers.compressed
+        self._freeze_state([o for o in order if o in errors], about="the state that was replaced")
+        self.steps.compressed = {optimizer: self.compressed[optimizer] for optimizer in order}
+        for optimizer, (worker, server, late) in errors.items():
+            if self._strategy.world_size > 1:
+                self.compressed[optimizer].add_errors_(worker, server)
+            self.compressed[optimizer].add_late_second_moments_(*late)
+
+    def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
+        """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
+
+        Args:
+            saved: for each compressed optimizer, the positions of those that had one; ``None``: all that are trained.
+        """
+        missing = []
+        for index, optimizer in enumerate(self.optimizers.compressed):
+            position = {p: i for i, p in enumerate(parameters_of(optimizer))}
+            without = self._trained_without_state(optimizer)
+            missing += [p for p in without if saved is None or (index < len(saved) and position[p] in saved[index])]
+        return missing
+
+    def warm_up_again(self, missing: Sequence[Tensor], *, drops_gradients: bool) -> None:
+        """After loading a checkpoint of the compressed phase without the state of ``missing``: begin another warm-up.
+
+        Args:
+            missing: parameters of this rank; empty if there are some on others only.
+            drops_gradients: whether gradients were waiting for a step, which cannot be: they are local ones.
+        """
+        self._warn_of_missing(missing, "the checkpoint is one of the compressed phase", drops_gradients=drops_gradients)
+        self.warmup_start = self.optimizer_steps
+
+    def _warn_of_missing(self, missing: Sequence[Tensor], why: str, *, drops_gradients: bool = False) -> None:
+        of = f" of {listed(missing, self.names)}" if missing else ", on another rank,"
+        rank_zero_warn(
+            f"{type(self._strategy).__name__}: {why}, and the optimizer's state{of} is missing now: there is no second"
+            " moment to divide by. All go back to warm-up, that is plain DDP, until PhaseSwitch ends it again; what error"
+            f" feedback held{', and gradients that waited for a step,' if drops_gradients else ''} is dropped."
+        )
+
+    @staticmethod
+    def _trained_without_state(optimizer: Optimizer) -> list[Tensor]:
+        return [p for p in parameters_of(optimizer) if p.requires_grad and not optimizer.state.get(p)]
+
+    def state_positions(self) -> list[list[int]]:
+        """For each compressed optimizer, the positions of the parameters that have a state, while that is still stock."""
+        return [
+            [i for i, p in enumerate(parameters_of(optimizer)) if optimizer.state.get(p)]
+            for optimizer in self.optimizers.compressed
+        ]
 
     def drop_compressed_state(self) -> None:
         """Back to warm-up because the optimizers' state is about to be replaced: drop what error feedback holds."""
         for compressed in self.compressed.values():
             compressed.close()
         self.compressed.clear()
+        self.warmup_start = 0
         self._set_phase(Phase.WARMUP)
 
     def retire(self) -> None:
         """Give the optimizers their own state back, without what error feedback holds. Not collective."""
         for compressed in self.compressed.values():
-            compressed.retire_()
+            if compressed.state_was_replaced:
+                compressed.close()
+            else:
+                compressed.retire_()
         self.compressed.clear()
 
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None:
@@ -265,25 +451,27 @@ class PhaseController:
         """
         if self.hook_state is None:
             communicator = Communicator()
-            self.hook_state = HookState(communicator)
+            self.hook_state = HookState(communicator, self._strategy.config.warmup_precision)
             self.topology, self.groups = make_process_groups(
                 self._strategy, self._strategy.hierarchical, communicator, timeout
             )
             self.hook_state.local_world_size = self.topology.local_world_size
             self._set_phase(self.phase)
+            if self._strategy.world_size > 1:
+                start_watch(self.describe_place)
         model.register_comm_hook(self.hook_state, phase_hook)
         self.hook_state.regrouping = None
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
-        self._replicas.update(replicas(model))
+        self._models.append(ref(model))
 
     def forget_run(self) -> None:
         """Forget an earlier run, but not the process groups."""
         self.drop_compressed_state()
         self.steps.forget()
         self.optimizers = CompressibleOptimizers()
-        self._replicas.clear()
+        self._models.clear()
         self._agreed_after = None
         self.comm_stats = CommStats()
         self._set_phase(Phase.WARMUP)
@@ -295,6 +483,7 @@ class PhaseController:
             after_failure: whether the other ranks may be anywhere.
         """
         self._exchanger.close()
+        stop_watch("" if after_failure else "the end")
         self.hook_state = None
         # NCCL's way of ending a group waits for the other ranks.
         if self.groups is not None and not (after_failure and self._strategy.root_device.type == "cuda"):
@@ -303,15 +492,36 @@ class PhaseController:
 
     # What the ranks know of each other
 
+    def describe_place(self) -> str:
+        """Where this rank is, for the others; see :mod:`lightning_onebit.comm.watch`."""
+        return f"phase {self.phase.name}, after {self.optimizer_steps} optimizer steps"
+
+    def grad_norm(self, optimizer: Optimizer | None) -> Tensor:
+        """The 2-norm of the mean gradient. Collective in the compressed phase; see the strategies."""
+        if optimizer is None and len(self.optimizers.compressed) != 1:
+            raise ValueError(
+                f"There are {len(self.optimizers.compressed)} optimizers. HINT: grad_norm(optimizer) is of one."
+            )
+        optimizer = optimizer or self.optimizers.compressed[0]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrappers
+        self.begin_compressing()
+        compressed = self.compressed.get(optimizer)
+        if compressed is not None:
+            return compressed.grad_norm()
+        return get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
+
     def check_ranks_agree(self) -> None:
         """Compare parameters, momentum and second moments of all ranks, bit for bit. Collective; see the strategies."""
         if self.hook_state is None:
             raise RuntimeError(f"check_ranks_agree() {NOT_RUNNING}")
         if self._strategy.world_size == 1:
             return
+        models = [model for reference in self._models if (model := reference()) is not None]
+        # Looked up anew: user code may have put another parameter in the place of one.
+        parameters = {p: name for model in models for p, name in replicas(model).items()}
         state = replicated_state(self.optimizers.compressed, self.compressed)
         communicator, device = self.hook_state.communicator, self._strategy.root_device
-        difference = difference_between_ranks(self._replicas, state, communicator, device)
+        difference = difference_between_ranks(parameters, state, communicator, device)
         if difference is not None:
             raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
         self._agreed_after = self.optimizer_steps

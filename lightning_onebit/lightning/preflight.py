@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.strategies import Strategy as FabricStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.flat import is_dense
+from lightning_onebit.lightning.compressible import listed
 from lightning_onebit.methods import method_for
 
 COMMUNICATION_ARGUMENTS = (
@@ -27,14 +32,71 @@ COMMUNICATION_ARGUMENTS = (
 """Arguments of Lightning's DDP strategies and of DistributedDataParallel that ask for another communication than ours."""
 
 
-def check_ddp_arguments(strategy: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if an argument for DDP asks for another communication of gradients."""
+_FOR_TRAINER = "Trainer(callbacks=[PhaseSwitch(criterion={})])"
+_FIXED = "FixedStep({value!r})"
+ELSEWHERE: Mapping[str, tuple[str, str]] = {
+    "freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # DeepSpeed
+    "var_freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),
+    "warmup_steps": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # Bagua
+    "criterion": (_FOR_TRAINER.format("{value!r}"), ""),
+    "guard": ("Trainer(callbacks=[DivergenceGuard(every_n_steps=n)])", ""),
+    "every_n_steps": ("Trainer(callbacks=[DivergenceGuard(every_n_steps={value!r})])", "guard=DivergenceGuard(...)"),
+    "total_steps": ("nothing, as the Trainer knows the length of the run", ""),
+    "overlap": ("", "nothing: a training loop may change gradients at any time, so nothing is sent during backward"),
+    "comm_backend_name": ("process_group_backend={value!r}", "process_group_backend={value!r}"),
+    "cuda_aware": ("nothing: NCCL and gloo know where tensors are", "nothing: NCCL and gloo know where tensors are"),
+    "device_ids": ("Trainer(devices=...)", "Fabric(devices=...)"),
+    **{
+        name: (f"Trainer({name}={{value!r}})", f"Fabric({name}={{value!r}})")
+        for name in ("devices", "num_nodes", "precision", "strategy")
+    },
+    **{name: ("the same argument of the optimizer",) * 2 for name in ("lr", "eps", "weight_decay")},
+}
+"""What takes the place of arguments that users of other systems, or of our other strategy, look for: Trainer, Fabric."""
+
+
+def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None:
+    """Raise if an argument that is handed on to DDP is unknown there, or asks for another communication of gradients.
+
+    Args:
+        cls: the strategy's class.
+        ours: the class, ``cls`` or above it, that has taken its own arguments and hands on these.
+        arguments: those that it hands on.
+
+    Raises:
+        TypeError: if one is unknown. DDP would say so only when training starts, in its own words.
+        ValueError: if one asks for another communication.
+    """
     for name in COMMUNICATION_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(
-                f"{strategy} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
+                f"{cls.__name__} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
                 " HINT: leave it out, or use strategy='ddp'."
             )
+    takers = [*cls.__mro__[cls.__mro__.index(ours) + 1 :], DistributedDataParallel]
+    handed_on = {name for taker in takers for name in inspect.signature(taker.__init__).parameters}  # type: ignore[misc]
+    known = (handed_on | set(inspect.signature(ours.__init__).parameters)) - {"self", "args", "kwargs"}  # type: ignore[misc]
+    known -= {"module", "device_ids"}  # which Lightning's strategies pass to DDP
+    for name, value in arguments.items():
+        if name in known:
+            continue
+        instead = ELSEWHERE.get(name, ("", ""))[issubclass(cls, FabricStrategy)].format(value=value)
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        if instead:
+            hint = f"What takes its place is {instead}."
+        elif nearest:
+            hint = f"The nearest one is {nearest[0]!r}."
+        else:
+            hint = f"{ours.__name__} itself has {', '.join(_own_arguments(ours))}."
+        raise TypeError(
+            f"Unknown argument {name}={value!r}. Must be one of {ours.__name__}, Lightning's DDPStrategy or"
+            f" DistributedDataParallel. HINT: {hint}"
+        )
+
+
+def _own_arguments(ours: type) -> list[str]:
+    parameters = inspect.signature(ours.__init__).parameters.values()  # type: ignore[misc]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def warn_if_alone(strategy: Ranks) -> None:
@@ -47,7 +109,8 @@ def warn_if_alone(strategy: Ranks) -> None:
 
 
 def check_module(module: nn.Module) -> None:
-    """Raise ``ValueError`` if a layer produces sparse gradients, or if DDP is told not to average a parameter's."""
+    """Raise ``ValueError`` if a layer produces sparse gradients, writes to its parameters by the data of its rank, or if DDP
+    is told not to average a parameter's."""
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, p in module.named_parameters():
         if name in ignored and p.requires_grad:
@@ -56,10 +119,46 @@ def check_module(module: nn.Module) -> None:
                 " its own. A compressed step averages over the ranks. HINT: leave it out there, or use strategy='ddp'."
             )
     for name, submodule in module.named_modules():
+        is_embedding = isinstance(submodule, (nn.Embedding, nn.EmbeddingBag))
+        if is_embedding and submodule.max_norm is not None and submodule.weight.requires_grad:
+            raise ValueError(
+                f"The layer {name!r} ({type(submodule).__name__}, max_norm={submodule.max_norm:g}) changes its weight in"
+                " `forward`, those rows that this rank's batch has: the ranks would drift apart, under DDP as well. HINT:"
+                " use max_norm=None, and renormalize all rows after the optimizer step, in `on_train_batch_end`:"
+                " `with torch.no_grad(): weight.renorm_(2, 0, max_norm)`."
+            )
         if isinstance(submodule, (nn.Embedding, nn.EmbeddingBag)) and submodule.sparse:
             raise ValueError(
                 f"The layer {name!r} ({type(submodule).__name__}) produces sparse gradients, which cannot be compressed."
                 " Use sparse=False: rows without gradient are recognized and stay as they are."
+            )
+
+
+class WrittenParameters:
+    """Says once which parameters were written to between two moments, by code other than the optimizer's step."""
+
+    BATCHES = 3
+    """How many batches are looked at: a module does so always, or depending on what it is fed."""
+
+    def __init__(self) -> None:
+        self._versions: dict[Tensor, int] = {}
+        self._batches = 0
+
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """Before the forward of a batch."""
+        self._batches += 1
+        self._versions = {p: p._version for p in parameters if p.requires_grad} if self._batches <= self.BATCHES else {}
+
+    def end(self, names: Mapping[Tensor, str]) -> None:
+        """After it, before backward."""
+        written = [p for p, version in self._versions.items() if p._version != version]
+        self._versions = {}
+        if written:
+            self._batches = self.BATCHES
+            rank_zero_warn(
+                f"`training_step` has changed parameters that are trained: {listed(written, names)}. If it does so by the"
+                " batch of its rank, the ranks drift apart, under DDP as well; DivergenceGuard would end the run. HINT:"
+                " change them in `on_train_batch_end`, alike on all ranks, or keep in buffers what is no trained parameter."
             )
 
 

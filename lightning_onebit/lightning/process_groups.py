@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_onebit.comm.groups import ExchangeGroups, new_groups
 from lightning_onebit.comm.primitives import Communicator
@@ -64,6 +64,10 @@ def find_topology(strategy: Ranks, hierarchical: bool | Literal["auto"], communi
     misplaced = torch.tensor(nodes.rank != strategy.global_rank, dtype=torch.int32, device=strategy.root_device)
     communicator.all_reduce_max_(misplaced)
     if not misplaced:
+        rank_zero_info(
+            f"{type(strategy).__name__}: hierarchical={hierarchical!r}: the {nodes.local_world_size} ranks of each of"
+            f" {nodes.num_nodes} nodes average their gradients first, and signs go between nodes only."
+        )
         return nodes
     remark = "ranks are not numbered node by node, so exchanges cannot be hierarchical"
     if hierarchical is True:

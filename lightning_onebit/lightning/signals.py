@@ -20,9 +20,11 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info
 
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.comm.watch import passing
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 
 _log = logging.getLogger(__name__)
+_BROADCAST = "_broadcast_sigterm_tensor"
 _REPLACED = ("_sigterm_notifier_fn", "_slurm_sigusr_handler_fn")
 
 
@@ -43,11 +45,21 @@ class AgreedSignals:
         for name, handler in zip(_REPLACED, (self._on_terminate, self._on_requeue), strict=True):
             assert hasattr(_SignalConnector, name)
             setattr(self._connector, name, handler)
+        self._broadcast = getattr(trainer.fit_loop.epoch_loop, _BROADCAST, None)  # not in older versions
+        if self._broadcast is not None:
+            setattr(trainer.fit_loop.epoch_loop, _BROADCAST, self._begin_batch)
 
     def close(self) -> None:
         """Give Lightning's handlers back."""
         for name in _REPLACED:
             vars(self._connector).pop(name, None)
+        vars(self._trainer.fit_loop.epoch_loop).pop(_BROADCAST, None)
+
+    def _begin_batch(self) -> None:
+        """Before Lightning's collective, in which a rank waits for one that has no other batch: the watch must know it."""
+        passing("another batch")
+        assert self._broadcast is not None
+        self._broadcast()
 
     def agree(self, compressed: Collection[CompressedOptimizer]) -> None:
         """Before a batch: do on all ranks what any of them was asked for. Collective after a batch without compressed step.

@@ -26,7 +26,8 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.config import CompressionConfig, Scale, Space
+from lightning_onebit.comm.watch import passing
+from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
     checkpoint_settings,
@@ -45,7 +46,13 @@ from lightning_onebit.lightning.loss_scaling import with_agreement
 from lightning_onebit.lightning.optimizer_steps import unaveraged_error
 from lightning_onebit.lightning.overlap import choose_overlap
 from lightning_onebit.lightning.phase_controller import PhaseController
-from lightning_onebit.lightning.preflight import check_ddp_arguments, check_module, check_optimizer, warn_if_alone
+from lightning_onebit.lightning.preflight import (
+    WrittenParameters,
+    check_arguments,
+    check_module,
+    check_optimizer,
+    warn_if_alone,
+)
 from lightning_onebit.lightning.signals import AgreedSignals
 from lightning_onebit.phase import Phase
 
@@ -64,12 +71,16 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
+        variance_refresh: when the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a
+            number: every so many steps; ``None``: never, as in the paper, and always in momentum space.
         overlap: whether buckets are sent during backward, as their gradients come. The result is the same, bit for bit.
             ``"auto"``: on a GPU, where nothing can change gradients between backward and step; says what it chose and why.
         hierarchical: whether ranks of a node average their gradients first, at full precision, and each sends its share.
             ``"auto"``: with several nodes of several processes.
         bucket_cap_mb: size of DDP's gradient buckets and of one compressed exchange, MiB; ``None``: DDP's default for
             the former, a quarter of the model, between 4 and 64, for the latter.
+        warmup_precision: what gradients travel as in warm-up. ``"fp32"``: as they are, bitwise as under DDP; ``"bf16"``:
+            rounded to bfloat16, half the bytes.
         max_skipped_steps: a run that skips this many steps in a row, because gradients are infinite or NaN, ends with an
             error that names the parameters; ``None``: never. Steps that a loss scaler skips count where its scale is
             down to 1.
@@ -77,6 +88,7 @@ class OneBitDDPStrategy(DDPStrategy):
             :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Raises:
+        TypeError: if an argument is unknown; the message names the nearest one, or what takes its place.
         ValueError: if an argument is outside its domain, or asks for another communication of gradients.
     """
 
@@ -86,15 +98,24 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: int = 2048,
         scale: Scale = "l2",
         space: Space = "update",
+        variance_refresh: VarianceRefresh = "auto",
         overlap: bool | Literal["auto"] = "auto",
         hierarchical: bool | Literal["auto"] = "auto",
         bucket_cap_mb: float | None = None,
+        warmup_precision: WarmupPrecision = "fp32",
         max_skipped_steps: int | None = 100,
         **kwargs: Any,
     ) -> None:
-        check_ddp_arguments(type(self).__name__, kwargs)
+        check_arguments(type(self), OneBitDDPStrategy, kwargs)
         super().__init__(*args, bucket_cap_mb=bucket_cap_mb, **kwargs)
-        self.config = CompressionConfig(block_size=block_size, scale=scale, space=space, bucket_cap_mb=bucket_cap_mb)
+        self.config = CompressionConfig(
+            block_size=block_size,
+            scale=scale,
+            space=space,
+            variance_refresh=variance_refresh,
+            bucket_cap_mb=bucket_cap_mb,
+            warmup_precision=warmup_precision,
+        )
         self.overlap = overlap
         self.hierarchical = hierarchical
         self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
@@ -104,6 +125,7 @@ class OneBitDDPStrategy(DDPStrategy):
         self._has_stated_model = False
         self._some_are_frozen = False
         self._signals: AgreedSignals | None = None
+        self._written = WrittenParameters()
 
     # What a user reads and calls
 
@@ -135,6 +157,21 @@ class OneBitDDPStrategy(DDPStrategy):
         """Those whose gradients are compressed once the warm-up is over; empty before optimizers are set up."""
         return self._phases.optimizers.compressed
 
+    @property
+    def warmup_start(self) -> int:
+        """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
+        return self._phases.warmup_start
+
+    @property
+    def expected_compression_ratio(self) -> float:
+        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters."""
+        return self._phases.expected_compression_ratio
+
+    @property
+    def rounds_coarsely(self) -> bool:
+        """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
+        return str(self.precision_plugin.precision) not in ("32-true", "64-true")
+
     def freeze_variance(self) -> None:
         """Freeze the second moment and compress from the next optimizer step on.
 
@@ -154,6 +191,17 @@ class OneBitDDPStrategy(DDPStrategy):
         Call on all ranks, between two batches. Without effect in warm-up.
         """
         self._phases.resume_warmup()
+
+    def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:
+        """The 2-norm of the mean gradient, 0-d and the same on all ranks: for decisions, which all must take alike.
+
+        In the compressed phase ``p.grad`` is this rank's own, and so would be its norm; that of the mean is estimated,
+        within about 1%. In warm-up it is exact. Call on all ranks, between backward and step, when gradients are unscaled.
+
+        Args:
+            optimizer: whose parameters; may be left out if there is one.
+        """
+        return self._phases.grad_norm(optimizer)
 
     def check_ranks_agree(self) -> None:
         """Compare parameters, momentum and second moments of all ranks, bit for bit, by checksums. Collective.
@@ -178,7 +226,8 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self.lightning_module is not None
+        if self.lightning_module is None:  # process groups by themselves, without a run
+            return
         trainer = self.lightning_module.trainer
         self._signals = AgreedSignals(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -194,6 +243,7 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         self._has_stated_model = False
+        self._written = WrittenParameters()
         try:
             super().setup(trainer)
         except Exception:
@@ -268,9 +318,11 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        passing("the beginning of a batch")
         assert self._signals is not None
         phases = self._phases
         self._signals.agree(phases.compressed.values())
+        phases.drop_lost_state()
         added, unaveraged = phases.added_parameters(), phases.steps.unaveraged()
         if self._some_are_frozen:  # only then a rank may be alone with a parameter that begins to train
             about = "which parameters are trained from this batch on"
@@ -290,8 +342,9 @@ class OneBitDDPStrategy(DDPStrategy):
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             phases.resume_warmup()
-        phases.begin_compressing()
         self._signals.travel_with(phases.compressed.values())
+        if cast(pl.LightningModule, self.lightning_module).automatic_optimization:
+            self._written.begin(phases.names)
 
     # Steps
 
@@ -308,6 +361,9 @@ class OneBitDDPStrategy(DDPStrategy):
                 " `on_train_batch_start`"
             )
             raise unaveraged_error(unaveraged, self._phases.names, reason)
+        self._written.end(self._phases.names)
+        if self._phases.overlaps and cast(DistributedDataParallel, self.model).require_backward_grad_sync:
+            self._freeze_stock_state()
         super().pre_backward(closure_loss)
         self._phases.has_waiting_gradients = True  # until the next step
 
@@ -326,14 +382,22 @@ class OneBitDDPStrategy(DDPStrategy):
                 " may be local ones. HINT: return all optimizers from `configure_optimizers`, and change their parameter"
                 " groups instead of replacing them."
             )
-        if phases.is_pending:
-            phases.begin_compressing()
+        passing("an optimizer step")
+        if phases.has_stock_state:
+            self._freeze_stock_state()
         if phases.steps.scales_losses and optimizer in phases.steps.compressed:
             closure = with_agreement(closure, phases.steps.compressed[optimizer])
         with phases.steps.step(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         phases.has_waiting_gradients = False
         return output
+
+    def _freeze_stock_state(self) -> None:
+        """Before the first exchange of a step: freeze state of the warm-up, or that of user code. Collective then."""
+        self._phases.take_over_replaced_state()
+        self._phases.begin_compressing()
+        if self._signals is not None:
+            self._signals.travel_with(self._phases.compressed.values())
 
     def _clip_grad_by_norm(self, optimizer: Any, clip_val: float) -> None:
         """Takes the place of the precision plugin's: in the compressed phase gradients are local, and so are their norms."""
@@ -402,6 +466,11 @@ class OneBitDDPStrategy(DDPStrategy):
             self._checkpoints.resume(header, optimizers, range(len(optimizers)), header.get(PATH))
 
     # The end
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        passing("the end of training")
 
     @property
     def _trainer(self) -> pl.Trainer | None:

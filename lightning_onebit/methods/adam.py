@@ -41,7 +41,6 @@ class AdamMethod(Method):
                 f"amsgrad=True (parameter group {index}) is not supported: its running maximum of the second moment"
                 " contradicts a frozen one. Use amsgrad=False."
             )
-        super().check(group, index)
 
     @override
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:
@@ -57,6 +56,7 @@ class AdamMethod(Method):
             coupled_decay=0.0 if decoupled else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
             step_size=lr / (1.0 - beta1**step),
+            square_decay=beta2,
         )
 
     @override

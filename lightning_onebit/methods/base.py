@@ -21,7 +21,7 @@ class Method(ABC):
     """
 
     optimizer_types: ClassVar[tuple[type[Optimizer], ...]]
-    """Exactly these types are handled: a subclass may override anything."""
+    """These types are handled, and subclasses that have the same `step`."""
 
     has_second_moment: ClassVar[bool]
     """Whether there is a D, which needs a warm-up before it can be frozen."""
@@ -29,13 +29,8 @@ class Method(ABC):
     counts_steps: ClassVar[bool] = True
     """Whether the stock state tells how many steps were made."""
 
-    def check(self, group: Mapping[str, Any], index: int) -> None:
+    def check(self, group: Mapping[str, Any], index: int) -> None:  # noqa: B027  # most have nothing to refuse
         """Raise ``ValueError`` if an option of parameter group ``index`` has no meaning here; says what to do instead."""
-        if group["differentiable"]:
-            raise ValueError(
-                f"differentiable=True (parameter group {index}) is not supported: gradients cannot flow through"
-                " signs. Use differentiable=False."
-            )
 
     @abstractmethod
     def coefficients(self, group: Mapping[str, Any], step: int, *, num_averaged: int) -> Coefficients:

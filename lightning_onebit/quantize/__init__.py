@@ -1,4 +1,4 @@
-"""The sign quantizer: layout of the wire, readable reference, fast implementations, one dispatch."""
+"""The quantizers, of signs and of second moments: layout of the wire, reference, fast implementations, one dispatch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,35 @@ from torch import Tensor
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.cpu import CpuKernels
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 
 class Kernels(Protocol):
-    """What every implementation offers; specified in :class:`~lightning_onebit.quantize.reference.ReferenceKernels`."""
+    """What every implementation offers; specified in :class:`~lightning_onebit.quantize.reference.ReferenceKernels`, and for
+    the second moment in :mod:`lightning_onebit.quantize.reference_variance` and
+    :mod:`lightning_onebit.quantize.reference_sketch`."""
 
     name: str
     reads_flags_on_device: bool
     """Whether ``apply_`` looks up on the device whether the step counts, so that nobody has to wait for that."""
+    sketch_dtype: torch.dtype
+    """In what ``sketch_tensors_`` adds up: int64 for fixed point, or float64."""
 
     def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
 
     def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None: ...
 
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None: ...
+
+    def encode_variance_(self, memory: BucketMemory, messages: Messages, correction: NDArray[np.float64]) -> None: ...
+
+    def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None: ...
+
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None: ...
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None: ...
 
 
 class DeviceKernels(Kernels, Protocol):

@@ -5,15 +5,10 @@ place) to 24 us. On a small span the calls themselves are what counts, 0.3 us (n
 hence few of them, views kept from step to step, and small parameters packed into spans of their own.
 
 The spans of one large parameter are matrices of whole blocks. Packed spans have blocks of any size: their norms are sums
-over ragged rows (``np.add.reduceat``), their scales are spread over bytes.
+over ragged rows (``np.add.reduceat``), their scales are spread over elements.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,59 +18,37 @@ from torch import Tensor
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
 from lightning_onebit.flat import all_finite
-from lightning_onebit.quantize.layout import SPAN_NUMEL, Span, sign_nbytes
-from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
-from lightning_onebit.quantize.workspace import Memory, SpanShape, Workspace, scale_divisors
+from lightning_onebit.quantize.cpu_sketch import SketchWorkspace, add_span_
+from lightning_onebit.quantize.cpu_variance import (
+    add_decoded_rms,
+    apply_variance_,
+    encode_variance_,
+    renew_second_moment_,
+    serve_variance_,
+)
+from lightning_onebit.quantize.layout import SPAN_NUMEL
+from lightning_onebit.quantize.memory import BucketMemory, Encoded, Messages, StepInputs
+from lightning_onebit.quantize.spans import (
+    Numbers,
+    SpanViews,
+    active_parts,
+    all_active,
+    any_number,
+    average_before,
+    gather_,
+    is_whole,
+    last_average,
+    live_bits,
+    parts_of,
+    span_views,
+)
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
+from lightning_onebit.quantize.workspace import Memory, Workspace, scale_divisors
 
 BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
-Numbers: TypeAlias = "float | NDArray[np.floating]"
-"""One for all, or one for each."""
 ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
 SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
 """Between these a float32 norm loses nothing to under- or overflow of the squares."""
-
-
-@dataclass(eq=False)
-class _SpanViews:
-    """A span and its views of a bucket's memory, made once. What a span does not have on this rank is missing."""
-
-    span: Span
-    shape: SpanShape
-    flat: slice
-    """Its elements in the bucket's memory."""
-    members: list[tuple[int, slice, slice]]
-    """Of each parameter: index, elements of it, their place in the span."""
-    results: list[Encoded]
-    member_of_block: NDArray[np.int64]
-    """Which of the parameters each block belongs to."""
-    real: np.dtype[np.floating]
-    """dtype of the errors."""
-    error: Tensor | None = None
-    sent: Encoded | None = None
-    server_error: Tensor | None = None
-    received: Sequence[Encoded] = ()
-    served: Encoded | None = None
-
-    def coefficients(self, step: StepInputs) -> Coefficients:
-        """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
-        rows = step.numbers[self.span.parameters[0]] if len(self.members) == 1 else step.numbers[list(self.span.parameters)]
-        if rows.ndim == 1:
-            return Coefficients(*rows.tolist())
-        same = (rows == rows[0]).all(axis=0)
-        columns = (float(rows[0, j]) if same[j] else rows[:, j] for j in range(rows.shape[1]))
-        return Coefficients(*columns)  # type: ignore[arg-type]
-
-    def per_block(self, numbers: Numbers) -> Numbers:
-        """A number as it is, an array of parameters spread over blocks."""
-        return numbers if isinstance(numbers, float) else numbers[self.member_of_block]
-
-    def per_element(self, numbers: Numbers) -> Numbers:
-        """A number as it is, an array of parameters spread over elements, padding included."""
-        if isinstance(numbers, float):
-            return numbers
-        assert self.shape.numels is not None
-        rounded = numbers.astype(self.real)  # as torch and numpy round a number
-        return np.repeat(rounded[self.member_of_block], [8 * sign_nbytes(numel) for numel in self.shape.numels])
 
 
 class CpuKernels:
@@ -90,11 +63,13 @@ class CpuKernels:
 
     name = "cpu"
     reads_flags_on_device = False
+    sketch_dtype = torch.float64
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update", block_size: int, dtype: torch.dtype) -> None:
         self.scale: Scale = scale
         self.space = space
         self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
+        self._sketch_workspace = SketchWorkspace()
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
         self._mask_of_byte = BYTE_BITS.astype(self._real)
@@ -103,8 +78,8 @@ class CpuKernels:
 
     def encode_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
         """As the reference. Without ``commit``, a bucket with a gradient that is not finite is not encoded."""
-        for view in _views(memory, memory.share):
-            for part in _active_parts(memory, view, step, check=commit):
+        for view in span_views(memory, memory.share):
+            for part in active_parts(memory, view, step, check=commit):
                 work, c = self._memory.cut(part.shape), part.coefficients(step)
                 assert part.error is not None
                 assert part.sent is not None
@@ -112,15 +87,17 @@ class CpuKernels:
                 if not commit and not all_finite([gradient]):
                     step.flags[0] = 1
                     return
+                if commit:
+                    self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 out = part.error if commit else work.out
-                self._add_local_momentum_(out, memory, part, _current(memory, part), gradient, c, work)
-                self._quantize_(out, part.sent, _live(memory.live, part), work)
+                self._add_local_momentum_(out, memory, part, last_average(memory, part), gradient, c, work)
+                self._quantize_(out, part.sent, live_bits(memory.live, part), work)
 
     def _add_local_momentum_(
         self,
         out: Tensor,
         memory: BucketMemory,
-        part: _SpanViews,
+        part: SpanViews,
         last: Encoded,
         gradient: Tensor,
         c: Coefficients,
@@ -128,14 +105,17 @@ class CpuKernels:
     ) -> None:
         """Step 1: ``out = error + beta u + weight clamp(gradient / D, +-kappa)``."""
         assert part.error is not None
-        self._add_decoded_(out, part.error, last, _live(memory.live_before, part), part.per_block(c.beta), work)
+        self._add_decoded_(out, part.error, last, live_bits(memory.live_before, part), part.per_block(c.beta), work)
         term, array = work.reals, work.reals_array
-        if memory.rms is None or self.space == "momentum":
+        if not memory.has_rms or self.space == "momentum":
             term.copy_(gradient)
         else:
-            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
+            if memory.rms is None:
+                add_decoded_rms(memory, part, c.eps, work)
+            else:
+                np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
             torch.div(gradient, term, out=term)
-            live = self._effective(_live(memory.live, part), work)
+            live = self._effective(live_bits(memory.live, part), work)
             if live is not None:
                 self._expand_mask(live, work)
                 term.masked_fill_(work.mask == 0, 0.0)
@@ -147,57 +127,94 @@ class CpuKernels:
         np.multiply(array, part.per_element(c.weight), out=array)
         out.add_(term)
 
-    def _gradient(
-        self, memory: BucketMemory, index: int, part: _SpanViews, step: StepInputs, c: Coefficients, work: Workspace
-    ) -> Tensor:
-        """The gradient of a span, in the dtype of the errors: a view of it, if it can be."""
-        shared = step.share_gradients.get(index)
-        if shared is not None:
-            start = part.flat.start - memory.share_flat.start
-            gradient = shared[start : start + part.shape.numel]
-        elif part.shape.numels is None:
-            p, elements, _ = part.members[0]
-            whole = step.gradients[p]
-            gradient = work.values.zero_() if whole is None else whole[elements]
+    def _renew_second_moment_(
+        self,
+        memory: BucketMemory,
+        index: int,
+        part: SpanViews,
+        step: StepInputs,
+        gradient: Tensor,
+        c: Coefficients,
+        work: Workspace,
+    ) -> None:
+        """``v_i = square_decay v_i + (square_factor g_i + square_root_weight coupled_decay x)^2``, and finite.
+
+        ``gradient`` is that of :meth:`_gradient`, with decay.
+        """
+        if part.second_moment is None:
+            return
+        term = work.out.numpy()
+        if not any_number(c.coupled_decay):  # the sign makes no difference to the square
+            np.multiply(gradient.numpy(), part.per_element(c.root_r * c.square_root_weight), out=term)
         else:
-            gradient = _gather_(work.values, part, step.gradients)
-            gradient.numpy()[work.gaps] = 0.0
-        decays = not isinstance(c.coupled_decay, float) or c.coupled_decay != 0.0
+            work.out.copy_(self._local_gradient(memory, index, part, step, work, work.out))
+            np.multiply(term, part.per_element(c.square_factor), out=term)
+            decay = self._decay(part, step, c, work)
+            np.multiply(decay, part.per_element(c.square_root_weight), out=decay)
+            np.add(term, decay, out=term)
+        renew_second_moment_(part, work.out, c.square_decay)
+
+    def _gradient(
+        self, memory: BucketMemory, index: int, part: SpanViews, step: StepInputs, c: Coefficients, work: Workspace
+    ) -> Tensor:
+        """``sign g + coupled_decay x`` of a span, in the dtype of the errors: a view of g, if it can be."""
+        gradient = self._local_gradient(memory, index, part, step, work, work.values)
+        decays = any_number(c.coupled_decay)
         if not isinstance(c.sign, float) or c.sign < 0 or decays or gradient.dtype != memory.dtype:
             gradient = work.values.copy_(gradient)
             array = gradient.numpy()
             np.multiply(array, part.per_element(c.sign), out=array)
             if decays:
-                decay = _gather_(work.reals, part, step.params)
-                np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
-                if part.shape.numels is not None:
-                    decay.numpy()[work.gaps] = 0.0
-                # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
-                gradient.add_(decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
+                np.add(array, self._decay(part, step, c, work), out=array)
         return gradient
+
+    def _local_gradient(
+        self, memory: BucketMemory, index: int, part: SpanViews, step: StepInputs, work: Workspace, out: Tensor
+    ) -> Tensor:
+        """The gradient of a span: a view of it, if it can be; else in ``out``."""
+        shared = step.share_gradients.get(index)
+        if shared is not None:
+            start = part.flat.start - memory.share_flat.start
+            return shared[start : start + part.shape.numel]
+        if part.shape.numels is None:
+            p, elements, _ = part.members[0]
+            whole = step.gradients[p]
+            return out.zero_() if whole is None else whole[elements]
+        gather_(out, part, step.gradients).numpy()[work.gaps] = 0.0
+        return out
+
+    def _decay(self, part: SpanViews, step: StepInputs, c: Coefficients, work: Workspace) -> NDArray[np.floating]:
+        """``coupled_decay x`` of a span, in the workspace."""
+        decay = gather_(work.reals, part, step.params)
+        np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
+        if part.shape.numels is not None:
+            work.reals_array[work.gaps] = 0.0
+        # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+        decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return work.reals_array
 
     # Step 4, on a server
 
     def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None:
         """As the reference."""
         assert memory.chunk is not None
-        for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
-            if commit and not _all_active(view, step):
+        for view in span_views(memory, range(memory.chunk, memory.chunk + 1)):
+            if commit and not all_active(view, step):
                 assert view.served is not None
-                view.served.signs.copy_(_current(memory, view).signs)
-                view.served.scales.copy_(_current(memory, view).scales)
-            for part in _active_parts(memory, view, step, check=commit):
+                view.served.signs.copy_(last_average(memory, view).signs)
+                view.served.scales.copy_(last_average(memory, view).scales)
+            for part in active_parts(memory, view, step, check=commit):
                 work = self._memory.cut(part.shape)
                 assert part.server_error is not None
                 assert part.served is not None
                 out = part.server_error if commit else work.out
                 self._add_mean_(out, memory, part, work)
-                self._quantize_(out, part.served, _live(memory.live, part), work)
+                self._quantize_(out, part.served, live_bits(memory.live, part), work)
 
-    def _add_mean_(self, out: Tensor, memory: BucketMemory, part: _SpanViews, work: Workspace) -> None:
+    def _add_mean_(self, out: Tensor, memory: BucketMemory, part: SpanViews, work: Workspace) -> None:
         """``out = server error + sum_i q_i / n``, in the order of the ranks."""
         assert part.server_error is not None
-        source, live = part.server_error, _live(memory.live, part)
+        source, live = part.server_error, live_bits(memory.live, part)
         for each in part.received:
             self._add_decoded_(out, source, each, live, 1 / len(part.received), work)
             source = out
@@ -210,19 +227,19 @@ class CpuKernels:
             if step.flags[0]:
                 return
             self._commit_(memory, index, step)
-        for view in _views(memory, range(memory.layout.num_chunks)):
-            if commit and not _all_active(view, step):
-                for part in _parts_of(memory, view):
-                    if not _all_active(part, step):
-                        new, before = _current(memory, part), _before(memory, part)
+        for view in span_views(memory, range(memory.layout.num_chunks)):
+            if commit and not all_active(view, step):
+                for part in parts_of(memory, view):
+                    if not all_active(part, step):
+                        new, before = last_average(memory, part), average_before(memory, part)
                         new.signs.copy_(before.signs)
                         new.scales.copy_(before.scales)
-            for part in _active_parts(memory, view, step, check=True):
+            for part in active_parts(memory, view, step, check=True):
                 self._apply_part_(memory, part, step, self._memory.cut(part.shape))
 
-    def _apply_part_(self, memory: BucketMemory, part: _SpanViews, step: StepInputs, work: Workspace) -> None:
+    def _apply_part_(self, memory: BucketMemory, part: SpanViews, step: StepInputs, work: Workspace) -> None:
         c = part.coefficients(step)
-        u, live = _current(memory, part), _live(memory.live, part)
+        u, live = last_average(memory, part), live_bits(memory.live, part)
         is_view = part.shape.numels is None
         looks_ahead = not isinstance(c.nesterov, float) or c.nesterov != 0.0
         factor = part.per_block(-c.step_size * (1 + c.nesterov))
@@ -236,8 +253,8 @@ class CpuKernels:
                 return
         move = self._decode(work.values, u, live, factor, work)
         if looks_ahead:
-            before, factor = _before(memory, part), part.per_block(c.step_size * c.nesterov)
-            self._add_decoded_(move, move, before, _live(memory.live_before, part), factor, work)
+            before, factor = average_before(memory, part), part.per_block(c.step_size * c.nesterov)
+            self._add_decoded_(move, move, before, live_bits(memory.live_before, part), factor, work)
         if memory.rms is not None and self.space == "momentum":
             np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=work.reals_array)
             live = self._effective(live, work)
@@ -248,7 +265,7 @@ class CpuKernels:
         if is_view:
             param.add_(move)
             return
-        params = [step.params[p] if _is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
+        params = [step.params[p] if is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
         if not isinstance(c.shrink, float) or c.shrink != 1.0:
             shrinks = np.broadcast_to(c.shrink, len(params)).tolist()
             if params[0].dtype == memory.dtype:
@@ -261,22 +278,47 @@ class CpuKernels:
     def _commit_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
         """Write both errors, from the messages."""
         assert memory.chunk is not None
-        for view in _views(memory, memory.share):
-            for part in _active_parts(memory, view, step, check=True):
+        for view in span_views(memory, memory.share):
+            for part in active_parts(memory, view, step, check=True):
                 work, c = self._memory.cut(part.shape), part.coefficients(step)
                 assert part.error is not None
                 assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
-                self._add_local_momentum_(part.error, memory, part, _before(memory, part), gradient, c, work)
-                self._add_decoded_(part.error, part.error, part.sent, _live(memory.live, part), -1.0, work)
-        for view in _views(memory, range(memory.chunk, memory.chunk + 1)):
-            for part in _active_parts(memory, view, step, check=True):
+                self._renew_second_moment_(memory, index, part, step, gradient, c, work)
+                self._add_local_momentum_(part.error, memory, part, average_before(memory, part), gradient, c, work)
+                self._add_decoded_(part.error, part.error, part.sent, live_bits(memory.live, part), -1.0, work)
+        for view in span_views(memory, range(memory.chunk, memory.chunk + 1)):
+            for part in active_parts(memory, view, step, check=True):
                 work = self._memory.cut(part.shape)
                 assert part.server_error is not None
                 assert part.served is not None
                 self._add_mean_(part.server_error, memory, part, work)
-                live = _live(memory.live, part)
+                live = live_bits(memory.live, part)
                 self._add_decoded_(part.server_error, part.server_error, part.served, live, -1.0, work)
+
+    # The second moment
+
+    def encode_variance_(self, memory: BucketMemory, messages: Messages, correction: NDArray[np.float64]) -> None:
+        """As the reference."""
+        encode_variance_(memory, messages, correction, self._memory)
+
+    def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None:
+        """As the reference."""
+        serve_variance_(memory, messages, self._memory)
+
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None:
+        """As the reference."""
+        assert messages is not None
+        apply_variance_(memory, messages, correction, self._memory)
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """As the reference, in float64."""
+        for view in span_views(memory, memory.share):
+            for part in active_parts(memory, view, step, check=True):
+                work, is_mean = self._memory.cut(part.shape), index in step.share_gradients
+                if is_mean or any(step.gradients[p] is not None for p, _, _ in part.members):
+                    gradient = self._local_gradient(memory, index, part, step, work, work.values)
+                    add_span_(sketch, memory, part, step, gradient, work, self._sketch_workspace, gathered=is_mean)
 
     # The quantizer C
 
@@ -305,7 +347,7 @@ class CpuKernels:
                 torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=norms)
         else:
             terms = values.abs() if self.scale == "l1" else values.square()
-            np.add.reduceat(terms.numpy(), work.block_starts, out=work.norms.numpy())
+            np.add.reduceat(terms.numpy(), work.shape.block_starts, out=work.norms.numpy())
             if self.scale == "l2":
                 work.norms.sqrt_()
         torch.div(work.norms, divisors, out=scales)
@@ -330,7 +372,7 @@ class CpuKernels:
         """Sum of each block, a new tensor."""
         if work.shape.numels is None:
             return torch.cat([part.sum(dim=1) for part in work.rows(values)])
-        return torch.from_numpy(np.add.reduceat(values.numpy(), work.block_starts))
+        return torch.from_numpy(np.add.reduceat(values.numpy(), work.shape.block_starts))
 
     def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> Tensor:
         """``factor q``, in ``out``."""
@@ -377,8 +419,7 @@ class CpuKernels:
             self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
             work.reals.mul_(work.mask)
         if work.shape.numels is not None:
-            work.factors.take(work.block_of_byte, out=work.factor_of_byte[:, 0], mode="clip")
-            np.multiply(work.real_bytes, work.factor_of_byte, out=work.real_bytes)
+            np.multiply(work.reals_array, np.repeat(work.factors, work.shape.elements_of_block), out=work.reals_array)
 
     def _expand_mask(self, live: Tensor, work: Workspace) -> None:
         """Put 1 where an element is live and 0 elsewhere into the workspace, and the bytes of ``live``."""
@@ -391,112 +432,3 @@ class CpuKernels:
         if live is None or work.inside is None:
             return work.inside if live is None else live
         return live & work.inside
-
-
-def _views(memory: BucketMemory, chunks: range) -> list[_SpanViews]:
-    """The spans of neighbouring chunks, made at the first call."""
-    cache: dict[range, list[_SpanViews]] = memory.__dict__.setdefault("_span_views", {})
-    if chunks not in cache:
-        spans = memory.layout.spans(chunks, memory.parameter_numels)
-        cache[chunks] = [_make_views(memory, span) for span in spans]
-    return cache[chunks]
-
-
-def _make_views(memory: BucketMemory, span: Span) -> _SpanViews:
-    layout, blocks = memory.layout, (span.first, span.last)
-    start, stop = int(layout.offset[span.first]), int(layout.offset[span.last])
-    members = []
-    for p, group in groupby(range(*blocks), key=lambda block: int(layout.parameter[block])):
-        own = list(group)
-        first, numel = int(layout.start[own[0]]), int(layout.numel[own].sum())
-        place = int(layout.offset[own[0]]) - start
-        members.append((p, slice(first, first + numel), slice(place, place + numel)))
-    numel = stop - start if span.is_packed else int(layout.numel[span.first : span.last].sum())
-    numels = tuple(layout.numel[span.first : span.last].tolist()) if span.is_packed else None
-    flat = slice(start, stop)
-    changes = np.flatnonzero(np.diff(layout.parameter[span.first : span.last]))
-    views = _SpanViews(
-        span=span,
-        shape=SpanShape(layout.block_size, numel, numels),
-        flat=flat,
-        members=members,
-        member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
-        real=memory.error.numpy().dtype,
-        results=[memory.encoded(result, 0, blocks) for result in memory.results],
-    )
-    first, last = memory.share_blocks
-    if first <= span.first and span.last <= last:
-        shift = memory.share_flat.start
-        views.error = memory.error[start - shift :][:numel]
-        views.sent = memory.encoded(memory.sent, memory.share.start, blocks)
-    if memory.chunk is not None and memory.chunk_blocks[0] <= span.first and span.last <= memory.chunk_blocks[1]:
-        views.server_error = memory.server_error[start - memory.chunk_flat.start :][:numel]
-        messages = memory.received.view(len(memory.share), -1)
-        views.received = [memory.encoded(message, memory.chunk, blocks) for message in messages]
-        views.served = memory.encoded(memory.served, memory.chunk, blocks)
-    return views
-
-
-def _parts_of(memory: BucketMemory, view: _SpanViews) -> list[_SpanViews]:
-    """A packed span cut into its parameters, made at the first call."""
-    cache: dict[Span, list[_SpanViews]] = memory.__dict__.setdefault("_parts_of_spans", {})
-    if view.span not in cache:
-        parameter, first, parts = memory.layout.parameter, view.span.first, []
-        for block in range(view.span.first + 1, view.span.last + 1):
-            if block == view.span.last or parameter[block] != parameter[first]:
-                parts.append(_make_views(memory, Span(first, block, (int(parameter[first]),), view.span.is_packed)))
-                first = block
-        cache[view.span] = parts
-    return cache[view.span]
-
-
-def _active_parts(memory: BucketMemory, view: _SpanViews, step: StepInputs, *, check: bool) -> Iterator[_SpanViews]:
-    """What of a span is worked on: all of it, unless some of its parameters sit out.
-
-    Args:
-        memory: the bucket.
-        view: a span.
-        step: which parameters are active.
-        check: whether it is known which parameters are active: those that are not are left out.
-    """
-    whole = not check or len(view.members) == 1 or _all_active(view, step)
-    for part in [view] if whole else _parts_of(memory, view):
-        if not check or _all_active(part, step):
-            yield part
-
-
-def _all_active(view: _SpanViews, step: StepInputs) -> bool:
-    if step.active is None:
-        step.active = step.is_active.numpy()
-    return step.all_are_active or all(step.active[p] for p, _, _ in view.members)
-
-
-def _current(memory: BucketMemory, part: _SpanViews) -> Encoded:
-    return part.results[memory.current]
-
-
-def _before(memory: BucketMemory, part: _SpanViews) -> Encoded:
-    return part.results[memory.current - 1]
-
-
-def _live(live: Tensor | None, part: _SpanViews) -> Tensor | None:
-    return None if live is None else live[part.flat.start // 8 : part.flat.stop // 8]
-
-
-def _is_whole(param: Tensor, elements: slice) -> bool:
-    return elements.start == 0 and elements.stop == param.numel()
-
-
-def _gather_(out: Tensor, part: _SpanViews, tensors: Sequence[Tensor | None]) -> Tensor:
-    """The elements of a span's parameters, in ``out``: those of ``None`` are zero."""
-    sources, targets = [], []
-    for p, elements, place in part.members:
-        tensor = tensors[p]
-        if tensor is None:
-            out[place].zero_()
-        else:
-            sources.append(tensor if _is_whole(tensor, elements) else tensor[elements])
-            targets.append(out[place])
-    if sources:
-        torch._foreach_copy_(targets, sources)
-    return out

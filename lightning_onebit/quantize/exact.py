@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.logarithm import square_root_
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import unpack_bits
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 
 class ExactKernels:
@@ -16,6 +20,7 @@ class ExactKernels:
 
     name = "exact"
     reads_flags_on_device = False
+    sketch_dtype = torch.float64
 
     def __init__(self) -> None:
         self._before: dict[int, Tensor] = {}
@@ -33,6 +38,10 @@ class ExactKernels:
             if c.coupled_decay:
                 decay = step.params[p][elements].to(u.dtype) * c.coupled_decay
                 a.add_(decay.nan_to_num_(0.0, 0.0, 0.0))
+            if memory.second_moment is not None:  # Adam's own, as r = 1; the same elements as of memory.error
+                term = a * c.square_root_weight
+                v = memory.second_moment[flat].mul_(c.square_decay).add_(term.square_())
+                v.clamp_(max=torch.finfo(v.dtype).max)
             if memory.rms is not None:
                 a.div_(memory.rms[flat] + c.eps)
             a.clamp_(-c.kappa, c.kappa)
@@ -42,6 +51,26 @@ class ExactKernels:
 
     def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None:
         """Nothing to serve."""
+
+    def encode_variance_(self, memory: BucketMemory, messages: Messages, correction: NDArray[np.float64]) -> None:
+        """Nothing is sent."""
+
+    def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None:
+        """Nothing to serve."""
+
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None:
+        """``rms = sqrt(v correction)``, with the rank's own v."""
+        assert memory.second_moment is not None
+        assert memory.rms is not None
+        layout = memory.layout
+        for p, first, last in layout.parameter_blocks():
+            flat = slice(int(layout.offset[first]), int(layout.offset[last]))
+            torch.mul(memory.second_moment[flat], float(correction[p]), out=memory.rms[flat])
+        largest = torch.finfo(memory.dtype).max
+        square_root_(memory.rms.clamp_(max=largest), out=memory.rms)
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """A single rank has the mean itself."""
 
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
         """Step 6: ``x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)``."""

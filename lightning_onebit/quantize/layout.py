@@ -20,9 +20,10 @@ bucket
 
 **Wire.** One message carries one chunk. Its bytes, in this order::
 
-    scales   float32 x blocks of the chunk, in block order
-    signs    one bit per element, in the order of memory, least significant bit first; 0 for padding
-    padding  so that all chunks of a bucket have ``chunk_nbytes`` bytes
+    scales    float32 x blocks of the chunk, in block order
+    elements  signs: one bit per element, in the order of memory, least significant bit first; 0 for padding
+              codes of the second moment: one byte per element, in the order of memory; 0 for padding
+    padding   so that all chunks of a bucket have ``chunk_nbytes`` bytes
 
 Nothing here influences a result, only its place: every block is quantized by itself.
 """
@@ -80,6 +81,25 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False)
+class Wire:
+    """Places of one bucket's blocks in the messages of all its chunks, one message after the other."""
+
+    bits_per_element: int
+    chunk_nbytes: int
+    """Bytes of one message, the same for every pair of ranks."""
+    message_nbytes: int
+    """Bytes of the messages of all chunks."""
+    scale_byte: Integers
+    """First byte of each block's scale, ``[blocks]``."""
+    element_byte: Integers
+    """First byte of each block's elements, ``[blocks]``."""
+
+    def element_nbytes(self, flat_numel: int) -> int:
+        """Bytes of ``flat_numel`` elements of memory, padding included: a multiple of 8."""
+        return flat_numel * self.bits_per_element // BITS_PER_BYTE
+
+
+@dataclass(frozen=True, eq=False)
 class BucketLayout:
     """Places of one bucket's blocks. Arrays are int64, ``[blocks]`` unless said otherwise."""
 
@@ -94,8 +114,6 @@ class BucketLayout:
     """First element in flat memory, ``[blocks + 1]``: the last one is the end of memory."""
     first_block: Integers
     """First block of each chunk, ``[chunks + 1]``. A chunk may be empty, where there are fewer blocks than ranks."""
-    chunk_nbytes: int
-    """Bytes of one message, the same for every pair of ranks."""
 
     @property
     def num_blocks(self) -> int:
@@ -110,24 +128,30 @@ class BucketLayout:
         """Elements of the bucket's memory, padding included."""
         return int(self.offset[-1])
 
-    @property
-    def message_nbytes(self) -> int:
-        """Bytes of the messages of all chunks."""
-        return self.num_chunks * self.chunk_nbytes
+    @cached_property
+    def signs(self) -> Wire:
+        """How signs travel."""
+        return self._wire(bits_per_element=1)
 
     @cached_property
-    def scale_byte(self) -> Integers:
-        """First byte of each block's scale in the buffer of the messages of all chunks."""
-        chunk = np.repeat(np.arange(self.num_chunks), np.diff(self.first_block))
-        return chunk * self.chunk_nbytes + SCALE_NBYTES * (np.arange(self.num_blocks) - self.first_block[chunk])
+    def codes(self) -> Wire:
+        """How codes of the second moment travel."""
+        return self._wire(bits_per_element=BITS_PER_BYTE)
 
-    @cached_property
-    def sign_byte(self) -> Integers:
-        """First byte of each block's signs in the same buffer."""
+    def _wire(self, *, bits_per_element: int) -> Wire:
         blocks = np.diff(self.first_block)
+        first_byte = self.offset * bits_per_element // BITS_PER_BYTE
+        used = SCALE_NBYTES * blocks + np.diff(first_byte[self.first_block])
+        chunk_nbytes = -(-int(used.max()) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
         chunk = np.repeat(np.arange(self.num_chunks), blocks)
-        in_chunk = (self.offset[:-1] - self.offset[self.first_block[chunk]]) // BITS_PER_BYTE
-        return chunk * self.chunk_nbytes + SCALE_NBYTES * blocks[chunk] + in_chunk
+        first_block = self.first_block[chunk]
+        return Wire(
+            bits_per_element=bits_per_element,
+            chunk_nbytes=chunk_nbytes,
+            message_nbytes=self.num_chunks * chunk_nbytes,
+            scale_byte=chunk * chunk_nbytes + SCALE_NBYTES * (np.arange(self.num_blocks) - first_block),
+            element_byte=chunk * chunk_nbytes + SCALE_NBYTES * blocks[chunk] + first_byte[:-1] - first_byte[first_block],
+        )
 
     @property
     def exists(self) -> NDArray[np.bool_]:
@@ -136,6 +160,26 @@ class BucketLayout:
         np.add.at(steps, self.offset[:-1], 1)
         np.add.at(steps, self.offset[:-1] + self.numel, -1)
         return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one message of signs."""
+        return self.signs.chunk_nbytes
+
+    @property
+    def message_nbytes(self) -> int:
+        """Bytes of the messages of signs of all chunks."""
+        return self.signs.message_nbytes
+
+    @property
+    def scale_byte(self) -> Integers:
+        """First byte of each block's scale among those."""
+        return self.signs.scale_byte
+
+    @property
+    def sign_byte(self) -> Integers:
+        """First byte of each block's signs among those."""
+        return self.signs.element_byte
 
     def blocks_of(self, chunks: range) -> tuple[int, int]:
         """First block of neighbouring chunks, and the one after their last."""
@@ -224,7 +268,6 @@ def _plan_bucket(parameter: Integers, start: Integers, numel: Integers, block_si
     shares = np.arange(num_chunks + 1) * (nbytes.sum() / num_chunks)
     first_block = np.searchsorted(middle, shares)
     first_block[0], first_block[-1] = 0, len(numel)
-    sizes = [int(nbytes[a:b].sum()) for a, b in pairwise(first_block)]
     return BucketLayout(
         block_size=block_size,
         parameter=parameter,
@@ -232,5 +275,4 @@ def _plan_bucket(parameter: Integers, start: Integers, numel: Integers, block_si
         numel=numel,
         offset=offset,
         first_block=first_block,
-        chunk_nbytes=-(-max(sizes) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT,
     )

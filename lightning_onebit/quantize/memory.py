@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
-from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES, BucketLayout
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES, BucketLayout, Wire
+from lightning_onebit.quantize.logarithm import LARGEST_FLOAT32, decode_logarithm, encode_logarithm, largest_of_blocks
 
 
 class Encoded(NamedTuple):
@@ -25,69 +26,45 @@ class Encoded(NamedTuple):
     """float32 ``[blocks]``"""
 
 
-class BucketMemory:
-    """Flat memory of one bucket on one rank, allocated once. All of it is zero at first.
+class Messages:
+    """What travels in one exchange of a bucket, uint8, all of it zero at first. Each tensor is one message after the other.
 
     Args:
-        layout: places of blocks and bytes.
-        share: the chunks that this rank compresses.
-        chunk: the chunk that it serves; ``None``: none, as nothing is exchanged.
-        has_rms: whether there is a D (see :attr:`rms`).
-        keeps_before: whether the last average but one is kept: for steps that may be taken back, and for nesterov.
-        dtype: dtype of errors and D, float32 or float64.
-        device: where it lives.
-        parameter_numels: elements of each parameter; without, those that the layout has.
+        layout: places of blocks.
+        wire: places of their bytes in the messages.
+        share: the chunks that this rank sends.
+        chunk: the chunk that it serves; ``None``: nothing is exchanged.
+        keeps_before: whether the last result but one is kept.
+        device: where they live.
     """
 
     def __init__(
         self,
         layout: BucketLayout,
+        wire: Wire,
         *,
         share: range,
         chunk: int | None,
-        has_rms: bool,
-        keeps_before: bool,
-        dtype: torch.dtype,
+        keeps_before: bool = False,
         device: torch.device,
-        parameter_numels: Sequence[int] | None = None,
     ) -> None:
-        self.layout, self.share, self.chunk = layout, share, chunk
-        if parameter_numels is None:
-            numels = np.zeros(int(layout.parameter.max(initial=-1)) + 1, dtype=np.int64)
-            np.maximum.at(numels, layout.parameter, layout.start + layout.numel)
-            parameter_numels = numels.tolist()
-        self.parameter_numels = parameter_numels
-        self.dtype, self.device = dtype, device
-
-        def reals(numel: int) -> Tensor:
-            return torch.zeros(numel, dtype=dtype, device=device)
+        self.layout, self.wire, self.share, self.chunk, self.device = layout, wire, share, chunk, device
 
         def messages(chunks: int) -> Tensor:
-            return torch.zeros(chunks * layout.chunk_nbytes, dtype=torch.uint8, device=device)
+            return torch.zeros(chunks * wire.chunk_nbytes, dtype=torch.uint8, device=device)
 
-        own = range(0) if chunk is None else range(chunk, chunk + 1)
-        self.error = reals(layout.flat_numel_of(share))
-        """Worker error of the share. Of a single rank, which has none: u itself."""
-        self.server_error = reals(layout.flat_numel_of(own)) if own else reals(0)
-        """Server error of the chunk."""
-        self.rms = reals(layout.flat_numel) if has_rms else None
-        """sqrt(v_hat), so that D = rms + eps: the same on all ranks, 0 where an element is not live. ``None`` without D."""
-        self.live: Tensor | None = None
-        """uint8 ``[flat_numel / 8]``: bit set where an element takes part in its block. ``None`` if all do."""
-        self.live_before: Tensor | None = None
-        """The same at the time of the last average."""
         exchanged = 0 if chunk is None else len(share)
-        self.sent, self.received, self.served = messages(exchanged), messages(exchanged), messages(len(own))
+        self.sent, self.received, self.served = messages(exchanged), messages(exchanged), messages(1 if exchanged else 0)
         self.share_result = messages(exchanged if exchanged < layout.num_chunks else 0)
         """What the peers have served, where that is not yet the whole bucket."""
         self.results = tuple(messages(layout.num_chunks) for _ in range((2 if keeps_before else 1) if exchanged else 0))
-        """The last average u in wire format and, if it is kept, the one before."""
+        """The last result, of all chunks, and, if it is kept, the one before."""
         self.current = 0
         """Which of the results is the last."""
 
     @property
     def result(self) -> Tensor:
-        """The last average u of all chunks."""
+        """The last result of all chunks: of signs, the average u."""
         return self.results[self.current]
 
     @property
@@ -96,7 +73,7 @@ class BucketMemory:
         return self.results[self.current - 1]
 
     def turn_results_(self) -> None:
-        """Make :attr:`result_before` the last average."""
+        """Make :attr:`result_before` the last result."""
         self.current = (self.current + 1) % len(self.results)
 
     @cached_property
@@ -121,16 +98,150 @@ class BucketMemory:
         assert self.chunk is not None
         return slice(*self.layout.flat_of(range(self.chunk, self.chunk + 1)))
 
-    def encoded(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> Encoded:
-        """Views of neighbouring blocks of one chunk in ``messages``, which begins with chunk ``first_chunk``."""
+    def views(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Bytes of elements, and scales, of neighbouring blocks of one chunk: views of ``messages``.
+
+        Args:
+            messages: of neighbouring chunks.
+            first_chunk: the first of them.
+            blocks: the first block, and the one after the last.
+        """
         first, last = blocks
-        start, stop = int(self.layout.offset[first]), int(self.layout.offset[last])
-        shift = first_chunk * self.layout.chunk_nbytes
-        scale, sign = int(self.layout.scale_byte[first]) - shift, int(self.layout.sign_byte[first]) - shift
-        return Encoded(
-            signs=messages[sign : sign + (stop - start) // BITS_PER_BYTE],
-            scales=messages[scale : scale + SCALE_NBYTES * (last - first)].view(torch.float32),
-        )
+        shift = first_chunk * self.wire.chunk_nbytes
+        scale, element = int(self.wire.scale_byte[first]) - shift, int(self.wire.element_byte[first]) - shift
+        nbytes = self.wire.element_nbytes(int(self.layout.offset[last] - self.layout.offset[first]))
+        scales = messages[scale : scale + SCALE_NBYTES * (last - first)].view(torch.float32)
+        return messages[element : element + nbytes], scales
+
+    def read(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The same of blocks of several chunks, as copies."""
+        scale, element = self._places(first_chunk, blocks)
+        return messages[element], messages.view(torch.float32)[scale]
+
+    def write_(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int], elements: Tensor, scales: Tensor) -> None:
+        """Inverse of :meth:`read`."""
+        scale, element = self._places(first_chunk, blocks)
+        messages.view(torch.float32)[scale] = scales
+        messages[element] = elements
+
+    def _places(self, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of the blocks' scales among the float32 of messages, of the bytes of elements among their bytes."""
+        chosen, shift = slice(*blocks), first_chunk * self.wire.chunk_nbytes
+        scale = torch.from_numpy((self.wire.scale_byte[chosen] - shift) // SCALE_NBYTES)
+        ends = torch.from_numpy(self.layout.offset[blocks[0] : blocks[1] + 1] * self.wire.bits_per_element // BITS_PER_BYTE)
+        first = torch.from_numpy(self.wire.element_byte[chosen] - shift) - ends[:-1]
+        element = torch.arange(int(ends[0]), int(ends[-1])) + first.repeat_interleave(ends.diff())
+        return scale.to(self.device), element.to(self.device)
+
+    def block_of(self, blocks: tuple[int, int]) -> Tensor:
+        """Of every element of blocks [first, last) in flat memory, its block, counted from the first: int64."""
+        padded = torch.from_numpy(self.layout.offset[blocks[0] : blocks[1] + 1]).diff()
+        return torch.arange(blocks[1] - blocks[0]).repeat_interleave(padded).to(self.device)
+
+
+class BucketMemory(Messages):
+    """Flat memory of one bucket on one rank, with the messages of its signs, allocated once. All of it is zero at first.
+
+    Args:
+        layout: places of blocks and bytes.
+        share: the chunks that this rank compresses.
+        chunk: the chunk that it serves; ``None``: none, as nothing is exchanged.
+        has_rms: whether there is a D (see :attr:`rms`).
+        keeps_before: whether the last average but one is kept: for steps that may be taken back, and for nesterov.
+        renews: whether D is renewed: there is a :attr:`second_moment`, and D is kept as its code where one is exchanged.
+        dtype: dtype of errors and D, float32 or float64.
+        device: where it lives.
+        parameter_numels: elements of each parameter; without, those that the layout has.
+    """
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        *,
+        share: range,
+        chunk: int | None,
+        has_rms: bool,
+        keeps_before: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        parameter_numels: Sequence[int] | None = None,
+        renews: bool = False,
+    ) -> None:
+        assert has_rms or not renews
+        super().__init__(layout, layout.signs, share=share, chunk=chunk, keeps_before=keeps_before, device=device)
+        if parameter_numels is None:
+            numels = np.zeros(int(layout.parameter.max(initial=-1)) + 1, dtype=np.int64)
+            np.maximum.at(numels, layout.parameter, layout.start + layout.numel)
+            parameter_numels = numels.tolist()
+        self.parameter_numels = parameter_numels
+        self.dtype = dtype
+
+        def reals(numel: int) -> Tensor:
+            return torch.zeros(numel, dtype=dtype, device=device)
+
+        own = range(0) if chunk is None else range(chunk, chunk + 1)
+        self.error = reals(layout.flat_numel_of(share))
+        """Worker error of the share. Of a single rank, which has none: u itself."""
+        self.server_error = reals(layout.flat_numel_of(own)) if own else reals(0)
+        """Server error of the chunk."""
+        is_coded = renews and chunk is not None
+        self.rms = reals(layout.flat_numel) if has_rms and not is_coded else None
+        """sqrt(v_hat), so that D = rms + eps: the same on all ranks, 0 where an element is not live. ``None`` without D, and
+        where it is coded."""
+        self.rms_code: Tensor | None = None
+        """The same as codes of :mod:`~lightning_onebit.quantize.logarithm`, uint8 ``[flat_numel]``: not 0 where an element
+        is live."""
+        self.rms_scale: Tensor | None = None
+        """Their scales, float32 ``[blocks]``."""
+        self.second_moment = reals(layout.flat_numel_of(share)) if renews else None
+        """v_i of the share: this rank's own second moment, or its node's."""
+        self.second_moment_residual: Tensor | None = None
+        """Of the chunk: what the last code of the second moment has left out, in units of v_hat."""
+        if is_coded:
+            self.rms_code = torch.zeros(layout.flat_numel, dtype=torch.uint8, device=device)
+            self.rms_scale = torch.zeros(layout.num_blocks, dtype=torch.float32, device=device)
+            self.second_moment_residual = reals(layout.flat_numel_of(own))
+        self.live: Tensor | None = None
+        """uint8 ``[flat_numel / 8]``: bit set where an element takes part in its block. ``None`` if all do."""
+        self.live_before: Tensor | None = None
+        """The same at the time of the last average."""
+
+    @property
+    def has_rms(self) -> bool:
+        """Whether there is a D, in either form."""
+        return self.rms is not None or self.rms_code is not None
+
+    def decoded_rms(self, blocks: tuple[int, int]) -> Tensor:
+        """sqrt(v_hat) of blocks [first, last) in flat memory: a new tensor, in the dtype of errors."""
+        places = slice(int(self.layout.offset[blocks[0]]), int(self.layout.offset[blocks[1]]))
+        if self.rms_code is None or self.rms_scale is None:
+            assert self.rms is not None
+            return self.rms[places].clone()
+        scale = self.rms_scale[slice(*blocks)][self.block_of(blocks)]
+        return decode_logarithm(self.rms_code[places], scale).to(self.dtype)
+
+    def set_rms_(self, flat: Tensor) -> None:
+        """Set D.
+
+        Args:
+            flat: sqrt(v_hat) of the whole bucket, ``[flat_numel]``, finite, at least 0; 0 for padding. Where it is coded,
+                what is larger than the largest float32 becomes that.
+        """
+        if self.rms_code is None or self.rms_scale is None:
+            assert self.rms is not None
+            self.rms.copy_(flat)
+            return
+        rms, block_of = flat.clamp(max=LARGEST_FLOAT32).float(), self.block_of((0, self.layout.num_blocks))
+        self.rms_scale.copy_(largest_of_blocks(rms, block_of, self.layout.num_blocks))
+        self.rms_code.copy_(encode_logarithm(rms, self.rms_scale[block_of]))
+
+    def variance_messages(self) -> Messages:
+        """New messages for a refresh of the second moment."""
+        return Messages(self.layout, self.layout.codes, share=self.share, chunk=self.chunk, device=self.device)
+
+    def encoded(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> Encoded:
+        """Views of neighbouring blocks of one chunk in ``messages``, signs of chunks from ``first_chunk`` on."""
+        return Encoded(*self.views(messages, first_chunk, blocks))
 
 
 @dataclass(kw_only=True, eq=False)

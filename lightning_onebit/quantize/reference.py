@@ -13,8 +13,15 @@ from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.config import Scale
-from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.reference_sketch import sketch_tensors_
+from lightning_onebit.quantize.reference_variance import (
+    apply_variance_,
+    encode_variance_,
+    renew_second_moment_,
+    serve_variance_,
+)
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -30,8 +37,9 @@ class ReferenceKernels:
     does padding.
 
     **Committing.** Errors must not change before all ranks know that the step counts. Where that is known, they are
-    written at once (``commit=True``). Otherwise ``encode_`` and ``serve_`` write messages only, and ``commit_`` computes the
-    same errors later, from the messages: both ways lead to the same bits.
+    written at once (``commit=True``). Otherwise ``encode_`` and ``serve_`` write messages only, and ``apply_`` computes the
+    same errors later, from the messages: both ways lead to the same bits. The second moment v_i, where there is one, is
+    written together with the worker error.
 
     Args:
         scale: ``"l2"`` or ``"l1"``.
@@ -40,6 +48,10 @@ class ReferenceKernels:
 
     name = "reference"
     reads_flags_on_device = False
+    encode_variance_ = staticmethod(encode_variance_)
+    serve_variance_ = staticmethod(serve_variance_)
+    apply_variance_ = staticmethod(apply_variance_)
+    sketch_dtype = torch.int64
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
         self.scale: Scale = scale
@@ -51,7 +63,8 @@ class ReferenceKernels:
         """Quantize ``c = error + local momentum`` of the share into ``memory.sent``.
 
         Args:
-            memory: the bucket; ``sent`` is written, and ``error``, if ``commit``, where parameters are active.
+            memory: the bucket; ``sent`` is written, and ``error`` and ``second_moment``, if ``commit``, where parameters are
+                active.
             index: of the bucket, for ``step.share_gradients``.
             step: gradients, parameters and numbers; only read, but for ``flags[0]``.
             commit: whether the step is known to count. If not, ``step.flags[0]`` becomes 1 where a gradient of the share is
@@ -66,26 +79,37 @@ class ReferenceKernels:
             step.flags[0] = 1
 
     def _commit_worker_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
-        """``error = c - q``, with q as it was sent."""
+        """``error = c - q``, with q as it was sent; and v_i."""
         q = self.decode(memory, memory.sent, memory.share.start, memory.share_blocks, memory.live)
         error = self.local_momentum(memory, index, step).sub_(q)
         active = self._by_element(memory, memory.share_blocks, step.is_active)
         memory.error.copy_(torch.where(active, error, memory.error))
+        if memory.second_moment is not None:
+            gradient, decay = self._gradient(memory, index, step), self._decay(memory, step)
+            renew_second_moment_(memory, step, gradient, decay, active)
 
     def local_momentum(self, memory: BucketMemory, index: int, step: StepInputs) -> Tensor:
         """Step 1: ``c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa)``, of the share."""
-        blocks, share = memory.share_blocks, memory.share_flat
+        blocks = memory.share_blocks
         n = self._numbers(memory, blocks, step)
         u = self.decode(memory, memory.result, 0, blocks, memory.live_before, factor=n.beta)
         a = self._gradient(memory, index, step) * n.sign
-        if step.numbers[:, Coefficients._fields.index("coupled_decay")].any():
-            # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
-            x = self._flat(memory, blocks, step.params)
-            a = a + (x * n.coupled_decay).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        if memory.rms is not None and self.space == "update":
+        decay = self._decay(memory, step)
+        if decay is not None:
+            a = a + decay
+        if memory.has_rms and self.space == "update":
             live = self._live(memory, blocks, memory.live)
-            a = torch.where(live, a / torch.where(live, memory.rms[share] + n.eps, 1.0), 0.0)
+            a = torch.where(live, a / torch.where(live, memory.decoded_rms(blocks) + n.eps, 1.0), 0.0)
         return memory.error + u + a.clamp(-n.kappa, n.kappa) * n.weight
+
+    def _decay(self, memory: BucketMemory, step: StepInputs) -> Tensor | None:
+        """``coupled_decay x`` of the share, where there is any."""
+        if not step.numbers[:, Coefficients._fields.index("coupled_decay")].any():
+            return None
+        # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
+        x = self._flat(memory, memory.share_blocks, step.params)
+        decay = x * self._numbers(memory, memory.share_blocks, step).coupled_decay
+        return decay.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     # Step 4, on a server
 
@@ -102,7 +126,7 @@ class ReferenceKernels:
         if commit:
             last_signs, last_scales = self._read(memory, memory.result, 0, memory.chunk_blocks)
             active = step.is_active[torch.from_numpy(memory.layout.parameter[slice(*memory.chunk_blocks)])]
-            signs = torch.where(active[self._block_of(memory, memory.chunk_blocks)], signs, last_signs)
+            signs = torch.where(active[memory.block_of(memory.chunk_blocks)], signs, last_signs)
             scales = torch.where(active, scales, last_scales)
         self._write(memory, memory.served, memory.chunk, memory.chunk_blocks, signs, scales)
         if commit:
@@ -149,9 +173,9 @@ class ReferenceKernels:
         if step.numbers[:, Coefficients._fields.index("nesterov")].any():
             before = memory.result_before
             move = move + self.decode(memory, before, 0, blocks, memory.live_before, factor=n.step_size * n.nesterov)
-        if memory.rms is not None and self.space == "momentum":
+        if memory.has_rms and self.space == "momentum":
             live = self._live(memory, blocks, memory.live)
-            move = move / torch.where(live, memory.rms + n.eps, 1.0)
+            move = move / torch.where(live, memory.decoded_rms(blocks) + n.eps, 1.0)
         for p, x, part in self._parts(memory, blocks, step.params, move):
             if step.is_active[p]:
                 x.mul_(step.coefficients(p).shrink).add_(part)
@@ -161,15 +185,19 @@ class ReferenceKernels:
         signs, scales = self._read(memory, memory.result, 0, blocks)
         last_signs, last_scales = self._read(memory, memory.result_before, 0, blocks)
         active = step.is_active[torch.from_numpy(memory.layout.parameter)]
-        signs = torch.where(active[self._block_of(memory, blocks)], signs, last_signs)
+        signs = torch.where(active[memory.block_of(blocks)], signs, last_signs)
         self._write(memory, memory.result, 0, blocks, signs, torch.where(active, scales, last_scales))
+
+    def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
+        """See :func:`~lightning_onebit.quantize.reference_sketch.sketch_tensors_`."""
+        sketch_tensors_(memory, index, step, sketch, self._gradient(memory, index, step))
 
     # The quantizer C
 
     def quantize(self, c: Tensor, memory: BucketMemory, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """C: bits, ``bool [elements]``, and scales, float32 ``[blocks]``, of blocks [first, last) in flat memory."""
         live = self._live(memory, blocks, memory.live)
-        block_of = self._block_of(memory, blocks)
+        block_of = memory.block_of(blocks)
         counted = torch.where(live, c, 0.0).double()
         sums = torch.zeros(blocks[1] - blocks[0], dtype=torch.float64, device=c.device)
         sums.index_add_(0, block_of, counted.abs() if self.scale == "l1" else counted.square())
@@ -197,19 +225,14 @@ class ReferenceKernels:
             factor: a number, or one per element.
         """
         signs, scales = self._read(memory, messages, first_chunk, blocks)
-        magnitude = scales.to(memory.dtype)[self._block_of(memory, blocks)] * factor
+        magnitude = scales.to(memory.dtype)[memory.block_of(blocks)] * factor
         return torch.where(self._live(memory, blocks, live), torch.where(signs, magnitude, -magnitude), -0.0)
 
     # Places
 
-    def _block_of(self, memory: BucketMemory, blocks: tuple[int, int]) -> Tensor:
-        """Of every element in flat memory, its block, counted from the first one."""
-        padded = torch.from_numpy(memory.layout.offset[blocks[0] : blocks[1] + 1]).diff()
-        return torch.arange(blocks[1] - blocks[0]).repeat_interleave(padded).to(memory.device)
-
     def _by_element(self, memory: BucketMemory, blocks: tuple[int, int], by_parameter: Tensor) -> Tensor:
         parameter = torch.from_numpy(memory.layout.parameter[blocks[0] : blocks[1]])
-        return by_parameter[parameter].to(memory.device)[self._block_of(memory, blocks)]
+        return by_parameter[parameter].to(memory.device)[memory.block_of(blocks)]
 
     def _numbers(self, memory: BucketMemory, blocks: tuple[int, int], step: StepInputs) -> Coefficients:
         """The numbers of every element, tensors in the dtype of the errors."""
@@ -221,7 +244,7 @@ class ReferenceKernels:
         start, stop = int(memory.layout.offset[blocks[0]]), int(memory.layout.offset[blocks[1]])
         place = torch.arange(start, stop, device=memory.device)
         ends = torch.from_numpy(memory.layout.offset[:-1] + memory.layout.numel)[blocks[0] : blocks[1]].to(memory.device)
-        exists = place < ends[self._block_of(memory, blocks)]
+        exists = place < ends[memory.block_of(blocks)]
         return exists if live is None else exists & unpack_bits(live)[start:stop]
 
     def _gradient(self, memory: BucketMemory, index: int, step: StepInputs) -> Tensor:
@@ -245,28 +268,16 @@ class ReferenceKernels:
                 place = int(layout.offset[block]) - base
                 yield p, tensors[p][start : start + numel], flat[place : place + numel]
 
-    def _byte_index(self, memory: BucketMemory, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Places in a message buffer: of the blocks' scales among its float32, of the bytes of signs among its bytes."""
-        layout, shift = memory.layout, first_chunk * memory.layout.chunk_nbytes
-        scale = torch.from_numpy((layout.scale_byte - shift)[blocks[0] : blocks[1]] // SCALE_NBYTES)
-        first = torch.from_numpy((layout.sign_byte - shift - layout.offset[:-1] // BITS_PER_BYTE)[blocks[0] : blocks[1]])
-        start, stop = int(layout.offset[blocks[0]]), int(layout.offset[blocks[1]])
-        nbytes = torch.from_numpy(layout.offset[blocks[0] : blocks[1] + 1] // BITS_PER_BYTE).diff()
-        sign = torch.arange(start // BITS_PER_BYTE, stop // BITS_PER_BYTE) + first.repeat_interleave(nbytes)
-        return scale.to(memory.device), sign.to(memory.device)
-
     def _write(
         self, memory: BucketMemory, messages: Tensor, first_chunk: int, blocks: tuple[int, int], bits: Tensor, scales: Tensor
     ) -> None:
-        scale, sign = self._byte_index(memory, first_chunk, blocks)
-        messages.view(torch.float32)[scale] = scales
-        messages[sign] = pack_bits(bits)
+        memory.write_(messages, first_chunk, blocks, pack_bits(bits), scales)
 
     def _read(
         self, memory: BucketMemory, messages: Tensor, first_chunk: int, blocks: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        scale, sign = self._byte_index(memory, first_chunk, blocks)
-        return unpack_bits(messages[sign]), messages.view(torch.float32)[scale]
+        packed, scales = memory.read(messages, first_chunk, blocks)
+        return unpack_bits(packed), scales
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ waits for the GPU. See :mod:`lightning_onebit.quantize.triton_blocks` for what m
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +34,7 @@ from lightning_onebit.quantize.triton_blocks import (
     unpack,
 )
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
+from lightning_onebit.quantize.triton_sketch import sketch_tensors_
 from lightning_onebit.quantize.triton_tables import (
     BETA,
     BLOCK_COLUMNS,
@@ -61,6 +63,13 @@ from lightning_onebit.quantize.triton_tables import (
     param_dtype,
     tables_of,
 )
+from lightning_onebit.quantize.triton_variance import (
+    apply_variance_,
+    encode_variance_,
+    load_decoded_rms,
+    renew_second_moment,
+    serve_variance_,
+)
 
 
 class TritonKernels:
@@ -75,6 +84,11 @@ class TritonKernels:
     """
 
     name = "triton"
+    encode_variance_ = staticmethod(encode_variance_)
+    serve_variance_ = staticmethod(serve_variance_)
+    apply_variance_ = staticmethod(apply_variance_)
+    sketch_dtype = torch.int64
+    sketch_tensors_ = staticmethod(sketch_tensors_)
     reads_flags_on_device = True
     gather_ = staticmethod(gather_)
     scale_ = staticmethod(scale_)
@@ -94,7 +108,8 @@ class TritonKernels:
         launch(
             _encode_kernel, last - first, memory,
             tables.blocks, tables.addresses, tables.numbers, step.flags, self._share_gradient(index, step),
-            memory.error, self._rms(memory, "update"), memory.result, memory.live, memory.live_before, memory.sent,
+            memory.error, self._rms(memory, "update"), memory.rms_code, memory.rms_scale, memory.second_moment,
+            memory.result, memory.live, memory.live_before, memory.sent,
             first, memory.share_flat.start, memory.share.start * memory.layout.chunk_nbytes,
             PARAM_DTYPE=param_dtype(tables, step), COUPLED=any_number(step, "coupled_decay"), L1=self.scale == "l1",
             COMMIT=commit,
@@ -124,6 +139,7 @@ class TritonKernels:
             _apply_kernel, memory.layout.num_blocks, memory,
             tables.blocks, tables.addresses, tables.numbers, step.flags, self._share_gradient(index, step),
             memory.error, memory.server_error, self._rms(memory, "update"), self._rms(memory, "momentum"),
+            memory.rms_code, memory.rms_scale, memory.second_moment,
             memory.result, memory.result_before, memory.live, memory.live_before,
             memory.sent, memory.received, memory.served,
             *memory.share_blocks, memory.share_flat.start, memory.share.start * memory.layout.chunk_nbytes,
@@ -139,6 +155,7 @@ class TritonKernels:
         return gradient
 
     def _rms(self, memory: BucketMemory, space: str) -> Tensor | None:
+        assert memory.rms_code is None or self.space == "update"
         return memory.rms if self.space == space else None
 
 
@@ -150,11 +167,13 @@ PLACES = (
 
 @block_kernel(PLACES)
 def _encode_kernel(
-    blocks, addresses, numbers, flags, share_gradient, error, rms, last_average, live, live_before, sent,
+    blocks, addresses, numbers, flags, share_gradient, error, rms, rms_code, rms_scale, second_moment,
+    last_average, live, live_before, sent,
     first_block, share_start, share_byte,
     PARAM_DTYPE: tl.constexpr, COUPLED: tl.constexpr, L1: tl.constexpr, COMMIT: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    row, step_row, numel, start, offset, sign, scale = _place(blocks, first_block + tl.program_id(0))
+    block = first_block + tl.program_id(0)
+    row, step_row, numel, start, offset, sign, scale = _place(blocks, block)
     byte, element, exists, byte_exists = tile(numel, BYTES)
     alive = load_live(live, offset, byte, exists, byte_exists)
 
@@ -162,9 +181,10 @@ def _encode_kernel(
     x = 0.0
     if COUPLED:
         x = load_at(tl.load(addresses + step_row + PARAM), start, numel, element, exists, byte_exists, PARAM_DTYPE)
-    c, gradient = _local_momentum(
-        addresses, numbers, step_row, x, start, numel, share_gradient, error, offset, offset - share_start, rms,
-        last_average, sign, scale, alive, live_before, byte, element, exists, byte_exists, PARAM_DTYPE, COUPLED,
+    c, gradient, decay = _local_momentum(
+        addresses, numbers, step_row, x, start, numel, share_gradient, error, block, offset, offset - share_start, rms,
+        rms_code, rms_scale, last_average, sign, scale, alive, live_before, byte, element, exists, byte_exists,
+        PARAM_DTYPE, COUPLED,
     )  # fmt: skip
     # 2. q = C(c), error = c - q
     bits, value = quantize(c, alive, L1)
@@ -175,6 +195,11 @@ def _encode_kernel(
         if tl.load(flags + 1 + tl.load(row + PARAMETER)) != 0:
             q = decode(bits, value.to(error.dtype.element_ty), alive)
             store_flat(error, offset - share_start, element, exists, byte_exists, c - q)
+            if second_moment is not None:
+                renew_second_moment(
+                    second_moment, offset - share_start, numbers, step_row, gradient, decay, element, exists, byte_exists,
+                    COUPLED,
+                )  # fmt: skip
     else:
         if tl.max(tl.max((~is_finite(gradient)).to(tl.int32), axis=1), axis=0) != 0:
             tl.store(flags, 1)
@@ -210,7 +235,7 @@ def _serve_kernel(
 @block_kernel(PLACES)
 def _apply_kernel(
     blocks, addresses, numbers, flags, share_gradient, error, server_error, update_rms, momentum_rms,
-    average, average_before, live, live_before, sent, received, served,
+    rms_code, rms_scale, second_moment, average, average_before, live, live_before, sent, received, served,
     share_first, share_last, share_start, share_byte, chunk_first, chunk_last, chunk_start, chunk_byte,
     ranks, chunk_nbytes, weight: tl.float64,
     PARAM_DTYPE: tl.constexpr, COUPLED: tl.constexpr, LOOKS_AHEAD: tl.constexpr, COMMIT: tl.constexpr, BYTES: tl.constexpr,
@@ -231,9 +256,10 @@ def _apply_kernel(
         if COMMIT:
             if (block >= share_first) & (block < share_last):
                 # 2. error = c - q, where c was made with the average that was the last one then
-                c, _ = _local_momentum(
-                    addresses, numbers, step_row, x, start, numel, share_gradient, error, offset, offset - share_start,
-                    update_rms, average_before, sign, scale, alive, live_before, byte, element, exists, byte_exists,
+                c, gradient, decay = _local_momentum(
+                    addresses, numbers, step_row, x, start, numel, share_gradient, error, block, offset,
+                    offset - share_start, update_rms, rms_code, rms_scale, average_before, sign, scale,
+                    alive, live_before, byte, element, exists, byte_exists,
                     PARAM_DTYPE, COUPLED,
                 )  # fmt: skip
                 packed, value = load_message(
@@ -241,6 +267,11 @@ def _apply_kernel(
                 )  # fmt: skip
                 q = decode(unpack(packed), value.to(dtype), alive)
                 store_flat(error, offset - share_start, element, exists, byte_exists, c - q)
+                if second_moment is not None:
+                    renew_second_moment(
+                        second_moment, offset - share_start, numbers, step_row, gradient, decay, element, exists,
+                        byte_exists, COUPLED,
+                    )  # fmt: skip
             if (block >= chunk_first) & (block < chunk_last):
                 # 4. server error = c_bar - u
                 sign_here, scale_here = sign - chunk_byte, scale - chunk_byte // SCALE_BYTES
@@ -289,11 +320,11 @@ def _place(blocks, block):
 
 @triton.jit
 def _local_momentum(
-    addresses, numbers, step_row, x, start, numel, share_gradient, error, offset, place, rms,
+    addresses, numbers, step_row, x, start, numel, share_gradient, error, block, offset, place, rms, rms_code, rms_scale,
     last_average, sign, scale, alive, live_before, byte, element, exists, byte_exists,
     PARAM_DTYPE: tl.constexpr, COUPLED: tl.constexpr,
 ):  # fmt: skip
-    """``c = error + beta u + weight clamp((sign g + coupled_decay x) / D, +-kappa)``, and g."""
+    """``c = error + beta u + weight clamp((sign g + coupled_decay x) / D, +-kappa)``; g; ``coupled_decay x``, or 0."""
     dtype: tl.constexpr = error.dtype.element_ty
     if share_gradient is None:
         address = tl.load(addresses + step_row + GRADIENT)
@@ -301,11 +332,17 @@ def _local_momentum(
     else:
         gradient = load_flat(share_gradient, place, element, byte_exists)
     a = gradient.to(dtype) * tl.load(numbers + step_row + SIGN_OF_GRADIENT).to(dtype)
+    decay = 0.0
     if COUPLED:
         decay = x.to(dtype) * tl.load(numbers + step_row + COUPLED_DECAY).to(dtype)
-        a += tl.where(is_finite(decay), decay, 0.0)
-    if rms is not None:
-        d = load_flat(rms, offset, element, byte_exists) + tl.load(numbers + step_row + EPS).to(dtype)
+        decay = tl.where(is_finite(decay), decay, 0.0)
+        a += decay
+    if (rms is not None) or (rms_code is not None):
+        if rms_code is not None:
+            d = load_decoded_rms(rms_code, rms_scale, block, offset, element, byte_exists).to(dtype)
+        else:
+            d = load_flat(rms, offset, element, byte_exists)
+        d += tl.load(numbers + step_row + EPS).to(dtype)
         a = tl.where(alive, divide(a, tl.where(alive, d, 1.0)), 0.0)
     a = clamp(a, tl.load(numbers + step_row + KAPPA).to(dtype))
 
@@ -313,7 +350,7 @@ def _local_momentum(
     alive_before = load_live(live_before, offset, byte, exists, byte_exists)
     u = decode(unpack(packed), value.to(dtype) * tl.load(numbers + step_row + BETA).to(dtype), alive_before)
     c = load_flat(error, place, element, byte_exists) + u + a * tl.load(numbers + step_row + WEIGHT).to(dtype)
-    return c, gradient
+    return c, gradient, decay
 
 
 @triton.jit

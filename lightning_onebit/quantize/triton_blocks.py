@@ -112,14 +112,14 @@ def store_message(messages, sign, scale, byte, byte_exists, packed, value):
 def quantize(c, alive, L1: tl.constexpr):
     """C: bits and float32 scale of a block."""
     counted = tl.where(alive, c, 0.0).to(tl.float64)
-    total = _sum(tl.abs(counted) if L1 else counted * counted)
+    total = ordered_sum(tl.abs(counted) if L1 else counted * counted)
     size = tl.sum(tl.sum(alive.to(tl.int32), axis=1), axis=0)
     mean = total / tl.maximum(size, 1).to(tl.float64)
     return alive & (c >= 0), (mean if L1 else tl.sqrt(mean)).to(tl.float32)
 
 
 @triton.jit
-def _sum(values):
+def ordered_sum(values):
     """Sum of all elements: neighbours first, then neighbouring pairs, ... A sum of two has only one order."""
     for _ in tl.static_range(LEVELS):
         if values.numel > 1:
@@ -153,6 +153,15 @@ def divide(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def square_root(x):
+    """Rounded to nearest, which ``tl.sqrt`` of float32 is not."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit

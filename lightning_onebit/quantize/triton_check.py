@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.quantize.layout import plan_buckets
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import SketchDraws, add_parts_, draw_sketch, gather_, scale_, sketch_
 
@@ -19,6 +20,7 @@ NUMELS = (2 * BLOCK_SIZE + 13, 5, 700)
 SKETCH_NUMEL, ROWS_PER_DRAW = 2048, 2
 SKETCH_TOLERANCE = 1e-4
 """The sketch alone is a sum in float32, in another order."""
+SQUARES_TOLERANCE = 1e-6
 
 
 class KernelMismatchError(RuntimeError):
@@ -66,6 +68,54 @@ def _compare_all(device: torch.device) -> None:
         ):
             _compare(name, what, one, other, device)
     _compare_gradients(memory, step, expected_step)
+    _compare_variance(device)
+    _compare_sketches(device)
+
+
+def _compare_variance(device: torch.device) -> None:
+    """A step in which D is a code and v_i is renewed, and a refresh."""
+    pairs: list[tuple[TritonKernels | ReferenceKernels, BucketMemory, StepInputs, Messages]] = []
+    for kernels, where in ((TritonKernels(), device), (ReferenceKernels(), CPU)):
+        memory = _bucket(where, renews=True)
+        pairs.append((kernels, memory, _step(where), memory.variance_messages()))
+    correction = np.linspace(1.0, 2.0, len(NUMELS))
+    for name in ("encode", "encode_variance", "serve_variance", "apply_variance"):
+        try:
+            for kernels, memory, step, messages in pairs:
+                if name == "encode":
+                    kernels.encode_(memory, 0, step, commit=True)
+                elif name == "encode_variance":
+                    kernels.encode_variance_(memory, messages, correction)
+                elif name == "serve_variance":
+                    messages.received.copy_(messages.sent[: messages.wire.chunk_nbytes].repeat(2))
+                    kernels.serve_variance_(memory, messages)
+                else:
+                    messages.result.copy_(messages.sent)
+                    messages.result[: messages.wire.chunk_nbytes] = messages.served
+                    kernels.apply_variance_(memory, messages, correction)
+        except Exception as error:
+            raise KernelMismatchError(f"Triton's kernel '{name}' fails on {device}: {error!r}") from error
+        (_, memory, _, messages), (_, expected, _, expected_messages) = pairs
+        for what in ("error", "second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+            _compare(name, what, getattr(memory, what), getattr(expected, what), device)
+        for what in ("sent", "served"):
+            _compare(name, what, getattr(messages, what), getattr(expected_messages, what), device)
+
+
+def _compare_sketches(device: torch.device) -> None:
+    """Sketches of tensors: equal bit for bit, but for sums of squares, which are of float64."""
+    sketches = []
+    try:
+        for kernels, where in ((TritonKernels(), device), (ReferenceKernels(), CPU)):
+            sketch = TensorSketch(1, range(len(NUMELS)), NUMELS, dtype=torch.int64, device=where)
+            kernels.sketch_tensors_(_bucket(where, renews=True), 0, _step(where), sketch)
+            sketches.append(sketch)
+    except Exception as error:
+        raise KernelMismatchError(f"Triton's kernel 'sketch_tensors' fails on {device}: {error!r}") from error
+    one, other = sketches
+    _compare("sketch_tensors", "a sketch", one.values.flatten(), other.values.flatten(), device)
+    _compare("sketch_tensors", "a count", one.sums[2:].flatten(), other.sums[2:].flatten(), device)
+    _compare("sketch_tensors", "a sum of squares", one.squares(), other.squares(), device, SQUARES_TOLERANCE)
 
 
 def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: StepInputs) -> None:
@@ -121,15 +171,18 @@ def _values(numel: int, seed: float) -> Tensor:
     return ((torch.arange(numel, dtype=torch.float64) * 0.6180339887498949 + seed).frac() * 2 - 1).float()
 
 
-def _bucket(device: torch.device) -> BucketMemory:
+def _bucket(device: torch.device, *, renews: bool = False) -> BucketMemory:
     [layout] = plan_buckets(NUMELS, block_size=BLOCK_SIZE, num_chunks=2, bucket_numel=sum(NUMELS))
-    memory = BucketMemory(layout, share=range(2), chunk=0, has_rms=True, keeps_before=True, dtype=torch.float32, device=CPU)
+    memory = BucketMemory(
+        layout, share=range(2), chunk=0, has_rms=True, keeps_before=True, renews=renews, dtype=torch.float32, device=CPU
+    )
     element = ReferenceKernels()._live(memory, (0, layout.num_blocks), None)
     live = element & (_values(layout.flat_numel, 0.1) > -0.8)
     memory.live = memory.live_before = pack_bits(live)
     memory.error.copy_(torch.where(element, _values(layout.flat_numel, 0.2), 0.0))
-    assert memory.rms is not None
-    memory.rms.copy_(torch.where(live, _values(layout.flat_numel, 0.3).abs(), 0.0))
+    memory.set_rms_(torch.where(live, _values(layout.flat_numel, 0.3).abs() + 1e-9, 0.0))
+    if memory.second_moment is not None:
+        memory.second_moment.copy_(torch.where(element, _values(layout.flat_numel, 0.35).square(), 0.0))
     memory.server_error.copy_(torch.where(element[memory.chunk_flat], _values(len(memory.server_error), 0.4), 0.0))
     write = ReferenceKernels()._write
     for messages, blocks, seed in [
@@ -150,7 +203,9 @@ def _bucket(device: torch.device) -> BucketMemory:
 
 
 def _step(device: torch.device) -> StepInputs:
-    numbers = Coefficients(beta=0.9, weight=0.1, kappa=3.0, eps=1e-8, shrink=0.999, step_size=1e-2)
+    numbers = Coefficients(
+        beta=0.9, weight=0.1, kappa=3.0, eps=1e-8, shrink=0.999, step_size=1e-2, square_decay=0.99, root_r=0.7
+    )
     gradients = [_values(numel, 0.8 + 0.01 * p).to(device) for p, numel in enumerate(NUMELS)]
     return StepInputs(
         params=[_values(numel, 0.9 + 0.01 * p).to(device) for p, numel in enumerate(NUMELS)],

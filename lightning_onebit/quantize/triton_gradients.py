@@ -15,6 +15,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_onebit.flat import send_
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.triton_blocks import load_at, rounded, store_at, store_flat, tile
 from lightning_onebit.quantize.triton_tables import (
@@ -29,7 +30,6 @@ from lightning_onebit.quantize.triton_tables import (
     is_aligned,
     launch,
     param_dtype,
-    send_,
     tables_of,
 )
 

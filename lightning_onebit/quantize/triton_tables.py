@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.flat import send_
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 
@@ -38,10 +40,15 @@ BLOCK_COLUMNS = tl.constexpr(8)
 GRADIENT = tl.constexpr(0)  # 0 if there is none
 PARAM = tl.constexpr(1)
 FIRST_NUMBER = 2
-BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV = (
+(
+    BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV, SQUARE_DECAY, ROOT_R
+) = (
     tl.constexpr(FIRST_NUMBER + Coefficients._fields.index(name))
-    for name in ("beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov")
-)
+    for name in (
+        "beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov", "square_decay",
+        "root_r",
+    )
+)  # fmt: skip
 STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))
 
 ELEMENTS_PER_WARP = 256
@@ -66,6 +73,7 @@ class BucketTables:
 
     def __init__(self, memory: BucketMemory) -> None:
         layout = memory.layout
+        self._codes = layout.codes
         self.members: NDArray[np.int64] = np.unique(layout.parameter)
         """The bucket's parameters, int64 ``[parameters of the bucket]``."""
         self._member_list: list[int] = self.members.tolist()
@@ -105,6 +113,21 @@ class BucketTables:
             self._sent = addresses
         self._step = weakref.ref(step)
 
+    @cached_property
+    def code_places(self) -> Tensor:
+        """Of each block in the messages of second moments of all chunks: the place of its scale among their float32, and the
+        first byte of its codes; int64 ``[blocks, 2]``."""
+        places = np.stack([self._codes.scale_byte // SCALE_NBYTES, self._codes.element_byte], axis=1)
+        on_device = torch.empty(places.shape, dtype=torch.int64, device=self.blocks.device)
+        send_(on_device, places)
+        return on_device
+
+    def by_member(self, numbers: NDArray[np.float64]) -> Tensor:
+        """Numbers of all parameters: those of the bucket's, sent; float64 ``[parameters of the bucket]``."""
+        on_device = torch.empty(len(self.members), dtype=torch.float64, device=self.blocks.device)
+        send_(on_device, np.ascontiguousarray(numbers[self.members], dtype=np.float64))
+        return on_device
+
     def has(self, step: StepInputs) -> bool:
         """Whether what was sent last is of ``step``."""
         return self._step is not None and self._step() is step
@@ -132,15 +155,6 @@ def tables_of(memory: BucketMemory) -> BucketTables:
 def is_aligned(flat: Tensor) -> bool:
     """Whether a flat tensor in the order of memory begins where the largest loads can begin."""
     return flat.data_ptr() % 16 == 0
-
-
-def send_(target: Tensor, values: NDArray[Any]) -> None:
-    """Copy an array into a tensor on the device, without waiting for it.
-
-    Pinned memory comes from torch's allocator, which hands it out again only after the copies that read it have ended.
-    """
-    source = torch.from_numpy(values)
-    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def param_dtype(tables: BucketTables, step: StepInputs) -> Any:
@@ -194,6 +208,14 @@ def tile_options(block_size: int) -> dict[str, Any]:
     num_warps = min(max(padded // ELEMENTS_PER_WARP, 1), MAX_WARPS)
     # Without fusion: what decides a bit must not be rounded otherwise than in the reference. One stage: loads stay in place.
     return {"BYTES": padded // BITS_PER_BYTE, "num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@triton.jit
+def square_factors(numbers, step_row):  # type: ignore[no-untyped-def]
+    """``sign root_r sqrt(1 - square_decay)``, and that root: float64, as :class:`Coefficients` has them."""
+    root_weight = tl.sqrt(1.0 - tl.load(numbers + step_row + SQUARE_DECAY))
+    factor = tl.load(numbers + step_row + SIGN_OF_GRADIENT) * tl.load(numbers + step_row + ROOT_R) * root_weight
+    return factor, root_weight
 
 
 def block_kernel(places: Sequence[str]) -> Any:

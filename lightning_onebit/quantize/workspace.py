@@ -34,6 +34,20 @@ class SpanShape:
     def num_blocks(self) -> int:
         return -(-self.numel // self.block_size) if self.numels is None else len(self.numels)
 
+    @cached_property
+    def elements_of_block(self) -> NDArray[np.intp]:
+        """Of each block, its elements in the span: in a packed one, with padding."""
+        if self.numels is not None:
+            return np.array([BITS_PER_BYTE * sign_nbytes(numel) for numel in self.numels], dtype=np.intp)
+        sizes = np.full(self.num_blocks, self.block_size, dtype=np.intp)
+        sizes[-1] = self.numel - (len(sizes) - 1) * self.block_size
+        return sizes
+
+    @cached_property
+    def block_starts(self) -> NDArray[np.intp]:
+        """First element of each block in the span."""
+        return np.cumsum(self.elements_of_block) - self.elements_of_block
+
 
 class Memory:
     """Allocated once, for spans of up to ``numel`` elements and ``blocks`` blocks, of ``dtype``."""
@@ -47,6 +61,7 @@ class Memory:
         """For the caller: a gradient, a move."""
         self.out = torch.empty(8 * nbytes, dtype=dtype)
         """Likewise: an error that must not be written yet."""
+        self.ints = self.reals.view(torch.int32) if dtype == torch.float32 else torch.empty(8 * nbytes, dtype=torch.int32)
         self.bits = np.zeros(8 * nbytes, dtype=bool)
         self.words = np.empty(nbytes, dtype=np.uint64)
         self.norms = torch.empty(blocks, dtype=dtype)
@@ -79,6 +94,11 @@ class Workspace:
         """1 where an element is live, else 0."""
         self.mask_bytes = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
         self.values, self.out = memory.values[:numel], memory.out[:numel]
+        self.ints = memory.ints[:numel]
+        """int32; where reals are float32, the same memory."""
+        self.ints_array = self.ints.numpy()
+        self.floats = self.ints.view(torch.float32)
+        """The same memory."""
 
         self.bits = memory.bits[:numel]
         self._padding = memory.bits[numel : 8 * nbytes]
@@ -93,13 +113,12 @@ class Workspace:
         factors = memory.factors[:blocks]
         self.factors = factors.numpy()
         if shape.numels is None:
-            self.real_rows = self.rows(self.reals)
-            self.norm_parts, self.factor_columns = self._split_blocks(self.norms), self._split_blocks(factors[:, None])
+            self.real_rows, self.int_rows = self.rows(self.reals), self.rows(self.ints)
+            self.norm_parts, self.factor_columns = self.split_blocks(self.norms), self.split_blocks(factors[:, None])
             sizes = torch.full_like(self.norms, shape.block_size)
             if self._rest:
                 sizes[-1] = self._rest
         else:
-            self.factor_of_byte = np.empty((nbytes, 1), dtype=self.factors.dtype)
             sizes = torch.tensor(shape.numels).to(self.norms)
         self.divisors = scale_divisors(sizes, memory.scale)
         """What norms are divided by where all elements are live."""
@@ -113,7 +132,7 @@ class Workspace:
         whole, rest = values.split_with_sizes((self._whole, self._rest))
         return whole.view(-1, self.shape.block_size), rest.view(1, -1)
 
-    def _split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
+    def split_blocks(self, per_block: Tensor) -> Sequence[Tensor]:
         """``per_block [blocks, ...]`` in the parts of :meth:`rows`."""
         if not (self._rest and self._whole):
             return (per_block,)
@@ -128,24 +147,11 @@ class Workspace:
     # Of packed spans, whose blocks have any size
 
     @cached_property
-    def block_starts(self) -> NDArray[np.intp]:
-        """First element of each block."""
-        assert self.shape.numels is not None
-        padded = [BITS_PER_BYTE * sign_nbytes(numel) for numel in self.shape.numels]
-        return np.cumsum([0, *padded[:-1]], dtype=np.intp)
-
-    @cached_property
-    def block_of_byte(self) -> NDArray[np.intp]:
-        """The block of every eight elements."""
-        assert self.shape.numels is not None
-        return np.repeat(np.arange(len(self.shape.numels)), [sign_nbytes(numel) for numel in self.shape.numels])
-
-    @cached_property
     def gaps(self) -> NDArray[np.intp]:
         """Places of the padding."""
         assert self.shape.numels is not None
         inside = np.zeros(self.shape.numel, dtype=bool)
-        for start, numel in zip(self.block_starts, self.shape.numels, strict=True):
+        for start, numel in zip(self.shape.block_starts, self.shape.numels, strict=True):
             inside[start : start + numel] = True
         return np.flatnonzero(~inside)
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from model import ErrorFeedbackModel
 from ranks import run_ranks
+from torch import nn
 
 from lightning_onebit import ErrorFeedback, compressed_all_reduce
 
@@ -132,6 +133,26 @@ def test_different_sizes_are_an_error_on_all_ranks():
     def fn(rank):
         with pytest.raises(ValueError, match="from 10 to 11"):
             compressed_all_reduce(torch.zeros(10 + rank))
+
+    run_ranks(2, fn)
+
+
+def test_parameters_are_reduced_as_by_torch_and_shared_memory_is_refused_before_anything():
+    def fn(rank):
+        exact = torch.arange(24.0).view(4, 6) * (1 + rank)
+        kinds = [nn.Parameter(exact.clone()), nn.Parameter(exact.t().clone()).t(), exact.clone().requires_grad_()[:, ::2]]
+        for tensor in kinds:
+            state, plain = ErrorFeedback(tensor), tensor.detach().clone()
+            expected = compressed_all_reduce(plain, ErrorFeedback(plain))
+            assert compressed_all_reduce(tensor, state) is tensor
+            assert torch.equal(tensor, expected)
+        shared = torch.full((1, 6), 1.0 + rank).expand(4, 6)
+        state = ErrorFeedback(shared)
+        with pytest.raises(ValueError, match=r"share memory \(shape \(4, 6\), strides \(\d, 1\)\).*HINT: pass `tensor.cont"):
+            compressed_all_reduce(shared, state)
+        assert not state.worker_error.any()
+        compressed_all_reduce(shared.contiguous(), state)
+        return state.worker_error
 
     run_ranks(2, fn)
 

@@ -5,6 +5,7 @@ The expected results are those of the reference kernels, which commit at once, w
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from thread_ranks import exchange_groups, run_threads
@@ -78,10 +79,26 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
             for name in ("error", "server_error", "rms", "live", "live_before", "result"):
                 if getattr(memory, name) is not None:
                     state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
-            state[f"second moments {index} of {number}"] = each.late[index].second_moment
+            if each.late:
+                state[f"second moments {index} of {number}"] = each.late[index].second_moment
+        if each.renewal is not None:
+            state |= _renewed(number, each)
     if exchanger is not None:
         exchanger.close()
     return made, state, {i: dict(s) for i, s in optimizer.state_dict()["state"].items()}, norms
+
+
+def _renewed(number, each):
+    """What is kept of a set where D is renewed. Masks are compared by what they say: without a wait there is always one."""
+    state = {f"statistics of {number}": torch.from_numpy(each.renewal.statistics)}
+    for index, memory in enumerate(each.buckets.memories):
+        everything = torch.from_numpy(np.packbits(memory.layout.exists, bitorder="little"))
+        for name in ("rms_code", "rms_scale", "second_moment", "second_moment_residual"):
+            state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
+        for name in ("live", "live_before"):
+            mask = getattr(memory, name)
+            state[f"{name} of bucket {index} of set {number}"] = everything if mask is None else mask & everything
+    return state
 
 
 def same(actual, expected):
@@ -126,6 +143,42 @@ def test_late_commits_equal_early_ones_of_the_reference(monkeypatch, arguments):
     ((made, state, *_), _), _ = run_both(monkeypatch, 2, 3, **arguments)
     assert made == [True] * 3
     assert any("bucket 1" in name for name in state)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"local_world_size": 2},
+        {"dtypes": (torch.float32, torch.bfloat16, torch.float64)},
+        {"clip": 1.0, "late": True},
+    ],
+    ids=["flat", "nodes", "several", "clipped"],
+)
+def test_renewed_variance(monkeypatch, arguments):
+    """What is learned of the gradients is launched before the host knows whether the step counts, and used by the next one:
+    as when it is learned at the step's end. Steps that do not count teach nothing."""
+
+    def change(rank, step, params, optimizer):
+        if (rank, step) == (1, 3):
+            params[1].grad[0] = math.inf
+        if step == 5:
+            params[3].grad = None
+
+    world_size = 4 if arguments.get("local_world_size") == 2 else 2
+    config = {"variance_refresh": "auto"}
+    results = run_both(monkeypatch, world_size, 20, LateReferenceKernels, config=config, change=change, **arguments)
+    made, state, *_ = results[0][0]
+    assert made == [step != 3 for step in range(20)]
+    statistics = state["statistics of 0"]
+    assert statistics[:, 4].max() == 16
+    assert ((statistics[:, 0] > 0) & (statistics[:, 0] < statistics[:, 1])).all()
+    for other in results[0][1:]:
+        assert torch.equal(other[1]["statistics of 0"], statistics)
+
+
+def test_renewed_variance_by_interpreted_kernels(monkeypatch):
+    run_both(monkeypatch, 2, 3, config={"variance_refresh": "auto"}, dtypes=(torch.float32,))
 
 
 def test_nodes_average_first(monkeypatch):
@@ -247,6 +300,37 @@ def test_ranks_that_disagree_make_no_step(monkeypatch):
             compressed.step()
         after = (*params, memory.error, memory.server_error, memory.result)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    run_threads(2, fn)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda groups: groups[0]["params"].pop(0), "since the second moment was frozen: removed: 'first'. State"),
+        (
+            lambda groups: groups[-1]["params"].append(groups[0]["params"].pop(0)),
+            "frozen: moved to another group: 'first'. S",
+        ),
+        (lambda groups: groups.pop(), "frozen: removed: 'other'. State"),
+        (lambda groups: groups[-1]["params"].append(nn.Parameter(torch.zeros(3))), r"frozen: new: 'one of shape \(3,\)'. S"),
+    ],
+    ids=["removed", "moved", "group", "new"],
+)
+def test_it_is_said_which_parameters_have_changed_and_how(change, said):
+    def fn(communicator):
+        params, optimizer = make(torch.optim.AdamW, (torch.float32,))
+        other = nn.Parameter(torch.ones(4))
+        optimizer.add_param_group({"params": [other], "tokens": communicator.rank})
+        names = {params[0]: "first", other: "other"}
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=32), communicator, names)
+        for i, p in enumerate([*params, other]):
+            p.grad = randn(p.shape, communicator.rank, i, dtype=p.dtype)
+        optimizer.param_groups[-1]["tokens"] += 100 * communicator.rank  # is nobody's business
+        assert compressed.step()
+        change(optimizer.param_groups)
+        with pytest.raises(RuntimeError, match=f"{said}.* HINT: call `strategy.resume_warmup.*requires_grad_"):
+            compressed.step()
 
     run_threads(2, fn)
 

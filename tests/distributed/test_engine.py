@@ -60,7 +60,9 @@ def warm_up(optimizer, steps, world_size, gradient=gradient):
 
 
 def freeze(optimizer, communicator=None, **config):
-    return CompressedOptimizer(optimizer, CompressionConfig(**config), communicator or Communicator(), {})
+    """The paper's frozen phase, unless ``config`` says otherwise; with refreshes: test_renewal.py."""
+    config = CompressionConfig(**{"variance_refresh": None, **config})
+    return CompressedOptimizer(optimizer, config, communicator or Communicator(), {})
 
 
 def compressed_steps(optimizer, compressed, rank, steps, gradient=gradient):
@@ -123,11 +125,10 @@ def assert_close(actual, expected, rtol):
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("space", ["update", "momentum"])
 @pytest.mark.parametrize("scale", ["l2", "l1"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_50_steps_equal_the_float64_model(kind, space, scale, world_size):
+def test_50_steps_equal_the_float64_model(kind, space, scale):
     config = {"space": space, "scale": scale, "block_size": 64}
-    histories = run_threads(world_size, lambda communicator: train(communicator, kind, torch.float64, **config))
-    assert_close(histories[0], train_model(kind, world_size, **config), rtol=1e-4)
+    histories = run_threads(3, lambda communicator: train(communicator, kind, torch.float64, **config))
+    assert_close(histories[0], train_model(kind, 3, **config), rtol=1e-4)
 
 
 def test_on_gloo_50_steps_equal_the_float64_model():
@@ -278,7 +279,7 @@ def test_rows_never_seen_stay_bitwise_and_their_neighbours_train(space):
         initial = x.detach().clone()
         warm_up(optimizer, WARMUP_STEPS, 2, grads)
         compressed = freeze(optimizer, communicator, block_size=64, space=space)
-        list(compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 200), grads))
+        list(compressed_steps(optimizer, compressed, rank, range(WARMUP_STEPS, WARMUP_STEPS + 100), grads))
         changed = (x.detach().view(torch.int32) != initial.view(torch.int32)).any(dim=1)
         assert changed.nonzero().ravel().tolist() == [0, 3, 7, 8, 9, 30]
         return x.detach()
@@ -288,12 +289,12 @@ def test_rows_never_seen_stay_bitwise_and_their_neighbours_train(space):
 
 
 @pytest.mark.parametrize("space", ["update", "momentum"])
-@pytest.mark.parametrize("new_rows", [[4, 5], [20]])  # beside live rows; in a block without any
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, new_rows, world_size):
+def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, world_size):
     """They start with the step after the refresh, together, and move within 2x of Adam from then on."""
     late_steps = 2 * REFRESH_STEPS
-    known = [0, 1, 2, 3, 6]
+    known, beside_live_rows, in_another_block = [0, 1, 2, 3, 6], [4, 5], [20]
+    new_rows = beside_live_rows + in_another_block
 
     def seen(rank, step):
         return known + (new_rows if rank == world_size - 1 and step >= WARMUP_STEPS + 5 else [])
@@ -327,9 +328,10 @@ def test_rows_first_seen_after_the_freeze_on_one_rank_train_on_all(space, new_ro
         grads = embedding_gradient(seen)
         x.grad = sum(grads(rank, step, 0, x.shape) for rank in range(world_size)) / world_size
         optimizer.step()
-    adam = (x.detach() - before)[new_rows].norm()
-    ours = (traces[0][-1] - traces[0][refreshed])[new_rows].norm()
-    assert adam / 2 < ours < adam * 2, ours / adam
+    for rows in (beside_live_rows, in_another_block):
+        adam = (x.detach() - before)[rows].norm()
+        ours = (traces[0][-1] - traces[0][refreshed])[rows].norm()
+        assert adam / 2 < ours < adam * 2, ours / adam
     others = [row for row in range(ROWS) if row not in (*known, *new_rows)]
     assert torch.equal(traces[0][-1][others], traces[0][0][others])
 
@@ -500,7 +502,7 @@ def test_one_message_per_bucket_and_phase(overlap):
     def fn(communicator):
         optimizer = make_optimizer(torch.optim.Adam, torch.float32)
         warm_up(optimizer, WARMUP_STEPS, 2)
-        config = CompressionConfig(block_size=8, bucket_cap_mb=0.001)
+        config = CompressionConfig(block_size=8, bucket_cap_mb=0.001, variance_refresh=None)
         compressed = CompressedOptimizer(optimizer, config, communicator, {}, overlap=overlap)
         buckets = len(compressed._queue)
         before = compressed.communicator.counters.collectives

@@ -99,7 +99,7 @@ class FakeCuda:
     """Stands for ``torch.cuda`` where there is none: notes who waits for what, in order."""
 
     def __init__(self):
-        self.log, self.complete = [], False
+        self.log, self.complete, self.seconds = [], False, 100.0
         fake = self
 
         class Stream:
@@ -111,11 +111,19 @@ class FakeCuda:
 
             def wait_event(self, event):
                 fake.log.append(f"{self.name} waits for what {event.stream.name} had")
+                fake.seconds += 7.0
 
         class Event:
+            def __init__(self, enable_timing=False):
+                self.enable_timing = enable_timing
+
             def record(self, stream):
-                self.stream = stream
-                fake.log.append(f"event on {stream.name}")
+                self.stream, self.seconds = stream, fake.seconds
+                if not self.enable_timing:
+                    fake.log.append(f"event on {stream.name}")
+
+            def elapsed_time(self, other):
+                return 1000.0 * (other.seconds - self.seconds)
 
             def query(self):
                 return fake.complete
@@ -149,6 +157,41 @@ def test_stream_exchanger_orders_streams_and_never_blocks_the_host(cuda):
     assert exchange.done()
     exchange.wait()
     assert cuda.log == ["side waits for main", "work on side", "event on side", "main waits for what side had"]
+
+
+def test_the_time_waited_is_that_of_the_stream_and_known_when_it_is_over(cuda, exchanger):
+    on_stream = StreamExchanger(torch.device("cuda", 0)).submit(lambda: None)
+    on_stream.wait()
+    assert on_stream.seconds_waited() is None
+    cuda.complete = True
+    assert on_stream.seconds_waited() == 7.0
+    in_thread = exchanger.submit(lambda: time.sleep(0.2))
+    in_thread.wait()
+    assert 0.1 < in_thread.seconds_waited() < 2.0
+
+
+def test_waits_are_counted_once_each_when_they_are_known():
+    class Waits:
+        def __init__(self, *answers):
+            self.answers = list(answers)
+
+        def seconds_waited(self):
+            return self.answers.pop(0)
+
+    def fn(communicator):
+        optimizer = make_optimizer(torch.optim.Adam, torch.float32)
+        warm_up(optimizer, WARMUP_STEPS, 1)
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=64), communicator, {})
+        counters, before = communicator.counters, communicator.counters.seconds_waited
+        seen = []
+        for waited in ([Waits(1.0), Waits(None, None, 16.0)], [Waits(2.0)], []):
+            compressed._waited += waited
+            compressed._count_waits()
+            seen.append(counters.seconds_waited - before)
+        assert seen == pytest.approx([1.0, 3.0, 19.0])
+        assert not compressed._waited
+
+    run_threads(1, fn)
 
 
 def test_stream_exchanger_fails_all_later_work_after_a_failure(cuda):

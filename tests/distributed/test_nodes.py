@@ -209,10 +209,24 @@ SCENARIOS = {
 }
 
 
+VARIANTS = {
+    "update": {"variance_refresh": None},
+    "momentum": {"space": "momentum", "variance_refresh": None},
+    "renewed": {"variance_refresh": 4},
+}
+
+
 @pytest.mark.parametrize(
-    ("nodes", "scenario", "space"),
+    ("nodes", "scenario", "variant"),
     [
         (TWO_BY_TWO, "outliers and decay", "update"),
+        (TWO_BY_THREE, "outliers and decay", "renewed"),
+        (TWO_BY_TWO, "missing gradients", "renewed"),
+        (TWO_BY_TWO, "non-finite gradients", "renewed"),
+        (TWO_BY_TWO, "dead and late rows", "renewed"),
+        (TWO_BY_TWO, "two dtypes", "renewed"),
+        (THREE_BY_TWO, "fewer blocks than ranks", "renewed"),
+        (TWO_BY_TWO, "nothing", "renewed"),
         (TWO_BY_TWO, "outliers and decay", "momentum"),
         (TWO_BY_THREE, "outliers and decay", "update"),
         (TWO_BY_TWO, "missing gradients", "update"),
@@ -226,14 +240,15 @@ SCENARIOS = {
         (TWO_BY_TWO, "nothing", "update"),
     ],
 )
-def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, scenario, space, monkeypatch):
-    """With one rank per node that holds the mean, in one bucket; here in several, in a thread."""
+def test_deferred_and_overlapped_equal_the_flat_exchange_of_node_means(nodes, scenario, variant, monkeypatch):
+    """With one rank per node that holds the mean, in one bucket; here in several, in a thread. Renewed, frozen, or in
+    momentum space."""
     monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     make, gradients = SCENARIOS[scenario]
     num_nodes, local_world_size = nodes
     steps = 16 if scenario == "dead and late rows" else 12  # the last ones with what the second refresh has changed
     warm = gradients, num_nodes * local_world_size
-    options = {"warm": warm, "space": space, "steps": steps}
+    options = {"warm": warm, "steps": steps, **VARIANTS[variant]}
 
     def flat(communicator, groups):
         return train(communicator, groups, make, node_means(gradients, local_world_size), **options)
@@ -278,21 +293,28 @@ def test_bfloat16_ranks_agree_bitwise_after_every_step():
     assert not any(torch.equal(a, b) for a, b in zip(first[:4], last[:4], strict=True))
 
 
-@pytest.mark.parametrize(("scenario", "smallest_mb"), [("missing gradients", 1e-6), ("dead and late rows", 0.0003)])
-def test_result_does_not_depend_on_buckets(scenario, smallest_mb, monkeypatch):
+@pytest.mark.parametrize(
+    ("scenario", "smallest_mb", "variant"),
+    [
+        ("missing gradients", 1e-6, "update"),
+        ("dead and late rows", 0.0003, "update"),
+        ("dead and late rows", 0.0003, "renewed"),
+    ],
+)
+def test_result_does_not_depend_on_buckets(scenario, smallest_mb, variant, monkeypatch):
     """The refreshes of late coordinates included, which learn about a tensor from all of its buckets."""
     monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     make, gradients = SCENARIOS[scenario]
 
     def fn(*ranks):
-        caps = (None, smallest_mb, 0.0005)
-        return [train(*ranks, make, gradients, steps=16, bucket_cap_mb=bucket_cap_mb) for bucket_cap_mb in caps]
+        caps = (None, smallest_mb)
+        options = {"steps": 16, **VARIANTS[variant]}
+        return [train(*ranks, make, gradients, bucket_cap_mb=bucket_cap_mb, **options) for bucket_cap_mb in caps]
 
-    for (history, _, outstanding), *others in on_threads(TWO_BY_TWO, fn):
-        for other_history, _, other_outstanding in others:
-            assert all(map(all_equal, other_history, history))
-            # Which ranks an element's errors are on, and so the order of this sum over all ranks, depends on buckets.
-            assert all(map(torch.allclose, other_outstanding, outstanding))
+    for (history, _, outstanding), (other_history, _, other_outstanding) in on_threads(TWO_BY_TWO, fn):
+        assert all(map(all_equal, other_history, history))
+        # Which ranks an element's errors are on, and so the order of this sum over all ranks, depends on buckets.
+        assert all(map(torch.allclose, other_outstanding, outstanding))
 
 
 # The mean inside a node

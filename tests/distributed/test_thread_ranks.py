@@ -13,9 +13,10 @@ from lightning_onebit.comm.groups import new_groups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 
-WORLD_SIZE, WARMUP_STEPS, STEPS = 3, 6, 70
+WORLD_SIZE, WARMUP_STEPS, STEPS = 3, 6, 24
 SHAPES = [(37, 11), (5,), (), (300,)]
 ROWS, COLUMNS, ROWS_AT_FIRST, FIRST_LATE_STEP = 40, 12, 10, 9
 """An embedding: its later rows come after the warm-up, one on one rank after the other."""
@@ -31,7 +32,7 @@ def gradients(rank, step):
     embedding = values(rank, step, len(SHAPES), (ROWS, COLUMNS))
     embedding[ROWS_AT_FIRST:] = 0
     if step >= FIRST_LATE_STEP and step % WORLD_SIZE == rank:
-        row = ROWS_AT_FIRST + step % (ROWS - ROWS_AT_FIRST)
+        row = ROWS_AT_FIRST + step % 10  # each comes again, on another rank
         embedding[row] = values(rank, step, len(SHAPES) + 1, COLUMNS)
     return [*(values(rank, step, index, shape) for index, shape in enumerate(SHAPES)), embedding]
 
@@ -75,7 +76,8 @@ def compressed_run(communicator, groups=None, **config):
 
 
 @pytest.mark.parametrize("config", [{}, {"bucket_cap_mb": 0.001}, {"space": "momentum", "scale": "l1"}])
-def test_compressed_steps_are_bitwise_those_of_gloo(config):
+def test_compressed_steps_are_bitwise_those_of_gloo(config, monkeypatch):
+    monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     forked = run_ranks(WORLD_SIZE, lambda rank: compressed_run(Communicator(), **config))
     threads = run_threads(WORLD_SIZE, lambda communicator: compressed_run(communicator, **config))
     for (exact, outstanding, counted), (expected, expected_outstanding, expected_counts) in zip(
@@ -103,7 +105,8 @@ def test_compressed_all_reduce_is_bitwise_that_of_gloo():
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_hierarchical_steps_are_bitwise_those_of_gloo():
+def test_hierarchical_steps_are_bitwise_those_of_gloo(monkeypatch):
+    monkeypatch.setattr(engine, "REFRESH_STEPS", 8)
     world_size, local_world_size = 4, 2
 
     def forked(rank):

@@ -26,6 +26,7 @@ from buckets import (
     random_layouts,
     random_memory,
     random_step,
+    refresh_,
     seeded,
 )
 
@@ -34,12 +35,20 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.clipping import NormSketch
 from lightning_onebit.flat import flat_view
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
+from lightning_onebit.quantize.tensor_sketch import SEGMENT_NUMEL, TensorSketch
 
 pytest.importorskip("triton")
 from interpreter import patch_once
 from work_counter import NoKernel, replace_kernels
 
-from lightning_onebit.quantize import make_kernels, triton_check, triton_gradients, triton_tables
+from lightning_onebit.quantize import (
+    make_kernels,
+    triton_check,
+    triton_gradients,
+    triton_sketch,
+    triton_tables,
+    triton_variance,
+)
 from lightning_onebit.quantize import triton as triton_kernels
 from lightning_onebit.quantize.triton import TritonKernels
 from lightning_onebit.quantize.triton_gradients import add_parts_, draw_sketch, gather_, scale_, sketch_
@@ -216,6 +225,78 @@ def test_errors_committed_at_once_or_late_are_the_same():
         assert_same_bits(one, other)
 
 
+# ---- the second moment
+
+
+RENEWED = [n._replace(square_decay=0.9 + 0.02 * p, root_r=0.3 + 0.2 * p) for p, n in enumerate(MIXED)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "early"),
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False), (torch.float64, True), (torch.float64, False)],
+    ids=str,
+)
+def test_a_step_with_d_as_its_code_renews_the_second_moment(dtype, early):
+    """With decay that enters the gradient and without, elements that are not live, and parameters that sit out."""
+    for coefficients in (RENEWED * 3, ADAM._replace(square_decay=0.9, root_r=0.7)):
+        coefficients = coefficients[: len(NUMELS)] if isinstance(coefficients, list) else coefficients
+        [layout] = random_layouts(NUMELS)
+        memory = random_memory(layout, masked=True, chunk=int(early), renews=True, dtype=errors_dtype(dtype))
+        step = random_step(NUMELS, dtype=dtype, sits_out=[3, 7], missing=[4], coefficients=coefficients)
+        step.params[8][3] = math.inf  # does not get into v
+        after, _ = assert_equals_reference(memory, step, early=early)
+        assert not torch.equal(after.second_moment, memory.second_moment)
+        assert torch.isfinite(after.second_moment).all()
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 64, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_refresh(block_size, dtype):
+    """Of a rank that receives its own message twice, with moments of all sizes, and blocks of zeros."""
+    numels = [1, block_size - 1, block_size, 2 * block_size + 5]
+    [layout] = random_layouts(numels, block_size=block_size)
+    memory = random_memory(layout, renews=True, masked=True, dtype=dtype)
+    memory.second_moment[: block_size // 2] *= 1e-30
+    memory.second_moment[-block_size:] *= 0.0
+    memory.second_moment[8] = torch.finfo(dtype).max
+    outcomes = []
+    for kernels, device in ((TritonKernels(), DEVICE), (ReferenceKernels(), CPU)):
+        own = copy_of_memory(memory, device)
+        for correction in (3.0, 1.2):
+            messages = own.variance_messages()
+            kernels.encode_variance_(own, messages, np.array([correction, 1.0, 2.0, 1.5]))
+            messages.received.copy_(messages.sent[: messages.wire.chunk_nbytes].repeat(2))
+            kernels.serve_variance_(own, messages)
+            messages.result.copy_(messages.sent)
+            messages.result[: messages.wire.chunk_nbytes] = messages.served
+            kernels.apply_variance_(own, messages, np.array([correction, 1.0, 2.0, 1.5]))
+        outcomes.append((own, messages))
+    (own, messages), (expected, expected_messages) = outcomes
+    for name in ("sent", "served", "result"):
+        assert_same_bits(getattr(messages, name), getattr(expected_messages, name), name)
+    for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+        assert_same_bits(getattr(own, name), getattr(expected, name), name)
+    assert not torch.equal(own.rms_code.cpu(), memory.rms_code)
+
+
+def test_a_refresh_of_a_share_of_the_bucket():
+    """Hierarchical: two nodes of three ranks."""
+    numels = [200, 5, 130, 70, 300]
+    [layout] = random_layouts(numels, num_chunks=6)
+    outcomes = []
+    for kernels, device in ((TritonKernels(), DEVICE), (ReferenceKernels(), CPU)):
+        memories = []
+        for rank in range(6):
+            first = rank // 2 * 2
+            memory = random_memory(layout, share=range(first, first + 2), chunk=rank, renews=True, seed=rank)
+            memories.append(copy_of_memory(memory, device))
+        refresh_(kernels, memories, np.linspace(1.0, 2.0, 5), num_nodes=2)
+        outcomes.append(memories)
+    for own, expected in zip(*outcomes, strict=True):
+        for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+            assert_same_bits(getattr(own, name), getattr(expected, name), name)
+
+
 # ---- steps that do not count
 
 
@@ -223,7 +304,7 @@ def test_errors_committed_at_once_or_late_are_the_same():
 @each_dtype
 def test_a_gradient_that_is_not_finite_leaves_nothing_behind(bad, dtype):
     [layout] = random_layouts([70, 9])
-    memory = random_memory(layout, dtype=errors_dtype(dtype))
+    memory = random_memory(layout, renews=True, dtype=errors_dtype(dtype))
     step = random_step([70, 9], dtype=dtype)
     step.gradients[1][8] = bad
     memory_there, step_there = copy_of_memory(memory, DEVICE), copy_of_step(step, DEVICE)
@@ -440,8 +521,12 @@ def test_one_launch_each_whatever_the_number_of_tensors(no_kernels, tensors, ran
     places = np.cumsum([0, *numels[:-1]])
     with count_launches() as counted:
         for index, layout in enumerate(layouts):
-            memory = copy_of_memory(random_memory(layout, chunk=1), DEVICE)
+            memory = copy_of_memory(random_memory(layout, chunk=1, renews=True), DEVICE)
             run_step(TritonKernels(), memory, step, early=False, index=index)
+            messages, correction = memory.variance_messages(), np.ones(len(numels))
+            TritonKernels().encode_variance_(memory, messages, correction)
+            TritonKernels().serve_variance_(memory, messages)
+            TritonKernels().apply_variance_(memory, messages, correction)
             gather_(torch.zeros(layout.flat_numel, device=DEVICE), memory, step)
             scale_(memory, step, torch.ones((), device=DEVICE))
             sketch_(torch.zeros(4, 64, device=DEVICE), memory, step, draws, places)
@@ -546,6 +631,8 @@ def test_sketch(dtype, programs):
 
 # ---- the check at first use
 
+VARIANCE_KERNELS = ("encode_variance", "serve_variance", "apply_variance")
+
 
 @pytest.fixture
 def unchecked(monkeypatch):
@@ -566,12 +653,21 @@ def test_the_check_passes_and_is_made_once(unchecked):
         "_scale_kernel",
         "_sketch_kernel",
         "_add_parts_kernel",
+        "_encode_variance_kernel",
+        "_serve_variance_kernel",
+        "_apply_variance_kernel",
+        "_sketch_tensors_kernel",
     }
 
 
-@pytest.mark.parametrize("name", ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts"])
+@pytest.mark.parametrize(
+    "name",
+    ["encode", "serve", "apply", "gather", "scale", "sketch", "add_parts", "sketch_tensors", *VARIANCE_KERNELS],
+)
 def test_the_check_names_the_kernel_that_computes_nothing(unchecked, monkeypatch, name):
     module = triton_kernels if name in ("encode", "serve", "apply") else triton_gradients
+    module = triton_variance if name in VARIANCE_KERNELS else module
+    module = triton_sketch if name == "sketch_tensors" else module
     monkeypatch.setattr(module, f"_{name}_kernel", NoKernel(name))
     for _ in range(2):  # the verdict is kept
         with pytest.raises(triton_check.KernelMismatchError, match=f"Triton's kernel '{name}' .* on {DEVICE}"):
@@ -630,6 +726,8 @@ def test_no_call_waits_for_the_gpu():
     step = copy_of_step(random_step(numels), DEVICE)
     flat, coefficient = torch.zeros(layouts[0].flat_numel, device=DEVICE), torch.ones((), device=DEVICE)
     partial = torch.zeros(8, 4096, device=DEVICE)
+    renewing = copy_of_memory(random_memory(layouts[0], renews=True), DEVICE)
+    messages, correction = renewing.variance_messages(), np.ones(len(numels))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -639,6 +737,10 @@ def test_no_call_waits_for_the_gpu():
         gather_(flat, memory, step)
         scale_(memory, step, coefficient)
         sketch_(partial, memory, step, draws, np.array([0, 5001]))
+        run_step(TritonKernels(), renewing, step, early=False)
+        TritonKernels().encode_variance_(renewing, messages, correction)
+        TritonKernels().serve_variance_(renewing, messages)
+        TritonKernels().apply_variance_(renewing, messages, correction)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -663,6 +765,92 @@ def test_the_table_of_a_step_is_not_overwritten_while_it_is_being_sent():
     assert_same_bits(largest, scale * torch.arange(200, device=DEVICE, dtype=torch.float32))
 
 
+# ---- sketches of tensors
+
+
+def sketched(memories, step, *, device, seed=3):
+    """Of all buckets of a step, in any order: by the kernels on the GPU, by the reference on the CPU."""
+    kernels = ReferenceKernels() if device == "reference" else TritonKernels()
+    where = CPU if device == "reference" else DEVICE
+    numels = [p.numel() for p in step.params]
+    keys = np.cumsum([0, *numels[:-1]])
+    sketch, step = TensorSketch(seed, keys, numels, dtype=kernels.sketch_dtype, device=where), copy_of_step(step, where)
+    for index, memory in memories:
+        kernels.sketch_tensors_(copy_of_memory(memory, where), index, step, sketch)
+    return sketch
+
+
+def assert_same_sketch(actual, expected):
+    """Bit for bit, but for sums of squares, float64 over a block: to the rounding of 16384 additions."""
+    assert_same_bits(actual.values, expected.values, "values")
+    assert_same_bits(actual.sums[2:], expected.sums[2:], "counts")
+    one, other = (each.sums[0].cpu() * 2**38 + each.sums[1].cpu() for each in (actual, expected))
+    assert ((one - other).abs() <= 16384 * 2.0**-53 * other + 2 + other.ne(0)).all()
+
+
+@each_dtype
+def test_sketches_of_tensors(dtype):
+    """Of blocks that cross rows of 251, and that are larger; some elements are not live, some are clamped."""
+    coefficients = [ADAM._replace(kappa=3.0 + p, eps=1e-3 * (p % 3)) for p in range(len(NUMELS))]
+    for block_size, numels in ((64, NUMELS), (2048, [*NUMELS[:-2], 5000, 251])):
+        [layout] = random_layouts(numels, block_size=block_size)
+        memory = random_memory(layout, masked=True, renews=True, dtype=errors_dtype(dtype))
+        step = random_step(numels, dtype=dtype, sits_out=[3], missing=[4], coefficients=coefficients)
+        actual, expected = (sketched([(0, memory)], step, device=device) for device in ("here", "reference"))
+        assert_same_sketch(actual, expected)
+        assert not actual.values[[2, 3, 4]].any()
+        assert actual.sums[3].any()
+        assert actual.sums[2, 5] == (memory.rms_code[slice(*flat_of(layout, 5))] != 0).sum()
+
+
+def flat_of(layout, parameter):
+    own = np.flatnonzero(layout.parameter == parameter)
+    return int(layout.offset[own[0]]), int(layout.offset[own[-1] + 1])
+
+
+def test_sketches_of_tensors_with_d_as_it_is():
+    """As of a single rank, where D is not coded."""
+    [layout] = random_layouts([300, 9])
+    memory = random_memory(layout, masked=True)
+    step = random_step([300, 9])
+    assert_same_sketch(*(sketched([(0, memory)], step, device=device) for device in ("here", "reference")))
+
+
+def test_sketches_of_tensors_reach_beyond_a_segment():
+    numels = [2 * SEGMENT_NUMEL + 77, 30]
+    [layout] = random_layouts(numels, block_size=16384)
+    memory = random_memory(layout, masked=True, renews=True)
+    assert_same_sketch(*(sketched([(0, memory)], random_step(numels), device=device) for device in ("here", "reference")))
+
+
+def test_sketches_of_tensors_of_node_means():
+    """Of this rank's share only; also of what has no gradient on this rank."""
+    numels = [200, 5, 130, 70, 300]
+    [layout] = random_layouts(numels, num_chunks=6)
+    memory = random_memory(layout, share=range(2, 4), chunk=3, masked=True, renews=True, seed=2)
+    step = random_step(numels, sits_out=[3], missing=[1, 2], seed=2)
+    flat = randn(layout.flat_numel_of(memory.share), 3, torch.float32)
+    step.share_gradients[5] = torch.where(exists(layout)[memory.share_flat], flat, 0.0)
+    actual, expected = (sketched([(5, memory)], step, device=device) for device in ("here", "reference"))
+    assert_same_sketch(actual, expected)
+    assert actual.sums[2].any()
+
+
+def test_sketches_do_not_show_how_tensors_are_cut_into_buckets_nor_their_order():
+    numels = [1000, 3, 700, 90]
+    step, found = random_step(numels), []
+    for bucket_numel in (2**40, 300):
+        layouts = random_layouts(numels, block_size=64, bucket_numel=bucket_numel)
+        memories = [(i, random_memory(layout, renews=True)) for i, layout in enumerate(layouts)]
+        for _, memory in memories:
+            memory.set_rms_(torch.ones(memory.layout.flat_numel))
+        found.append(sketched(memories, step, device="here").numbers)
+        found.append(sketched(memories[::-1], step, device="here").numbers)
+    assert len(memories) > 4
+    for each in found[1:]:
+        assert_same_bits(each, found[0])
+
+
 # ---- what is compiled, which needs no GPU
 
 
@@ -674,13 +862,20 @@ def test_compiled_kernels_round_to_nearest_and_never_fuse(tmp_path):
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(run.stdout.splitlines()[-1])
-    names = {"encode", "serve", "apply", "gather", "scale", "sketch"}
+    names = {"encode", "serve", "apply", "gather", "scale", "sketch", "apply renewed", "serve_variance renewed"}
+    names.add("sketch_tensors renewed")
     assert names <= set(kernels)
     for name, found in kernels.items():
-        for forbidden in ("fma", "approx", "ftz", "full", "atom", "ld.local", "st.local"):
+        for forbidden in ("fma", "approx", "ftz", "full", "ld.local", "st.local"):
             assert not found[forbidden], (name, forbidden)
+        if name.startswith("sketch_tensors"):  # rows of 251 elements; integers are added up
+            assert found["atom"] == found["atom.global.gpu.relaxed.add"] > 0
+            continue
+        assert not found["atom"], name
         assert found["ld.global.v4" if "float64" not in name else "global.v2.b64"], name
     for wanted in ("div.rn.f32", "min.NaN.f32", "max.NaN.f32", "sqrt.rn.f64", "div.rn.f64"):
         assert kernels["encode"][wanted], wanted
     assert kernels["apply"]["div.rn.f32"]
+    assert kernels["encode_variance renewed"]["sqrt.rn.f32"]
+    assert kernels["apply_variance renewed"]["div.rn.f32"]
     assert not kernels["encode float64"]["div.rn.f32"]

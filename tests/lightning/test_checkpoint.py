@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -61,17 +62,25 @@ def run(world_size, *, strategy=None, model=Stepwise, **kwargs):
     return fit(own, world_size, batches=BATCHES, callbacks=callbacks, model=model(), **kwargs)
 
 
-def test_the_criterion_goes_on_with_its_history(tmp_path):
-    """The moment of the switch depends on it."""
+@pytest.mark.parametrize(("refresh", "window"), [("auto", 8), (None, 4)])
+def test_the_criterion_goes_on_with_its_history(refresh, window, tmp_path):
+    """The moment of the switch depends on it: with refreshes on one window, without on two."""
     path = tmp_path / "warmup.ckpt"
 
     def switch():
-        return PhaseSwitch(VarianceStability(tolerance=0.9, window=8, patience=2, min_steps=0, max_steps=None))
+        return PhaseSwitch(VarianceStability(tolerance=0.9, window=window, min_steps=10, max_steps=12))
 
     def fn(rank):
-        options = {"strategy": "onebit_ddp", "world_size": 2, "batches": BATCHES}
-        full = fit(callbacks=[switch(), SaveAt(path, 7)], model=Stepwise(), **options)[1]
-        resumed = fit(callbacks=[switch()], model=Stepwise(), ckpt_path=path, **options)[1]
+        def strategy():
+            return OneBitDDPStrategy(variance_refresh=refresh)
+
+        options = {"world_size": 2, "batches": BATCHES}
+        first, second = switch(), switch()
+        full = fit(strategy(), callbacks=[first, SaveAt(path, 7)], model=Stepwise(), **options)[1]
+        resumed = fit(strategy(), callbacks=[second], model=Stepwise(), ckpt_path=path, **options)[1]
+        assert first.verdict == second.verdict
+        begin = range(3, 6) if refresh == "auto" else range(7, 10)  # of the window that ends with the 10th to 12th step
+        assert rank or any(f"in steps {step} to " in second.verdict.reason for step in begin)
         assert COMPRESSED in full.phases
         assert resumed.phases == full.phases[7:]
         assert same_params(resumed.params, full.params[7:])
@@ -97,8 +106,11 @@ def everything(strategy):
             for memory in each.buckets.memories:
                 state += [memory.error, memory.server_error, memory.rms, memory.live, memory.live_before]
                 state += [memory.result] if memory.results else []  # one rank sends nothing
+                state += [memory.rms_code, memory.rms_scale, memory.second_moment, memory.second_moment_residual]
             for late in each.late:
                 state += [late.places, late.live_since, late.second_moment]
+            if each.renewal is not None:
+                state.append(torch.from_numpy(each.renewal.statistics))
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 
 
@@ -140,17 +152,18 @@ SAVES = (1, 3, FREEZE, FREEZE + 1, FREEZE + 5, FREEZE + 6, BATCHES - 1)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "options"),
+    ("world_size", "saves", "options"),
     [
-        (2, {}),
-        (3, {}),
-        (2, {"space": "momentum"}),
-        (3, {"overlap": True, "bucket_cap_mb": 0.002, "block_size": 64}),
+        (2, SAVES, {}),
+        (2, (3, FREEZE, FREEZE + 6), {"space": "momentum"}),
+        (3, SAVES, {"overlap": True, "bucket_cap_mb": 0.002, "block_size": 64}),
+        (2, (3, *range(FREEZE, FREEZE + 4)), {"variance_refresh": 3}),
+        (3, SAVES, {"variance_refresh": "auto", "overlap": True, "bucket_cap_mb": 0.002, "block_size": 64}),
     ],
 )
-def test_resuming_is_bitwise(tmp_path, world_size, options):
+def test_resuming_is_bitwise(tmp_path, world_size, saves, options):
     """In both phases, across the switch, with several buckets, and with late coordinates before, at and after a refresh."""
-    results = run_trainers(world_size, check_bitwise_resumes, tmp_path, world_size, SAVES, Late, 1, options)
+    results = run_trainers(world_size, check_bitwise_resumes, tmp_path, world_size, saves, Late, 1, options)
     assert all(same_params([result], [results[0]]) for result in results)
 
 
@@ -176,9 +189,11 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
     run_trainers(2, fn)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_resuming_within_an_accumulation_is_bitwise(tmp_path, world_size):
-    """Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later."""
+def test_resuming_within_an_accumulation_is_bitwise(tmp_path):
+    """Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later.
+
+    On three ranks, whose sums depend on DDP's buckets, and these are cut anew after a resume.
+    """
 
     class More(Late):
         def batch(self, batch_idx):
@@ -186,9 +201,9 @@ def test_resuming_within_an_accumulation_is_bitwise(tmp_path, world_size):
 
     def fn(rank):
         saves = (2, 4, 29, 30, 31, 44)
-        return check_bitwise_resumes(rank, tmp_path, world_size, saves, More, batches=60, accumulate_grad_batches=3)
+        return check_bitwise_resumes(rank, tmp_path, 3, saves, More, batches=60, accumulate_grad_batches=3)
 
-    results = run_trainers(world_size, fn)
+    results = run_trainers(3, fn)
     assert all(same_params([result], [results[0]]) for result in results)
 
 
@@ -327,6 +342,24 @@ def test_the_learning_curve_has_no_jump_at_another_world_size(tmp_path):
     assert after[-1] < before[19]
 
 
+@pytest.fixture(scope="module")
+def compressed_checkpoint(tmp_path_factory):
+    """One that two ranks have saved after batch 20, and the parameters of their run, up to its end."""
+    path = tmp_path_factory.mktemp("saved") / "compressed.ckpt"
+    params, _ = run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(path, 20)])[1].params)
+    return path, params
+
+
+@pytest.fixture
+def checkpoint(compressed_checkpoint, tmp_path):
+    """A copy, with the parameters, for a test that changes it."""
+    saved, params = compressed_checkpoint
+    path = tmp_path / saved.name
+    shutil.copy(saved, path)
+    shutil.copytree(f"{saved}.onebit", f"{path}.onebit")
+    return path, params
+
+
 def spoil_missing(part, others):
     part.unlink()
 
@@ -354,9 +387,8 @@ SPOILED = [
 
 
 @pytest.mark.parametrize(("spoil", "problem"), SPOILED)
-def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(tmp_path, spoil, problem):
-    path = tmp_path / "compressed.ckpt"
-    run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(path, 20)]) and None)
+def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(checkpoint, spoil, problem):
+    path, _ = checkpoint
     parts = sorted(Path(f"{path}.onebit").iterdir(), key=lambda part: part.stem[-1])
     assert len(parts) == 2
     spoil(parts[1], parts[:1])
@@ -379,14 +411,11 @@ def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(
     assert not nothing
 
 
-def test_a_checkpoint_that_was_moved_alone_says_so(tmp_path):
-    path, moved = tmp_path / "compressed.ckpt", tmp_path / "moved.ckpt"
+def test_a_checkpoint_that_was_moved_alone_says_so(checkpoint):
+    path, _ = checkpoint
+    moved = path.rename(path.with_name("moved.ckpt"))
 
     def fn(rank):
-        run(2, callbacks=[SaveAt(path, 20)])
-        if rank == 0:
-            path.rename(moved)
-        torch.distributed.barrier()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert set(run(2, ckpt_path=moved)[1].phases) == {COMPRESSED}
@@ -396,22 +425,21 @@ def test_a_checkpoint_that_was_moved_alone_says_so(tmp_path):
     assert (len(said), len(nothing)) == (1, 0)
 
 
-def test_other_settings_than_the_saved_ones(tmp_path):
+def test_other_settings_than_the_saved_ones(compressed_checkpoint):
     """Buckets matter not even to the last bit, blocks only there; errors of another space mean nothing."""
-    path = tmp_path / "compressed.ckpt"
+    path, full = compressed_checkpoint
 
     def fn(rank):
-        full = run(2, callbacks=[SaveAt(path, 20)])[1]
         others = [{"bucket_cap_mb": 0.002}, {"block_size": 64}, {"space": "momentum"}]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             buckets, blocks, space = (run(2, strategy=options, ckpt_path=path)[1] for options in others)
         said = [str(w.message) for w in caught if "quantized in another space" in str(w.message)]
         assert len(said) == (1 if rank == 0 else 0)
-        assert same_params(buckets.params, full.params[20:])
+        assert same_params(buckets.params, full[20:])
         for other in (blocks, space):
             assert set(other.phases) == {COMPRESSED}
-            assert max((a - b).abs().max() for a, b in zip(other.params[0], full.params[20], strict=True)) < 0.1
+            assert max((a - b).abs().max() for a, b in zip(other.params[0], full[20], strict=True)) < 0.1
         return buckets.params, blocks.params, space.params
 
     first, second = run_trainers(2, fn)
@@ -453,7 +481,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("when", ["in the part", "before the checkpoint", "in the checkpoint", "before the end"])
-def test_a_save_that_is_cut_off_leaves_the_previous_one_usable(tmp_path, monkeypatch, when):
+def test_a_save_that_is_cut_off_leaves_the_previous_one_usable(tmp_path, compressed_checkpoint, when):
     """At the same path, by a process that dies; at whichever byte, the previous one goes on bit for bit."""
     path = tmp_path / "x.ckpt"
 
@@ -461,7 +489,6 @@ def test_a_save_that_is_cut_off_leaves_the_previous_one_usable(tmp_path, monkeyp
         os._exit(9)
 
     def cut_off(rank):
-        os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"]
         real = {"savez": np.savez, "save": torch.save, "replace": os.replace}
         if when == "in the part":
 
@@ -507,12 +534,13 @@ def test_a_save_that_is_cut_off_leaves_the_previous_one_usable(tmp_path, monkeyp
     saved = 18 if when == "before the end" else 15
     assert torch.load(path, weights_only=True)["global_step"] == saved
 
+    _, full = compressed_checkpoint  # that a run saves does not change it
+
     def fn(rank):
-        full = run(2)[1]
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*parts of.*")
             resumed = run(2, ckpt_path=path, callbacks=[SaveAt(path, 25)])[1]
-        assert same_params(resumed.params, full.params[saved:])
+        assert same_params(resumed.params, full[saved:])
 
     run_trainers(2, fn)
     assert {entry.name for entry in tmp_path.iterdir()} == {"x.ckpt", "x.ckpt.onebit"}
@@ -655,16 +683,13 @@ def test_ranks_that_resume_from_different_checkpoints_are_told_so(tmp_path, save
     run_trainers(2, fn)
 
 
-def test_foreign_version_is_refused(tmp_path):
-    path = tmp_path / "compressed.ckpt"
+def test_foreign_version_is_refused(checkpoint):
+    path, _ = checkpoint
+    content = torch.load(path, weights_only=True)
+    content[CHECKPOINT_KEY]["version"] = 99
+    torch.save(content, path)
 
     def fn(rank):
-        run(2, callbacks=[SaveAt(path, 20)])
-        if rank == 0:
-            checkpoint = torch.load(path, weights_only=True)
-            checkpoint[CHECKPOINT_KEY]["version"] = 99
-            torch.save(checkpoint, path)
-        torch.distributed.barrier()
         with pytest.raises(ValueError, match="version 99, but this is version 2"):
             run(2, ckpt_path=path)
 

@@ -133,7 +133,7 @@ def test_the_example_config_is_complete(output):
 def test_every_argument_is_typed_and_explained(output):
     explained = output("--trainer.strategy.help", "lightning_onebit.OneBitDDPStrategy")
     explained = explained[explained.index("Help for") :]
-    for name in ("block_size", "scale", "space", "overlap", "hierarchical", "bucket_cap_mb"):
+    for name in ("block_size", "scale", "space", "overlap", "hierarchical", "bucket_cap_mb", "warmup_precision"):
         text, kind = explained.split(f"--trainer.strategy.{name} ", 1)[1].split("(type: ", 1)
         assert len(" ".join(text.split())) > 40, name
         assert not kind.startswith("Any"), name

@@ -64,7 +64,7 @@ class Model(pl.LightningModule):
         return torch.optim.AdamW(groups, foreach=True)
 
 
-def count_batch(monkeypatch, *, tensors, groups, ranks, unseen=0):
+def count_batch(monkeypatch, *, tensors, groups, ranks, unseen=0, variance_refresh=None):
     """The events of one batch in the compressed phase, between the strategy's own entry points."""
     with monkeypatch.context() as patch:
         use_triton(patch)
@@ -95,8 +95,9 @@ def count_batch(monkeypatch, *, tensors, groups, ranks, unseen=0):
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         try:
             strategy = OneBitDDPStrategy(
-                block_size=BLOCK_SIZE, bucket_cap_mb=4 * NUMEL / BUCKETS / 2**20, cluster_environment=Elsewhere(ranks)
-            )
+                block_size=BLOCK_SIZE, bucket_cap_mb=4 * NUMEL / BUCKETS / 2**20, cluster_environment=Elsewhere(ranks),
+                variance_refresh=variance_refresh,
+            )  # fmt: skip
             trainer = pl.Trainer(
                 strategy=strategy, accelerator="cpu", devices=1, num_nodes=ranks, max_steps=COUNTED_BATCH + 1, logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
@@ -136,6 +137,25 @@ def test_unseen_elements_cost_the_same_in_any_number_of_tensors(monkeypatch, few
     assert few.counts()["launch"] <= fewest.counts()["launch"] + 12 * BUCKETS
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # kernels that do nothing leave memory as it was
+def test_a_batch_with_sketch_and_refresh_costs_the_same_in_any_number_of_tensors_groups_and_ranks(monkeypatch, fewest):
+    """Step 4 is both sketched and refreshed."""
+    few, many = (
+        count_batch(monkeypatch, tensors=tensors, groups=groups, ranks=ranks, unseen=2, variance_refresh="auto")
+        for tensors, groups, ranks in ((4, 1, 2), (400, 40, 8))
+    )
+    assert many.by_name() == few.by_name()
+    names = few.by_name()
+    for kernel in ("sketch_tensors", "encode_variance", "serve_variance", "apply_variance"):
+        assert names["launch", f"_{kernel}_kernel"] == BUCKETS
+    assert names["launch", "_add_parts_kernel"] == 1
+    counts = few.counts()
+    assert counts["wait"] == 1
+    assert few.events.index(("launch", "_sketch_tensors_kernel")) < [kind for kind, _ in few.events].index("wait")
+    assert counts["collective"] == fewest.counts()["collective"] + 2 + 2 * BUCKETS
+    assert counts["launch"] <= fewest.counts()["launch"] + 20 * BUCKETS + 40
+
+
 def test_what_a_batch_costs(fewest):
     names = fewest.by_name()
     for kernel in ("encode", "serve", "apply", "scale", "sketch"):
@@ -173,7 +193,7 @@ def test_launches_of_a_step_of_bert_large(monkeypatch, ranks):
     use_triton(monkeypatch)
     replace_kernels(monkeypatch)
     monkeypatch.setattr(memory, "torch", EmptyMemory())
-    monkeypatch.setattr(Buckets, "note_live_", lambda *_: None)
+    monkeypatch.setattr(Buckets, "note_live_", lambda *_, **__: None)
     counter = WorkCounter(monkeypatch)
     numels = bert_large_numels()
     assert len(numels) == 398

@@ -1,5 +1,6 @@
 """The strategy for Fabric, on forked ranks: the same communication as in a Trainer."""
 
+import copy
 import gc
 import threading
 import warnings
@@ -257,7 +258,9 @@ def test_switching_by_hand_and_back_and_what_is_printed():
 def test_the_default_criterion_knows_the_length_of_the_run_from_the_user(caplog):
     def fn(rank):
         def phases(**options):
-            strategy = OneBitDDPFabricStrategy(criterion=VarianceStability(min_steps=0, tolerance=1e-9), **options)
+            # In momentum space nothing is renewed, so the second moment would have to settle.
+            criterion = VarianceStability(min_steps=0, tolerance=1e-9, max_steps=0.3)
+            strategy = OneBitDDPFabricStrategy(criterion=criterion, space="momentum", **options)
             return Loop(strategy).run().phases, strategy.switch._plan.remarks
 
         without, remarks = phases()
@@ -350,11 +353,97 @@ def test_ranks_that_load_different_checkpoints_are_told_so(tmp_path, saves):
         assert "The ranks differ in the checkpoint that they load:\n  optimizer steps: " in first
 
 
-def test_state_is_not_replaced_behind_the_strategys_back():
+def test_state_that_is_loaded_in_the_compressed_phase_is_taken_over(tmp_path):
+    """Stock state as under the Trainer; what `fabric.save` has written, with its header, as by `fabric.load`."""
+
     def fn(rank):
-        loop = Loop(ours()).run()
-        with pytest.raises(RuntimeError, match=r"HINT: use `fabric.load`"):
-            loop.optimizer.load_state_dict(loop.optimizer.state_dict())
+        plain = Loop(ours()).run()
+        results = []
+        for factor in (1.0, 20.0):
+            loop = Loop(ours()).run(12)
+            state_dict = copy.deepcopy(loop.optimizer.state_dict())
+            for entry in state_dict["state"].values():
+                entry["exp_avg"] *= factor
+            loop.optimizer.load_state_dict(state_dict)
+            assert loop.strategy.phase is COMPRESSED
+            now = loop.optimizer.state_dict()["state"]
+            assert all(torch.equal(now[i]["exp_avg"], entry["exp_avg"]) for i, entry in state_dict["state"].items())
+            loop.fabric.save(tmp_path / "replaced.ckpt", {"model": loop.model, "optimizer": loop.optimizer})
+            loop.run()
+            assert set(loop.phases[12:]) == {COMPRESSED}
+            resumed = Loop(ours())
+            resumed.fabric.load(tmp_path / "replaced.ckpt", {"model": resumed.model, "optimizer": resumed.optimizer})
+            resumed.batch = 12
+            assert same_params(resumed.run().params, loop.params[12:])
+            results.append(loop.params)
+        assert same_params(results[0][:12], plain.params[:12])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][-1], plain.params[-1], strict=True))
+        assert not torch.allclose(results[1][-1][0], plain.params[-1][0], atol=1e-3)
+
+        loop = Loop(ours()).run(3)
+        loop.fabric.save(tmp_path / "warmup.ckpt", {"model": loop.model, "optimizer": loop.optimizer})
+        loop.run(12)
+        loop.optimizer.load_state_dict(torch.load(tmp_path / "warmup.ckpt")["optimizer"])  # no header: compressed on
+        loop.run(14)
+        assert loop.strategy.phase is COMPRESSED
+        loop.fabric.save(tmp_path / "compressed.ckpt", {"model": loop.model, "optimizer": loop.optimizer})
+        saved = torch.load(tmp_path / "compressed.ckpt")["optimizer"]
+        loop.run(16)
+        loop.optimizer.load_state_dict(saved)
+        assert loop.strategy.optimizer_steps == saved["lightning_onebit"]["optimizer_steps"][0]
+        saved["lightning_onebit"]["phase"] = "WARMUP"  # as after `resume_warmup()`
+        loop.optimizer.load_state_dict(saved)
+        assert loop.strategy.phase is WARMUP
+        loop.run()
+        assert loop.strategy.phase is COMPRESSED
+        loop.optimizer.state.clear()
+        loop.batch = 0
+        loop.run(1)
+        assert loop.strategy.phase is WARMUP
+        return results
+
+    first, second = run_trainers(2, fn)
+    assert all(same_params(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_state_that_is_loaded_between_backward_and_step_counts_for_that_step():
+    def fn(rank):
+        def replace(loop):
+            state_dict = copy.deepcopy(loop.optimizer.state_dict())
+            for entry in state_dict["state"].values():
+                entry["exp_avg"] *= 20
+            loop.optimizer.load_state_dict(state_dict)
+
+        results = []
+        for when in ("before backward", "after backward"):
+            loop = Loop(ours()).run(12)
+            if when == "before backward":
+                replace(loop)
+            loop.fabric.backward(loop.model.training_step(next(iter(data(1))), 0))
+            if when == "after backward":
+                replace(loop)
+            loop.optimizer.step()
+            results.append([p.detach().clone() for p in loop.model.parameters()])
+        assert same_params(results[:1], results[1:])
+
+    run_trainers(2, fn)
+
+
+def test_back_to_warmup_before_the_first_compressed_step():
+    """A gradient that is local already becomes the mean, and the momentum is what it was."""
+
+    def fn(rank):
+        results = []
+        for strategy in (ours(), "ddp"):
+            loop = Loop(strategy).run(FREEZE)
+            batch = list(data(2))[rank]
+            loop.fabric.backward(loop.model.training_step(batch, 0))
+            if strategy != "ddp":
+                assert loop.strategy.phase is COMPRESSED
+                loop.strategy.resume_warmup()
+            loop.optimizer.step()
+            results.append([p.detach().clone() for p in loop.model.parameters()])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
     run_trainers(2, fn)
 

@@ -55,7 +55,7 @@ def survivors(fn, harmed, marker):
             fn(rank)
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
-        return message, time.time(), "onebit-lane" in [thread.name for thread in threading.enumerate()]
+        return message, time.time(), "onebit-exchanger" in [thread.name for thread in threading.enumerate()]
 
     pipes, processes = {}, []
     try:
@@ -281,6 +281,7 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_
     # Else torchrun (2.13) keeps one store for all attempts, and ranks may find the addresses of those that are dead.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    torchrun += ["--monitor-interval", 1]  # so that the other rank has ended by itself, and said why
     fault = ["--fault", "KILL", "--step", 11, "--place", "exchange"]  # the last checkpoint is of step 9
     restarted = start(sys.executable, *torchrun, SCRIPT, tmp_path, "--timeout", 60, "--steps", 14, "--resume", *fault)
 

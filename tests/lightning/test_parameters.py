@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from trainers import FEATURES, Classifier, fit, needs_complex_gloo, same_params
 
-from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit import (
+    DivergenceError,
+    DivergenceGuard,
+    FixedStep,
+    OneBitDDPFabricStrategy,
+    OneBitDDPStrategy,
+    Phase,
+    PhaseSwitch,
+)
+from lightning_onebit.lightning.preflight import check_module
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 WARMUP_STEPS, BATCHES = 4, 12
@@ -155,6 +164,51 @@ def test_synchronized_batch_norm_on_cpu_fails_as_under_ddp():
         for strategy in ("ddp", "onebit_ddp"):
             with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
                 fit(strategy, 2, model=ChannelsLast(), sync_batchnorm=True)
+
+    run_trainers(2, fn)
+
+
+class Writes(Classifier):
+    """Changes a parameter in forward, now and then."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx in (1, 2):
+            with torch.no_grad():
+                self.body[2].weight.clamp_(-1, 1)
+        return super().training_step(batch, batch_idx)
+
+
+class MadeAnew(Classifier):
+    """Puts another parameter, by the data of its rank, in the place of one that no optimizer has."""
+
+    def __init__(self):
+        super().__init__(lambda m: torch.optim.Adam([*m.body.parameters(), *m.head.parameters()]))
+        self.codebook = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        self.codebook = nn.Parameter(0.9 * self.codebook + batch[0].mean(0), requires_grad=False)
+        return super().training_step(batch, batch_idx)
+
+
+def test_modules_that_write_to_parameters_in_forward_are_found():
+    """Before training where that is known; else at the first batches, or when the ranks are compared."""
+
+    def fn(rank):
+        for kind in (nn.Embedding, nn.EmbeddingBag):
+            model = Classifier()
+            model.words = kind(10, 4, max_norm=1.5)
+            with pytest.raises(
+                ValueError, match=rf"'words' \({kind.__name__}, max_norm=1.5\) changes its weight in `forward`"
+            ):
+                compress(model)
+            model.words.weight.requires_grad_(False)
+            check_module(model)
+        for model, said in ((Writes(), 1), (Classifier(), 0)):
+            with Messages() as messages:
+                compress(model, batches=4)
+            assert rank or messages.count("`training_step` has changed parameters that are trained: 'body.2.weight'") == said
+        with pytest.raises(DivergenceError, match=r"'codebook': its value.*in `forward`"):
+            compress(MadeAnew(), callbacks=[DivergenceGuard(every_n_steps=5)])
 
     run_trainers(2, fn)
 
@@ -307,6 +361,33 @@ def test_finetuning_in_the_compressed_phase_goes_back_to_warmup_says_so_and_free
             assert messages.count("new parameters are trained") == 1
             assert messages.count("'body.0.weight', 'body.0.bias', 'body.2.weight' and 1 more") == 1
             assert messages.count("after step 11 (step 3 of this warm-up)") == 1
+        return recorder.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
+
+
+def by_hand(trainer, module):
+    if len(trainer.optimizers[0].param_groups) == 1:
+        trainer.strategy.freeze_variance()
+        trainer.optimizers[0].add_param_group({"params": list(module.body.parameters())})
+
+
+@pytest.mark.parametrize("how", ["callback", "hand"])
+def test_unfreezing_between_the_freeze_and_its_effect_begins_a_whole_warmup(how):
+    """At the boundary of epochs at which `PhaseSwitch` has just frozen; or where user code freezes and unfreezes at once."""
+
+    def fn(rank):
+        if how == "callback":
+            unfreeze, steps, before = BackboneFinetuning(unfreeze_backbone_at_epoch=1), 4, [WARMUP] * 3 + [COMPRESSED]
+        else:
+            unfreeze, steps, before = Unfreeze("on_train_batch_start", 3, by_hand), 5, [WARMUP] * 3
+        model = Backbone()
+        model.body.requires_grad_(False)
+        recorder = compress(model, steps=steps, callbacks=[unfreeze], batches=4, max_epochs=4)[1]
+        # From then on as many steps of warm-up as from the beginning; the last of them ends compressed.
+        expected = before + [WARMUP] * (steps - 1)
+        assert recorder.phases == expected + [COMPRESSED] * (16 - len(expected))
         return recorder.params
 
     first, second = run_trainers(2, fn)

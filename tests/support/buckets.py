@@ -15,7 +15,8 @@ from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
 CPU = torch.device("cpu")
 ADAM = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-2)
 TENSORS = (
-    "error", "server_error", "rms", "live", "live_before", "sent", "received", "served", "share_result",
+    "error", "server_error", "rms", "live", "live_before", "sent", "received", "served", "share_result", "rms_code",
+    "rms_scale", "second_moment", "second_moment_residual",
 )  # fmt: skip
 
 
@@ -47,13 +48,21 @@ def random_memory(
     masked=False,
     has_rms=True,
     keeps_before=True,
+    renews=False,
     dtype=torch.float32,
     seed=0,
 ):
     """The memory of one rank, on the CPU: errors, D, masks, what was received, and averages are random."""
     share = range(layout.num_chunks) if share is None else share
     memory = BucketMemory(
-        layout, share=share, chunk=chunk, has_rms=has_rms, keeps_before=keeps_before, dtype=dtype, device=CPU
+        layout,
+        share=share,
+        chunk=chunk,
+        has_rms=has_rms,
+        keeps_before=keeps_before,
+        dtype=dtype,
+        device=CPU,
+        renews=renews,
     )
     element = exists(layout)
     masks = [element, element]
@@ -62,11 +71,19 @@ def random_memory(
         memory.live, memory.live_before = map(pack_bits, masks)
     live, live_before = masks
     memory.error.copy_(torch.where(element[memory.share_flat], randn(len(memory.error), seed + 1, dtype), 0.0)).mul_(0.1)
-    if memory.rms is not None:
+    if memory.has_rms:
         rms = randn(layout.flat_numel, seed + 2, dtype).abs()
         rms[::5] *= 1e-4  # clamped
-        rms[::11] = 0.0
-        memory.rms.copy_(torch.where(live, rms, 0.0))
+        rms[::11] = 0.0 if memory.rms is not None else 1e-12  # a code of 0 is not live
+        memory.set_rms_(torch.where(live, rms, 0.0))
+    if memory.second_moment is not None:
+        v = randn(len(memory.second_moment), seed + 4, dtype).square()
+        v[::5] *= 1e-12
+        v[::3] = 0.0
+        memory.second_moment.copy_(torch.where(element[memory.share_flat], v, 0.0))
+    if memory.second_moment_residual is not None:
+        residual = randn(len(memory.second_moment_residual), seed + 5, dtype)
+        memory.second_moment_residual.copy_(torch.where(element[memory.chunk_flat], residual, 0.0)).mul_(0.1)
     whole = (0, layout.num_blocks)
     for number, result in enumerate(memory.results):
         random_message_(memory, result, 0, whole, live_before if number else live, seed + 10 + number)
@@ -120,7 +137,8 @@ def copy_of_memory(memory, device=CPU):
         memory.layout,
         share=memory.share,
         chunk=memory.chunk,
-        has_rms=memory.rms is not None,
+        has_rms=memory.has_rms,
+        renews=memory.second_moment is not None,
         keeps_before=len(memory.results) == 2,
         dtype=memory.dtype,
         device=device,
@@ -172,3 +190,22 @@ def assert_same(actual, expected, *, apart_from=()):
         if one is not None:
             assert_same_bits(one, other, f"gradient {p}")
     assert actual[1].flags.tolist() == expected[1].flags.tolist()
+
+
+def refresh_(kernels, memories, correction, num_nodes=None):
+    """Renew D of one bucket on all ranks, flat or of nodes, which exchange by copying; returns their messages."""
+    num_nodes = num_nodes or len(memories)
+    messages = [memory.variance_messages() for memory in memories]
+    for memory, each in zip(memories, messages, strict=True):
+        kernels.encode_variance_(memory, each, correction)
+    for rank, each in enumerate(messages):
+        first = rank // num_nodes * num_nodes
+        for node in range(num_nodes):
+            each.received.view(num_nodes, -1)[node] = messages[first + node].sent.view(num_nodes, -1)[rank - first]
+    for memory, each in zip(memories, messages, strict=True):
+        kernels.serve_variance_(memory, each)
+    result = torch.cat([each.served for each in messages])
+    for memory, each in zip(memories, messages, strict=True):
+        each.result.copy_(result)
+        kernels.apply_variance_(memory, each, correction)
+    return messages

@@ -10,12 +10,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_onebit.quantize import triton as triton_kernels
-from lightning_onebit.quantize import triton_gradients, triton_tables
+from lightning_onebit.quantize import triton_gradients, triton_sketch, triton_tables, triton_variance
+from lightning_onebit.quantize.tensor_sketch import TensorSketch
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INSTRUCTIONS = (
     "fma", "approx", "ftz", "full", "ld.global.v4", "st.global.v4", "global.v2.b64", "div.rn.f32", "div.rn.f64",
-    "sqrt.rn.f64", "min.NaN.f32", "max.NaN.f32", "bar.sync", "atom", "ld.local", "st.local",
+    "sqrt.rn.f32", "sqrt.rn.f64", "min.NaN.f32", "max.NaN.f32", "bar.sync", "atom",
+    "atom.global.gpu.relaxed.add", "ld.local", "st.local",
 )  # fmt: skip
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
@@ -44,7 +46,7 @@ def instructions(kernel, arguments, constants):
     return {name: assembly.count(name) for name in INSTRUCTIONS}
 
 
-def launched(dtype=torch.float32, *, space="update", commit=False, masked=False, coefficients=ADAM):
+def launched(dtype=torch.float32, *, space="update", commit=False, masked=False, renews=False, coefficients=ADAM):
     """Of a step of a bucket: each kernel, its arguments, its constants."""
     launches = []
 
@@ -54,10 +56,10 @@ def launched(dtype=torch.float32, *, space="update", commit=False, masked=False,
 
     [layout] = random_layouts(NUMELS, block_size=2048)
     errors = torch.float64 if dtype == torch.float64 else torch.float32
-    memory = copy_of_memory(random_memory(layout, masked=masked, dtype=errors))
+    memory = copy_of_memory(random_memory(layout, masked=masked, renews=renews, dtype=errors))
     step = random_step(NUMELS, dtype=dtype, coefficients=coefficients)
     kernels = triton_kernels.TritonKernels(space=space)
-    triton_kernels.launch = triton_gradients.launch = record
+    triton_kernels.launch = triton_gradients.launch = triton_sketch.launch = triton_variance.launch = record
     kernels.encode_(memory, 0, step, commit=commit)
     kernels.serve_(memory, step, commit=commit)
     kernels.apply_(memory, 0, step, commit=not commit)
@@ -66,6 +68,13 @@ def launched(dtype=torch.float32, *, space="update", commit=False, masked=False,
     k = 2048
     draws = triton_gradients.draw_sketch(0, total_numel=sum(NUMELS), numel=k, rows_per_draw=256, device=torch.device("cpu"))
     triton_gradients.sketch_(torch.zeros(4, k), memory, step, draws, np.array([0, NUMELS[0]]))
+    sketch = TensorSketch(0, [0, 1], NUMELS, dtype=kernels.sketch_dtype, device=torch.device("cpu"))
+    kernels.sketch_tensors_(memory, 0, step, sketch)
+    if renews:
+        messages, correction = memory.variance_messages(), np.ones(len(NUMELS))
+        kernels.encode_variance_(memory, messages, correction)
+        kernels.serve_variance_(memory, messages)
+        kernels.apply_variance_(memory, messages, correction)
     return launches
 
 
@@ -77,6 +86,16 @@ def main():
         (" bfloat16", ("apply", "scale"), {"dtype": torch.bfloat16}),
         (" float64", ("encode",), {"dtype": torch.float64}),
         (" at once", ("encode", "serve"), {"commit": True, "masked": True, "coefficients": everything}),
+        (
+            " renewed",
+            ("apply", "encode_variance", "serve_variance", "apply_variance", "sketch_tensors"),
+            {"masked": True, "renews": True},
+        ),
+        (
+            " renewed at once, float64",
+            ("encode", "encode_variance", "serve_variance", "apply_variance"),
+            {"dtype": torch.float64, "commit": True, "renews": True, "coefficients": everything},
+        ),
         (" momentum", ("apply",), {"masked": True, "space": "momentum", "coefficients": everything}),
     ):
         for kernel, arguments, constants in launched(**options):

@@ -74,7 +74,7 @@ def use_triton(monkeypatch, kernels=None):
         kernels: called as ``kernels(scale=..., space=...)``; by default :class:`TritonKernels`.
     """
     from lightning_onebit.engine import buckets
-    from lightning_onebit.quantize import triton, triton_gradients, triton_tables
+    from lightning_onebit.quantize import triton, triton_gradients, triton_sketch, triton_tables, triton_variance
 
     kernels = kernels or triton.TritonKernels
     patch_once(monkeypatch)
@@ -85,7 +85,7 @@ def use_triton(monkeypatch, kernels=None):
         with lock:
             triton_tables.launch(*arguments, **constants)
 
-    for module in (triton, triton_gradients):
+    for module in (triton, triton_gradients, triton_sketch, triton_variance):
         monkeypatch.setattr(module, "launch", launch)
 
     def make_kernels(config, *, device, dtype):

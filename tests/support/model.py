@@ -111,3 +111,87 @@ class AdamModel:
         self.D[renewed] = np.sqrt(v[renewed] / (1 - self.beta2**self.t)) + self.eps
         self.since[renewed & ~self.live] = self.t
         self.live |= renewed
+
+
+class RenewedAdamModel(AdamModel):
+    """The same where second moments go on. What is taken from the package is the 8-bit code (``code``: roots to what they
+    decode to, one block), which test_quantized_variance.py knows; tensors of more than 251 elements are not for it, as norms
+    of means are exact here.
+    """
+
+    def __init__(self, *args, code, every, **options):
+        super().__init__(*args, **options)
+        self.code, self.every, self.block_size = code, every, options["block_size"]
+
+    def coded(self, squares):
+        """Squares of the coded roots, block by block; a single rank codes nothing."""
+        if self.world_size == 1:
+            return squares.copy()
+        blocks = [squares[start : start + self.block_size] for start in range(0, len(squares), self.block_size)]
+        return np.concatenate([self.code(np.sqrt(block)) ** 2 for block in blocks])
+
+    def freeze(self):
+        correction = 1 - self.beta2**self.t
+        self.v_i = np.stack([self.v] * self.world_size)
+        self.residual = np.zeros_like(self.v)
+        self.set_d(self.coded(self.v / correction))
+        self.u = np.where(self.live, self.m / self.D, 0.0)
+        self.of_mean = self.mean = 0.0
+        self.num_estimates, self.next_refresh = 0, 1
+        while self.next_refresh <= self.t:
+            self.next_refresh += max(1, min(64, self.next_refresh // 4))
+
+    def set_d(self, v_hat):
+        self.live = v_hat > 0
+        self.D = np.where(self.live, np.sqrt(v_hat) + self.eps, 1.0)
+
+    @property
+    def r(self):
+        return np.clip(self.of_mean / self.mean if self.mean else 0.0, 1 / self.world_size, 1.0)
+
+    def collect(self, grads):
+        raise AssertionError("second moments are updated by compressed_step")
+
+    def compressed_step(self, grads):
+        sign = -1 if self.maximize else 1
+        grads = [sign * np.array(g, dtype=np.float64).ravel() for g in grads]
+        decay = 0.0 if self.decoupled else self.weight_decay * self.x
+        a = [self.live * np.clip((g + decay) / self.D, -self.kappa, self.kappa) for g in grads]
+        bare = [self.live * np.clip(g / self.D, -self.kappa, self.kappa) for g in grads]
+        for v, g in zip(self.v_i, grads, strict=True):  # with the r of the steps before
+            v[:] = self.beta2 * v + (1 - self.beta2) * (np.sqrt(self.r) * g + decay) ** 2
+        self.decay()
+        self.t += 1
+        momenta = [self.beta1 * self.u + (1 - self.beta1) * each for each in a]
+        self.u = self.compression.reduce(momenta, self.live) if self.compression else momenta[0]
+        self.x -= self.lr / (1 - self.beta1**self.t) * self.u
+        if self.t % 16 == 0 or self.num_estimates < 16:
+            self.estimate_r(bare)
+        if self.is_refresh_due():
+            self.refresh()
+
+    def is_refresh_due(self):
+        if self.every != "auto":
+            return self.t % self.every == 0
+        due = self.t == self.next_refresh
+        if due:
+            self.next_refresh += max(1, min(64, self.t // 4))
+        return due
+
+    def estimate_r(self, a):
+        """Of the preconditioned, clamped gradients of this step; averages over a quarter of what v averages over."""
+        self.num_estimates += 1
+        weight = max(1 / self.num_estimates, min(1 / 4, 64 * (1 - self.beta2)))
+        self.of_mean += weight * (np.sum(np.mean(a, axis=0) ** 2) - self.of_mean)
+        self.mean += weight * (np.mean([np.sum(each**2) for each in a]) - self.mean)
+
+    def refresh(self):
+        correction = 1 - self.beta2**self.t
+        own = [self.coded(v / correction) for v in self.v_i]
+        mean = np.mean(own, axis=0)
+        c = np.clip(mean + self.residual, mean / 2, 2 * mean)
+        v = self.coded(c)
+        self.residual = c - v
+        for each, its_code in zip(self.v_i, own, strict=True):
+            each[:] = np.clip(each / correction - its_code + v, v / 2, 2 * v) * correction
+        self.set_d(v)

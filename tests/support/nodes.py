@@ -48,7 +48,8 @@ def warmed_up(optimizer, world_size, gradient, *, steps):
 
 
 def freeze(optimizer, groups, *, communicator=None, exchanger=None, overlap=False, **config):
-    config, communicator = CompressionConfig(**{"block_size": 8, **config}), communicator or Communicator()
+    config = CompressionConfig(**{"block_size": 8, "variance_refresh": None, **config})
+    communicator = communicator or Communicator()
     return CompressedOptimizer(optimizer, config, communicator, {}, groups=groups, exchanger=exchanger, overlap=overlap)
 
 

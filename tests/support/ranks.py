@@ -1,11 +1,14 @@
 """Run a function on several ranks: forked processes joined by gloo, much cheaper than spawned ones."""
 
+import functools
+import gc
 import io
 import multiprocessing
 import os
 import socket
 import tempfile
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 
@@ -55,6 +58,7 @@ def run_ranks(world_size, fn, *args, group=True, num_nodes=1):
 
 def run_trainers(world_size, fn, *args, num_nodes=1):
     """:func:`run_ranks` for functions that run a Lightning Trainer, which makes its own process group."""
+    _prepare_trainers()
     return run_ranks(world_size, fn, *args, group=False, num_nodes=num_nodes)
 
 
@@ -62,6 +66,20 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@functools.cache
+def _prepare_trainers():
+    """Train once in this process, so that the forked ranks find done what a first Trainer does: half of a short run's time.
+
+    That is what is imported late, and checks of types against abstract classes, whose answers Python keeps.
+    """
+    import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook
+    from trainers import fit
+
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        fit("auto", 1, batches=2)
 
 
 def _collect(pipes: list[Connection]):
@@ -87,6 +105,7 @@ def _collect(pipes: list[Connection]):
 
 
 def _rank_main(sender, rank, world_size, num_nodes, store, port, fn, args):
+    gc.freeze()  # else each full collection looks at all that was inherited, and copies its pages
     torch.set_num_threads(1)
     local_world_size = world_size // num_nodes
     os.environ.update(

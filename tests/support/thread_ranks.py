@@ -177,9 +177,9 @@ class ThreadProcessGroup(dist.ProcessGroup):
         call = _Call(f"all_gather of {_described(source)}", (output, source))
 
         def move(calls):
+            everything = torch.cat([c.tensors[1].view(-1) for c in calls])
             for c in calls:
-                for part, other in zip(c.tensors[0].view(-1).split(source.numel()), calls, strict=False):
-                    part.copy_(other.tensors[1].view(-1))
+                c.tensors[0].view(-1).copy_(everything)
 
         self._meet(call, move)
         return _Done([output])
@@ -202,8 +202,7 @@ class ThreadProcessGroup(dist.ProcessGroup):
                         )
             parts = [c.tensors[1].view(-1).split(c.sent) for c in calls]
             for i, c in enumerate(calls):
-                for j, part in enumerate(c.tensors[0].view(-1).split(c.received)):
-                    part.copy_(parts[j][i])
+                torch.cat([each[i] for each in parts], out=c.tensors[0].view(-1))
 
         self._meet(call, move)
         return _Done([output])

@@ -50,9 +50,9 @@ class WorkCounter:
                 launch(kernel, programs, *arguments, **constants)
 
         monkeypatch.setattr(Communicator, "_count", count_collective)
-        from lightning_onebit.quantize import triton, triton_gradients
+        from lightning_onebit.quantize import triton, triton_gradients, triton_sketch, triton_variance
 
-        for module in (triton, triton_gradients):
+        for module in (triton, triton_gradients, triton_sketch, triton_variance):
             monkeypatch.setattr(module, "launch", count_launch)
 
     def note(self, kind, name, times=1):
@@ -183,12 +183,14 @@ class NoKernel:
 
 def replace_kernels(monkeypatch):
     """Replace all kernels by :class:`NoKernel`; returns them by name."""
-    from lightning_onebit.quantize import triton, triton_gradients
+    from lightning_onebit.quantize import triton, triton_gradients, triton_sketch, triton_variance
 
     kernels = {}
     for module, names in (
         (triton, ("encode", "serve", "apply")),
         (triton_gradients, ("gather", "scale", "sketch", "add_parts")),
+        (triton_sketch, ("sketch_tensors",)),
+        (triton_variance, ("encode_variance", "serve_variance", "apply_variance")),
     ):
         for name in names:
             kernels[f"_{name}_kernel"] = NoKernel(f"_{name}_kernel")

@@ -30,10 +30,12 @@ from lightning_onebit.quantize import make_kernels
         ("bucket_cap_mb", -1.5, "> 0"),
         ("bucket_cap_mb", math.nan, "> 0"),
         ("bucket_cap_mb", math.inf, "> 0"),
+        ("warmup_precision", "'fp16'", "'fp32'.*'bf16'"),
+        ("warmup_precision", "None", "'fp32'.*'bf16'"),
     ],
 )
 def test_invalid_setting_is_refused_with_value_and_domain(name, value, domain):
-    setting = {"'l3'": "l3", "'L2'": "L2", "None": None, "'gradient'": "gradient"}.get(value, value)
+    setting = {"'l3'": "l3", "'L2'": "L2", "None": None, "'gradient'": "gradient", "'fp16'": "fp16"}.get(value, value)
     with pytest.raises(ValueError, match=rf"Invalid {name}: {value}\..*{domain}"):
         CompressionConfig(**{name: setting})
 

@@ -372,12 +372,13 @@ class Ranks:
             parameter_numels=self.numels,
         )
         live = torch.zeros(layout.flat_numel, dtype=torch.bool)
+        lives = [randn(n, 3 + 7 * name) > (-0.5 if masked else -math.inf) for n, name in self._named()]
+        rmss = [randn(n, 2 + 7 * name, self.dtype).abs() + 0.1 for n, name in self._named()]
         for p, start, numel, offset in zip(layout.parameter, layout.start, layout.numel, layout.offset, strict=False):
             part, place = slice(start, start + numel), slice(offset, offset + numel)
-            whole = int(self.numels[p])
-            live[place] = randn(whole, 3 + 7 * self.names[p])[part] > (-0.5 if masked else -math.inf)
+            live[place] = lives[p][part]
             if memory.rms is not None:
-                memory.rms[place] = randn(whole, 2 + 7 * self.names[p], self.dtype).abs()[part] + 0.1
+                memory.rms[place] = rmss[p][part]
         if masked:
             memory.live = memory.live_before = pack_bits(live)
             if memory.rms is not None:

@@ -335,6 +335,8 @@ def test_a_mutated_entry_is_used_or_refused(entry, places, new):
         ("block_size", 0),
         ("ddp_buckets", [3]),
         ("optimizers", None),
+        ("with_state", 3),
+        ("with_state", [3]),
     ],
 )
 def test_what_would_be_dangerous_is_refused(entry, name, value):

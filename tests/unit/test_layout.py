@@ -192,6 +192,25 @@ def test_scales_are_aligned_come_first_and_both_are_in_the_order_of_blocks(case)
 
 @on_many_layouts
 @given(cases)
+def test_codes_of_second_moments_travel_in_the_same_layout_with_a_byte_per_element(case):
+    for layout in case.plan():
+        wire, used = layout.codes, []
+        for chunk in range(case.num_chunks):
+            place = chunk * wire.chunk_nbytes
+            own = blocks_of_chunk(layout, chunk)
+            for block in own:
+                assert wire.scale_byte[block] == place
+                place += 4
+            for block in own:
+                assert wire.element_byte[block] == place
+                place += padded(int(layout.numel[block]))
+            used.append(place - chunk * wire.chunk_nbytes)
+        assert wire.chunk_nbytes == -(-max(used) // 8) * 8
+        assert wire.message_nbytes == case.num_chunks * wire.chunk_nbytes
+
+
+@on_many_layouts
+@given(cases)
 def test_the_largest_chunk_fills_its_message_up_to_alignment(case):
     for layout in case.plan():
         assert 0 <= layout.chunk_nbytes - max(nbytes_of_chunks(layout)) < 8

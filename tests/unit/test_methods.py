@@ -1,6 +1,7 @@
 """The seam between methods and everything else: nobody but ``methods/`` knows an optimizer's type, or what its state is."""
 
 import ast
+import functools
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from test_architecture import ROOT, sources
 from torch import nn
 
 from lightning_onebit.engine.optimizer import diverged_parameters
-from lightning_onebit.lightning.callbacks.phase_switch import observe, slowest_beta2
-from lightning_onebit.methods import counted_steps, needs_warmup
+from lightning_onebit.lightning.callbacks.phase_switch import largest_learning_rate, slowest_beta2
+from lightning_onebit.lightning.gradient_ratios import gradient_ratios
+from lightning_onebit.methods import counted_steps, hyperparameters, method_for, needs_warmup
 
 FORBIDDEN_NAMES = {"AdamMethod", "AdamWMethod", "SGDMethod", "optimizer_types", "Adam", "AdamW", "SGD"}
 FORBIDDEN_STRINGS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "betas", "momentum_buffer", "dampening", "amsgrad"}
@@ -77,31 +79,73 @@ def stepped(kind, steps, **options):
     return module, optimizer
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("steps", [0, 1, 40])
-def test_the_observed_variance_is_the_norm_of_the_bias_corrected_second_moment(kind, steps):
-    module, optimizer = stepped(kind, steps, lr=0.1, betas=(0.8, 0.97))
-    now = observe(steps, [optimizer], module)
-    assert (now.step, now.learning_rate) == (steps, 0.1)
-    assert slowest_beta2([optimizer]) == 0.97
-    expected = {
-        name: float(optimizer.state[p]["exp_avg_sq"].sum()) / (1 - 0.97**steps)
-        for name, p in module.named_parameters()
-        if steps
-    }
-    assert now.variances == pytest.approx(expected, rel=1e-6)
-
-
 def test_sgd_has_no_second_moment_and_its_rate_counts_only_alone():
     module, sgd = stepped(torch.optim.SGD, 3, lr=0.5, momentum=0.9)
     other, adam = stepped(torch.optim.Adam, 3, lr=0.1)
     assert not needs_warmup(sgd)
-    assert observe(3, [sgd], module).variances == {}
-    assert observe(3, [sgd], module).learning_rate == 0.5
-    both = observe(3, [sgd, adam], nn.ModuleList([module, other]))
-    assert (set(both.variances), both.learning_rate) == ({"1.weight", "1.bias"}, 0.1)
+    assert gradient_ratios(sgd) == {}
+    assert set(gradient_ratios(adam)) == set(other.parameters())
+    assert largest_learning_rate([sgd]) == 0.5
+    assert largest_learning_rate([sgd, adam]) == 0.1
+    assert (slowest_beta2([adam]), slowest_beta2([])) == (0.999, 0.0)
     assert slowest_beta2([sgd]) == 0.0
     assert slowest_beta2([sgd, adam]) == 0.999
     assert (counted_steps(sgd), counted_steps(adam)) == (None, 3)
     sgd.state[module.weight]["momentum_buffer"][0, 0] = torch.nan
     assert diverged_parameters(sgd) == []
+
+
+class Labelled(torch.optim.AdamW):
+    """Leaves ``step`` alone."""
+
+    def __init__(self, params, label, **options):
+        super().__init__(params, **options)
+        self.label = label
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+
+
+def steps_before(self, closure=None):
+    return torch.optim.AdamW.step(self, closure)
+
+
+@pytest.mark.parametrize("used_before", [False, True], ids=["first", "hooked"])
+def test_a_subclass_with_the_stock_step_is_that_optimizer(used_before):
+    module = nn.Linear(3, 2)
+    kind = type("Fresh", (Labelled,), {})
+    if used_before:  # torch wraps `step` of the class
+        kind(module.parameters(), "a")
+    assert type(method_for(kind(module.parameters(), "b"))).__name__ == "AdamWMethod"
+    assert type(method_for(type("Mine", (torch.optim.SGD,), {})(module.parameters()))).__name__ == "SGDMethod"
+
+
+@pytest.mark.parametrize(
+    "overridden",
+    [
+        {"step": steps_before},
+        {"step": functools.wraps(torch.optim.AdamW.step)(steps_before)},
+        {"_init_group": lambda self, *args: torch.optim.AdamW._init_group(self, *args)},
+    ],
+    ids=["step", "wrapped", "groups"],
+)
+def test_a_subclass_with_another_step_is_refused_with_the_reason(overridden):
+    kind = type("Mine", (Labelled,), overridden)
+    for _ in range(2):
+        optimizer = kind(nn.Linear(3, 2).parameters(), "a")
+        with pytest.raises(ValueError, match=rf"Mine cannot be compressed: it has `{next(iter(overridden))}` of its own"):
+            method_for(optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_ranks_compare_what_a_step_uses_and_nothing_else(kind):
+    _, optimizer = stepped(kind, 1, lr=0.1)
+    before = hyperparameters(optimizer)
+    assert f"{kind.__name__}, group 0, lr" in before
+    assert all(f"{kind.__name__}, group 0, {name}" in before for name in ("weight_decay", "maximize"))
+    optimizer.param_groups[0] |= {"tokens": 17, "name": "rank 3", "seen": torch.tensor(5)}
+    assert hyperparameters(optimizer) == before
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=torch.float64)  # a schedule on a device
+    assert hyperparameters(optimizer) == before
+    optimizer.param_groups[0]["lr"] = 0.2
+    assert hyperparameters(optimizer) != before

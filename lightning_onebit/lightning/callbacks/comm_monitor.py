@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lightning_onebit.arguments import check_steps
 from lightning_onebit.config import MEBIBYTE
 from lightning_onebit.lightning.callbacks.strategy import strategy_of
 from lightning_onebit.phase import Phase
@@ -27,11 +28,14 @@ class CommMonitor(Callback):
     Args:
         every_n_steps: batches between entries; ``None``: the Trainer's ``log_every_n_steps``.
         progress_bar: whether to show the ratio as ``less_sent`` in the progress bar.
+
+    Raises:
+        TypeError, ValueError: if ``every_n_steps`` is not a whole number >= 1.
     """
 
     def __init__(self, every_n_steps: int | None = None, *, progress_bar: bool = True) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"Invalid every_n_steps: {every_n_steps}. Must be >= 1, or None for log_every_n_steps.")
+        if every_n_steps is not None:
+            every_n_steps = check_steps("every_n_steps", every_n_steps, or_none="for the Trainer's log_every_n_steps")
         self.every_n_steps = every_n_steps
         self.progress_bar = progress_bar
         self._last = (0, 0, 0.0)
@@ -42,17 +46,17 @@ class CommMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        stats = strategy_of(trainer).comm_stats
-        self._last = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
+        if (strategy := strategy_of(trainer)) is not None:
+            stats = strategy.comm_stats
+            self._last = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every:
+        if (batch_idx + 1) % every or (strategy := strategy_of(trainer)) is None:
             return
-        strategy = strategy_of(trainer)
         stats = strategy.comm_stats
         now = stats.bytes_sent, stats.dense_equivalent_bytes, stats.seconds_waited
         sent, dense, waited = (new - old for new, old in zip(now, self._last, strict=True))

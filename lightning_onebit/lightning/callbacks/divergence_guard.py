@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from typing_extensions import override
 
+from lightning_onebit.arguments import check_steps
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 
 
@@ -26,12 +27,12 @@ class DivergenceGuard(Callback):
         every_n_steps: optimizer steps between comparisons, those of all optimizers added up; ``None``: never.
 
     Raises:
-        ValueError: if ``every_n_steps`` is less than 1.
+        TypeError, ValueError: if ``every_n_steps`` is not a whole number >= 1.
     """
 
     def __init__(self, every_n_steps: int | None = 100) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"Invalid every_n_steps: {every_n_steps}. Must be >= 1, or None to compare never.")
+        if every_n_steps is not None:
+            every_n_steps = check_steps("every_n_steps", every_n_steps, or_none="to compare never")
         self.every_n_steps = every_n_steps
         self._compared = 0
 
@@ -43,11 +44,13 @@ class DivergenceGuard(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.after_step(strategy_of(trainer))
+        if (strategy := strategy_of(trainer)) is not None:
+            self.after_step(strategy)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.after_step(strategy_of(trainer), is_last=True)
+        if (strategy := strategy_of(trainer)) is not None:
+            self.after_step(strategy, is_last=True)
 
     def after_step(self, strategy: TwoPhaseStrategy, *, is_last: bool = False) -> None:
         """Compare, if enough steps have been made since the last time. Collective.

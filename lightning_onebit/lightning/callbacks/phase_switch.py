@@ -7,24 +7,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_onebit.comm.watch import passing
+from lightning_onebit.config import VarianceRefresh
 from lightning_onebit.engine.optimizer import diverged_parameters
-from lightning_onebit.freeze.criteria import Criterion, Observation, VarianceStability, Verdict
+from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Verdict, is_whole
+from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
+from lightning_onebit.lightning.gradient_ratios import NEGLIGIBLE, NEGLIGIBLE_IF_COARSE, gradient_ratios
+from lightning_onebit.lightning.outlook import dense_training, outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.methods import method_for, needs_warmup
 from lightning_onebit.phase import Phase
 
 
 class PhaseSwitch(Callback):
-    """Watches the second moment during warm-up and freezes it when the criterion says so.
+    """Watches gradients and the second moment during warm-up, and ends it when the criterion says so.
 
-    Rank 0 judges after an optimizer step, between two batches, and all ranks follow its verdict at the same step.
+    Rank 0 compares each gradient with the second moment that it meets, in the optimizer's step; it judges after the step,
+    between two batches, and all ranks follow its verdict at the same step.
     The strategy adds one with the default criterion if the Trainer has none.
 
     A run whose optimizers have no second moment (SGD) starts compressed, unless the criterion is a ``FixedStep``. Beside
@@ -34,22 +40,31 @@ class PhaseSwitch(Callback):
     compressed. After ``strategy.resume_warmup()`` steps are counted anew.
 
     Args:
-        criterion: :class:`~lightning_onebit.VarianceStability` (default) or :class:`~lightning_onebit.FixedStep`.
+        criterion: :class:`~lightning_onebit.VarianceStability` (default), :class:`~lightning_onebit.FixedStep` or another
+            :class:`~lightning_onebit.Criterion`.
+
+    Raises:
+        TypeError: if it is none.
 
     Example::
 
-        Trainer(strategy="onebit_ddp", callbacks=[PhaseSwitch(criterion=VarianceStability(tolerance=0.03))])
+        Trainer(strategy="onebit_ddp", callbacks=[PhaseSwitch(criterion=VarianceStability(tolerance=0.02))])
     """
 
     def __init__(self, criterion: Criterion | None = None) -> None:
         if criterion is not None and not isinstance(criterion, Criterion):
+            hint = f" HINT: PhaseSwitch(FixedStep({criterion}))." if is_whole(criterion) else ""
             raise TypeError(
-                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion."
+                f"Invalid criterion: {criterion!r}. Must be a VarianceStability(...), a FixedStep(n) or another Criterion,"
+                f" or None: VarianceStability().{hint}"
             )
         self.criterion = criterion if criterion is not None else VarianceStability()
         self._history: list[Observation] = []
         self._last_step = 0
         self._start = 0
+        self._ratios: dict[Optimizer, dict[Tensor, Ratio]] = {}
+        """Of each optimizer's last step that was looked at."""
+        self._hooks: list[RemovableHandle] = []
         self.verdict: Verdict | None = None
         """The criterion's last word, on rank 0: whether it froze, why, and whether it was forced to."""
 
@@ -60,26 +75,68 @@ class PhaseSwitch(Callback):
             self._history, self._last_step, self._start, self.verdict = [], 0, 0, None
 
     @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop_watching()
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         self.start(strategy, total_steps=_total_steps(trainer))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
+            remark = remark_on_shares(self._plan, callbacks, total_steps=_total_steps(trainer))
+            if remark is not None:
+                rank_zero_info(f"{type(self).__name__}: {remark}")
         if strategy.optimizer_steps > 0:  # a checkpoint, perhaps of plain DDP, may have had all its warm-up
             self.after_step(strategy, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.after_step(strategy_of(trainer), pl_module)
+        if (strategy := strategy_of(trainer)) is not None:
+            passing("the end of a batch")
+            self.after_step(strategy, pl_module)
 
     def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
-        """Fix the criterion's settings for a run of ``total_steps`` optimizer steps (``inf`` if unknown)."""
+        """Fix the criterion's settings for a run of ``total_steps`` steps (``inf`` if unknown), and begin to watch."""
         if strategy.world_size == 1:
             return
-        self._plan = self.criterion.plan(total_steps=total_steps, beta2=slowest_beta2(strategy.compressed_optimizers))
+        beta2 = slowest_beta2(strategy.compressed_optimizers)
+        self._plan = self.criterion.plan(total_steps=total_steps, beta2=beta2, refresh=renewal(strategy))
+        self._watch(strategy)
         if self._needs_no_warmup(strategy):
             self._freeze_at_once(strategy)
         elif strategy.phase is Phase.WARMUP:
-            for remark in self._plan.remarks:
+            ratio, precision = strategy.expected_compression_ratio, strategy.config.warmup_precision
+            line = outlook(self._plan, total_steps=total_steps, ratio=ratio, precision=precision)
+            remarks = [line, *self._plan.remarks]
+            if strategy.config.variance_refresh is not None and not strategy.config.renews_variance:
+                remarks.append("variance_refresh='auto' is None with space='momentum': the second moment stays frozen.")
+            for remark in remarks:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
+
+    def _watch(self, strategy: TwoPhaseStrategy) -> None:
+        """Look at gradients where they are what the optimizer steps by: unscaled, clipped, of this optimizer alone."""
+        self._stop_watching()
+        if not (strategy.is_global_zero and self._plan.measures):
+            return
+        are_several = len(strategy.compressed_optimizers) > 1
+        negligible = NEGLIGIBLE_IF_COARSE if strategy.rounds_coarsely else NEGLIGIBLE
+
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if strategy.phase is Phase.COMPRESSED or getattr(optimizer, "found_inf", False):
+                return  # gradients are local, or a loss scaler has this step skipped
+            step = strategy.optimizer_steps - self._start
+            # With several, those that step before the last have made one more than are counted.
+            if self._plan.observes(step) or (are_several and self._plan.observes(step + 1)):
+                self._ratios[optimizer] = gradient_ratios(optimizer, negligible=negligible)
+
+        self._hooks = [optimizer.register_step_post_hook(look) for optimizer in strategy.compressed_optimizers]
+
+    def _stop_watching(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._ratios = [], {}
 
     def after_step(self, strategy: TwoPhaseStrategy, module: nn.Module) -> None:
         """Judge, and freeze if so, between two batches. Without effect if no optimizer has stepped. Collective."""
@@ -92,6 +149,8 @@ class PhaseSwitch(Callback):
         if self._needs_no_warmup(strategy):  # somebody has resumed it, as parameters were added perhaps
             self._freeze_at_once(strategy)
             return
+        if strategy.warmup_start > self._start:  # it was resumed, perhaps before the first compressed step
+            self._history, self._start, self._last_step = [], strategy.warmup_start, 0
         if strategy.optimizer_steps < self._start:  # somebody has gone back to an earlier checkpoint
             self._start = 0
         step = strategy.optimizer_steps - self._start
@@ -100,8 +159,10 @@ class PhaseSwitch(Callback):
             return
         verdict, diverged = None, False
         if strategy.is_global_zero:
-            now = observe(step, strategy.compressed_optimizers, module)
-            if not all(math.isfinite(variance) for variance in now.variances.values()):  # or only their sum is infinite
+            ratios = named([pair for ratios in self._ratios.values() for pair in ratios.items()], module)
+            self._ratios = {}
+            now = Observation(step=step, ratios=ratios, learning_rate=largest_learning_rate(strategy.compressed_optimizers))
+            if not all(math.isfinite(ratio.mean) for ratio in ratios.values()):
                 diverged = any(diverged_parameters(optimizer) for optimizer in strategy.compressed_optimizers)
             if not diverged:
                 verdict = self._judge(now, steps_between=step - previous)
@@ -109,12 +170,13 @@ class PhaseSwitch(Callback):
         # A second moment that has diverged stays so: to freeze it is refused on all ranks, so why train on till then?
         if strategy.broadcast_decision(diverged or (verdict is not None and verdict.freeze)):
             if verdict is not None:
-                announce = rank_zero_warn if verdict.forced else rank_zero_info
+                # A second moment that is renewed may move.
+                announce = rank_zero_warn if verdict.forced and renewal(strategy) is None else rank_zero_info
                 anew = f" (step {step} of this warm-up)" if self._start else ""
-                what = (
-                    "freezing the second moment" if any(map(needs_warmup, strategy.compressed_optimizers)) else "compressing"
-                )
-                announce(f"{type(self).__name__}: {what} after step {strategy.optimizer_steps}{anew}: {verdict.reason}.")
+                freezes = any(map(needs_warmup, strategy.compressed_optimizers))
+                what = "freezing the second moment" if freezes else "compressing"
+                steps = f"{strategy.optimizer_steps}{of_each(strategy.compressed_optimizers)}"
+                announce(f"{type(self).__name__}: {what} after step {steps}{anew}: {verdict.reason}.")
             self._history = []
             strategy.freeze_variance()
 
@@ -134,26 +196,40 @@ class PhaseSwitch(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = strategy_of(trainer)
+        if (strategy := strategy_of(trainer)) is None:
+            return
         fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
         if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not fast_dev_run:
-            reason = "nothing was judged" if self.verdict is None else self.verdict.reason
+            why = why_still_in_warmup(self._plan, self.verdict, steps=strategy.optimizer_steps - self._start)
+            steps = f"{strategy.optimizer_steps} optimizer steps{of_each(strategy.compressed_optimizers)}"
             once = strategy.comm_stats[Phase.COMPRESSED].steps
             what = f"compressed only {once} steps and went back to warm-up" if once else "never compressed anything"
-            rank_zero_warn(
-                f"This run {what}: after {strategy.optimizer_steps} optimizer steps it was still in"
-                f" warm-up, that is plain DDP ({reason}). HINT: train longer, set `max_steps` of VarianceStability, or"
-                " use PhaseSwitch(criterion=FixedStep(n))."
-            )
+            dense = dense_training(strategy.config.warmup_precision)
+            rank_zero_warn(f"This run {what}: after {steps} it was still in warm-up, that is {dense} {why}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        history = [{"step": o.step, "variances": dict(o.variances), "learning_rate": o.learning_rate} for o in self._history]
+        history = [
+            {
+                "step": o.step,
+                "ratios": {name: (ratio.mean, ratio.numel, ratio.steps) for name, ratio in o.ratios.items()},
+                "learning_rate": o.learning_rate,
+            }
+            for o in self._history
+        ]
         return {"history": history, "last_step": self._last_step, "start": self._start}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._history = [Observation(**entry) for entry in state_dict["history"]]
+        self._history = [
+            Observation(
+                step=entry["step"],
+                ratios={name: Ratio(mean=mean, numel=n, steps=k) for name, (mean, n, k) in entry["ratios"].items()},
+                learning_rate=entry["learning_rate"],
+            )
+            for entry in state_dict["history"]
+            if "ratios" in entry  # not in checkpoints of the first versions
+        ]
         self._last_step = state_dict["last_step"]
         self._start = state_dict.get("start", 0)  # not in checkpoints of the first versions
 
@@ -166,29 +242,27 @@ class PhaseSwitch(Callback):
         return self.verdict
 
 
-def observe(step: int, optimizers: Sequence[Optimizer], module: nn.Module) -> Observation:
-    """The optimizers' state in warm-up after ``step`` steps, as a criterion sees it.
+def renewal(strategy: TwoPhaseStrategy) -> VarianceRefresh:
+    """When the second moment is renewed after the switch; ``None``: never."""
+    config = strategy.config
+    return config.variance_refresh if config.renews_variance else None
 
-    The learning rate is that of optimizers with a second moment; if there are none, of all.
-    """
-    name_of = {p: name for name, p in module.named_parameters()}
-    names: list[str] = []
-    norms: list[Tensor] = []
-    for optimizer in optimizers:
-        method = method_for(optimizer)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                second_moment = method.second_moment(optimizer.state.get(p, {}), group)
-                if second_moment is not None:
-                    names.append(name_of.get(p, f"parameter {len(names)}"))
-                    norms.append(second_moment.sum(dtype=torch.float32))
-    values = torch.stack(norms).tolist() if norms else []
+
+def named(ratios: Sequence[tuple[Tensor, Ratio]], module: nn.Module) -> dict[str, Ratio]:
+    """By the names of parameters in ``module``."""
+    name_of: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    return {name_of.get(p, f"parameter {index}"): ratio for index, (p, ratio) in enumerate(ratios)}
+
+
+def largest_learning_rate(optimizers: Sequence[Optimizer]) -> float:
+    """Of optimizers with a second moment; if there are none, of all."""
     judged = [optimizer for optimizer in optimizers if needs_warmup(optimizer)] or optimizers
-    return Observation(
-        step=step,
-        variances=dict(zip(names, values, strict=True)),
-        learning_rate=max((float(group["lr"]) for o in judged for group in o.param_groups), default=0.0),
-    )
+    return max((float(group["lr"]) for o in judged for group in o.param_groups), default=0.0)
+
+
+def of_each(optimizers: Sequence[Optimizer]) -> str:
+    """What to add to a number of steps: with several optimizers it is not the Trainer's, which counts those of all."""
+    return f" of each of {len(optimizers)} optimizers" if len(optimizers) > 1 else ""
 
 
 def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
+from weakref import WeakSet
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_onebit.comm.stats import CommStats
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.lightning.pytorch_lightning import HINT, is_pytorch_lightning
 from lightning_onebit.phase import Phase
 
@@ -26,7 +29,15 @@ class TwoPhaseStrategy(Protocol):
     @property
     def optimizer_steps(self) -> int: ...
     @property
+    def config(self) -> CompressionConfig: ...
+    @property
     def comm_stats(self) -> CommStats: ...
+    @property
+    def warmup_start(self) -> int: ...
+    @property
+    def expected_compression_ratio(self) -> float: ...
+    @property
+    def rounds_coarsely(self) -> bool: ...
     @property
     def compressed_optimizers(self) -> Sequence[Optimizer]: ...
     def broadcast_decision(self, decision: bool) -> bool: ...
@@ -34,18 +45,27 @@ class TwoPhaseStrategy(Protocol):
     def check_ranks_agree(self) -> None: ...
 
 
-def strategy_of(trainer: pl.Trainer) -> TwoPhaseStrategy:
-    """The Trainer's strategy, if it compresses.
+_told: WeakSet[pl.Trainer] = WeakSet()
+"""Trainers of other strategies, of which it has been said."""
+
+
+def strategy_of(trainer: pl.Trainer) -> TwoPhaseStrategy | None:
+    """The Trainer's strategy if it compresses, else ``None``: then callbacks do nothing, which is said once per Trainer.
+
+    So a run is compared with ``strategy="ddp"`` by changing one string.
 
     Raises:
-        TypeError: if it is another, or the Trainer is that of ``pytorch_lightning``.
+        TypeError: if the Trainer is that of ``pytorch_lightning``.
     """
     if is_pytorch_lightning(trainer):
         raise TypeError(HINT)
     strategy: object = trainer.strategy
     if not isinstance(strategy, TwoPhaseStrategy):
-        raise TypeError(
-            f"This callback belongs to OneBitDDPStrategy, but the Trainer uses {type(strategy).__name__}. HINT: use"
-            " Trainer(strategy='onebit_ddp')."
-        )
+        if trainer not in _told:
+            _told.add(trainer)
+            rank_zero_warn(
+                f"The Trainer uses {type(strategy).__name__}, which compresses nothing: callbacks of lightning_onebit do"
+                " nothing there. HINT: Trainer(strategy='onebit_ddp') compresses."
+            )
+        return None
     return strategy

@@ -1,0 +1,187 @@
+"""Spans of a bucket for CPUs: blocks that are worked on in one call, with their views of the bucket's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.quantize.layout import Span
+from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
+from lightning_onebit.quantize.workspace import SpanShape
+
+Numbers: TypeAlias = "float | NDArray[np.floating]"
+"""One for all, or one for each."""
+
+
+@dataclass(eq=False)
+class SpanViews:
+    """A span and its views of a bucket's memory, made once. What a span does not have on this rank is missing."""
+
+    span: Span
+    shape: SpanShape
+    flat: slice
+    """Its elements in the bucket's memory."""
+    members: list[tuple[int, slice, slice]]
+    """Of each parameter: index, elements of it, their place in the span."""
+    results: list[Encoded]
+    member_of_block: NDArray[np.int64]
+    """Which of the parameters each block belongs to."""
+    real: np.dtype[np.floating]
+    """dtype of the errors."""
+    error: Tensor | None = None
+    second_moment: Tensor | None = None
+    sent: Encoded | None = None
+    server_error: Tensor | None = None
+    second_moment_residual: Tensor | None = None
+    received: Sequence[Encoded] = ()
+    served: Encoded | None = None
+
+    def coefficients(self, step: StepInputs) -> Coefficients:
+        """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
+        rows = step.numbers[self.span.parameters[0]] if len(self.members) == 1 else step.numbers[list(self.span.parameters)]
+        if rows.ndim == 1:
+            return Coefficients(*rows.tolist())
+        same = (rows == rows[0]).all(axis=0)
+        columns = (float(rows[0, j]) if same[j] else rows[:, j] for j in range(rows.shape[1]))
+        return Coefficients(*columns)  # type: ignore[arg-type]
+
+    def per_block(self, numbers: Numbers) -> Numbers:
+        """A number as it is, an array of parameters spread over blocks."""
+        return numbers if isinstance(numbers, float) else numbers[self.member_of_block]
+
+    def per_element(self, numbers: Numbers) -> Numbers:
+        """A number as it is, an array of parameters spread over elements, padding included."""
+        if isinstance(numbers, float):
+            return float(numbers)  # numpy's own would be a float64
+        rounded = numbers.astype(self.real)  # as torch and numpy round a number
+        return self.spread(rounded[self.member_of_block])
+
+    def spread(self, by_block: NDArray[Any]) -> NDArray[Any]:
+        """What blocks have, ``[blocks]``, spread over their elements, padding included."""
+        return np.repeat(by_block, self.shape.elements_of_block)
+
+
+def span_views(memory: BucketMemory, chunks: range) -> list[SpanViews]:
+    """The spans of neighbouring chunks, made at the first call."""
+    cache: dict[range, list[SpanViews]] = memory.__dict__.setdefault("_span_views", {})
+    if chunks not in cache:
+        spans = memory.layout.spans(chunks, memory.parameter_numels)
+        cache[chunks] = [_make_views(memory, span) for span in spans]
+    return cache[chunks]
+
+
+def _make_views(memory: BucketMemory, span: Span) -> SpanViews:
+    layout, blocks = memory.layout, (span.first, span.last)
+    start, stop = int(layout.offset[span.first]), int(layout.offset[span.last])
+    members = []
+    for p, group in groupby(range(*blocks), key=lambda block: int(layout.parameter[block])):
+        own = list(group)
+        first, numel = int(layout.start[own[0]]), int(layout.numel[own].sum())
+        place = int(layout.offset[own[0]]) - start
+        members.append((p, slice(first, first + numel), slice(place, place + numel)))
+    numel = stop - start if span.is_packed else int(layout.numel[span.first : span.last].sum())
+    numels = tuple(layout.numel[span.first : span.last].tolist()) if span.is_packed else None
+    flat = slice(start, stop)
+    changes = np.flatnonzero(np.diff(layout.parameter[span.first : span.last]))
+    views = SpanViews(
+        span=span,
+        shape=SpanShape(layout.block_size, numel, numels),
+        flat=flat,
+        members=members,
+        member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
+        real=memory.error.numpy().dtype,
+        results=[memory.encoded(result, 0, blocks) for result in memory.results],
+    )
+    first, last = memory.share_blocks
+    if first <= span.first and span.last <= last:
+        shift = memory.share_flat.start
+        views.error = memory.error[start - shift :][:numel]
+        if memory.second_moment is not None:
+            views.second_moment = memory.second_moment[start - shift :][:numel]
+        views.sent = memory.encoded(memory.sent, memory.share.start, blocks)
+    if memory.chunk is not None and memory.chunk_blocks[0] <= span.first and span.last <= memory.chunk_blocks[1]:
+        views.server_error = memory.server_error[start - memory.chunk_flat.start :][:numel]
+        if memory.second_moment_residual is not None:
+            views.second_moment_residual = memory.second_moment_residual[start - memory.chunk_flat.start :][:numel]
+        messages = memory.received.view(len(memory.share), -1)
+        views.received = [memory.encoded(message, memory.chunk, blocks) for message in messages]
+        views.served = memory.encoded(memory.served, memory.chunk, blocks)
+    return views
+
+
+def parts_of(memory: BucketMemory, view: SpanViews) -> list[SpanViews]:
+    """A packed span cut into its parameters, made at the first call."""
+    cache: dict[Span, list[SpanViews]] = memory.__dict__.setdefault("_parts_of_spans", {})
+    if view.span not in cache:
+        parameter, first, parts = memory.layout.parameter, view.span.first, []
+        for block in range(view.span.first + 1, view.span.last + 1):
+            if block == view.span.last or parameter[block] != parameter[first]:
+                parts.append(_make_views(memory, Span(first, block, (int(parameter[first]),), view.span.is_packed)))
+                first = block
+        cache[view.span] = parts
+    return cache[view.span]
+
+
+def active_parts(memory: BucketMemory, view: SpanViews, step: StepInputs, *, check: bool) -> Iterator[SpanViews]:
+    """What of a span is worked on: all of it, unless some of its parameters sit out.
+
+    Args:
+        memory: the bucket.
+        view: a span.
+        step: which parameters are active.
+        check: whether it is known which parameters are active: those that are not are left out.
+    """
+    whole = not check or len(view.members) == 1 or all_active(view, step)
+    for part in [view] if whole else parts_of(memory, view):
+        if not check or all_active(part, step):
+            yield part
+
+
+def all_active(view: SpanViews, step: StepInputs) -> bool:
+    if step.active is None:
+        step.active = step.is_active.numpy()
+    return step.all_are_active or all(step.active[p] for p, _, _ in view.members)
+
+
+def any_number(numbers: Numbers) -> bool:
+    """Whether a number, or one of several that differ, is not 0."""
+    return not isinstance(numbers, float) or numbers != 0.0
+
+
+def last_average(memory: BucketMemory, part: SpanViews) -> Encoded:
+    return part.results[memory.current]
+
+
+def average_before(memory: BucketMemory, part: SpanViews) -> Encoded:
+    return part.results[memory.current - 1]
+
+
+def live_bits(live: Tensor | None, part: SpanViews) -> Tensor | None:
+    return None if live is None else live[part.flat.start // 8 : part.flat.stop // 8]
+
+
+def is_whole(param: Tensor, elements: slice) -> bool:
+    return elements.start == 0 and elements.stop == param.numel()
+
+
+def gather_(out: Tensor, part: SpanViews, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The elements of a span's parameters, in ``out``: those of ``None`` are zero."""
+    sources, targets = [], []
+    for p, elements, place in part.members:
+        tensor = tensors[p]
+        if tensor is None:
+            out[place].zero_()
+        else:
+            sources.append(tensor if is_whole(tensor, elements) else tensor[elements])
+            targets.append(out[place])
+    if sources:
+        torch._foreach_copy_(targets, sources)
+    return out

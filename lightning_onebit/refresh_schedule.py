@@ -1,0 +1,41 @@
+"""When a frozen second moment is renewed: numbers of optimizer steps, for those who renew it and for those who judge it."""
+
+from __future__ import annotations
+
+from lightning_onebit.config import VarianceRefresh
+
+LONGEST_INTERVAL = 64
+"""Steps between refreshes at last, by "auto": 1/8 bit per element and step."""
+STEPS_PER_INTERVAL = 4
+
+
+def refresh_interval(every: VarianceRefresh, step: int) -> int:
+    """Steps from a refresh at the end of optimizer step number ``step`` to the next: by "auto", max(1, min(64, step / 4)).
+
+    Raises:
+        ValueError: if there are no refreshes.
+    """
+    if every is None:
+        raise ValueError("Invalid variance_refresh: None. Without refreshes there is no interval between them.")
+    return max(1, min(LONGEST_INTERVAL, step // STEPS_PER_INTERVAL)) if every == "auto" else every
+
+
+def longest_interval(every: VarianceRefresh) -> int:
+    """Steps between refreshes late in a run."""
+    return refresh_interval(every, STEPS_PER_INTERVAL * LONGEST_INTERVAL)
+
+
+def is_refresh_due(step: int, every: VarianceRefresh) -> bool:
+    """Whether D is renewed at the end of optimizer step number ``step``.
+
+    With "auto", the first refresh is at step 1, and each is followed by the next after :func:`refresh_interval` steps:
+    always the same ones, whenever the run has switched, so that there is nothing to remember.
+    """
+    if every is None:
+        return False
+    if every != "auto":
+        return step % every == 0
+    due = 1
+    while due < step and (interval := refresh_interval(every, due)) < LONGEST_INTERVAL:
+        due += interval
+    return due <= step and (step - due) % LONGEST_INTERVAL == 0

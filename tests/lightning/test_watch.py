@@ -1,0 +1,201 @@
+"""Ranks that take decisions by themselves, or have different numbers of batches: all end soon, and say where each was."""
+
+import contextlib
+import json
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from ranks import run_trainers
+from torch import nn
+from trainers import Classifier, adam, data, make_trainer
+
+from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, PhaseSwitch
+from lightning_onebit.comm import watch
+
+FREEZE, FAULT = 3, 6
+
+
+@pytest.mark.parametrize(
+    ("count", "places", "other_count", "other_places", "expected"),
+    [
+        (3, "abc", 3, "abc", None),
+        (5, "abc", 4, "xab", None),  # one is ahead; before, nothing is known in common
+        (9, "abc", 3, "xyz", None),
+        (5, "abc", 5, "abd", ("c", "d")),
+        (5, "abc", 6, "abcd", None),  # positions count, not the ends
+        (5, "abc", 6, "abdd", ("c", "d")),
+        (4, "aac", 3, "aab", ("a", "b")),
+        (4, "aac", 3, "aaa", None),
+        (0, "", 2, "ab", None),
+    ],
+)
+def test_lists_of_places_are_compared_where_both_are_known(count, places, other_count, other_places, expected):
+    assert watch.first_difference(count, list(places), other_count, list(other_places)) == expected
+
+
+def test_places_that_are_passed_while_a_note_is_written_are_in_the_next_one():
+    class Lock:
+        """Released, the training thread goes on to its last place at once."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            seen._lock = threading.Lock()
+            seen.passing("last")
+
+    store = dist.HashStore()
+    seen = watch.Watch(store, 0, 2, 1, lambda: "here")
+    seen.passing("first")
+    seen._lock = Lock()
+    seen._write()
+    seen._write()
+    seen.close()
+    assert json.loads(store.get("lightning_onebit/1/0"))["places"] == ["first", "last"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_complete_just_after_a_look_is_no_failure_unless_it_failed(fails):
+    class Work:
+        looks = 0
+
+        def wait(self, timeout=None):
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("Operation timed out!")
+            if fails:
+                raise RuntimeError("Connection closed by peer")
+
+        def is_completed(self):
+            return True
+
+    seen = watch.Watch(dist.HashStore(), 0, 2, 1, lambda: "here")
+    try:
+        with pytest.raises(RuntimeError, match="closed by peer") if fails else contextlib.nullcontext():
+            seen.wait(Work())
+    finally:
+        seen.close()
+
+
+class LeavesOut(Classifier):
+    """Leaves out a step, on rank 1 only, as if its gradient were too large there."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        if batch_idx == FAULT and self.global_rank == 1:
+            optimizer_closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def by_trainer(rank, *, model, batches, strategy):
+    trainer = make_trainer(strategy, 2, callbacks=[PhaseSwitch(FixedStep(FREEZE))], use_distributed_sampler=False)
+    trainer.fit(model, data(batches[rank]))
+
+
+def leaves_out_a_step(rank):
+    by_trainer(rank, model=LeavesOut(), batches=(20, 20), strategy="onebit_ddp")
+
+
+def has_fewer_batches(rank):
+    by_trainer(rank, model=Classifier(), batches=(20, FAULT), strategy=OneBitDDPStrategy())
+
+
+def has_fewer_batches_in_warmup(rank):
+    by_trainer(rank, model=Classifier(), batches=(20, FREEZE - 1), strategy="onebit_ddp")
+
+
+def leaves_out_a_step_with_fabric(rank):
+    strategy = OneBitDDPFabricStrategy(criterion=FixedStep(FREEZE), timeout=timedelta(seconds=60))
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    fabric.launch()
+    module = Classifier()
+    model, optimizer = fabric.setup(module, adam(module))
+    try:
+        for index, batch in enumerate(data(20)):
+            fabric.backward(model.training_step(batch, index))
+            if index != FAULT or rank == 0:
+                optimizer.step()
+            optimizer.zero_grad()
+        watch._end_watch()  # as at the exit of a process
+        time.sleep(3)  # rank 0, which has the store, may be the one that has finished
+    finally:
+        strategy.teardown()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "patience_seconds"),
+    [
+        (leaves_out_a_step, watch.PATIENCE_SECONDS),
+        (has_fewer_batches, 1.0),
+        (has_fewer_batches_in_warmup, 1.0),
+        (leaves_out_a_step_with_fabric, 1.0),
+    ],
+)
+def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds):
+    def fn(rank):
+        if patience_seconds < watch.PATIENCE_SECONDS:
+            watch.PATIENCE_SECONDS, watch.LOOK_SECONDS = patience_seconds, 0.5
+        start = time.perf_counter()
+        try:
+            scenario(rank)
+        except RuntimeError as error:
+            return str(error), time.perf_counter() - start
+        return "", time.perf_counter() - start
+
+    messages, seconds = zip(*run_trainers(2, fn), strict=True)
+    assert patience_seconds <= max(seconds) < 15
+    assert any(messages)
+    phase = "WARMUP" if scenario is has_fewer_batches_in_warmup else "COMPRESSED"
+    for rank, message in enumerate(messages):
+        if message:
+            assert f"rank {rank}" in message
+            assert f"rank {1 - rank} (phase {phase}, after " in message, message
+    assert any("The ranks have parted" in message and "strategy.grad_norm()" in message for message in messages), messages
+
+
+def test_the_norm_of_the_mean_gradient_is_the_same_on_all_ranks_in_both_phases():
+    class Norms(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            gradients = torch.cat([p.grad.reshape(-1) for p in self.parameters()])
+            mean = self.trainer.strategy.reduce(gradients.clone(), reduce_op="mean")
+            before = [p.grad.clone() for p in self.parameters()]
+            own = self.trainer.strategy.grad_norm()
+            assert all(torch.equal(p.grad, b) for p, b in zip(self.parameters(), before, strict=True))
+            self.norms.append((float(own), float(mean.norm()), float(gradients.norm())))
+
+    def fn(rank):
+        model = Norms()
+        model.norms = []
+        by_trainer(rank, model=model, batches=(8, 8), strategy="onebit_ddp")
+        return model.norms
+
+    torch.manual_seed(0)
+    first, second = run_trainers(2, fn)
+    assert [norm for norm, _, _ in first] == [norm for norm, _, _ in second]
+    for norm, mean, _ in first:
+        assert norm == pytest.approx(mean, rel=0.2)  # of a model so small that its sketch is
+    for norm, mean, _ in first[:FREEZE]:
+        assert norm == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_long_wait_is_no_parting():
+    """The other rank is slow, not elsewhere."""
+
+    class Slow(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == FAULT and self.global_rank == 0:
+                time.sleep(3)
+
+    def fn(rank):
+        watch.PATIENCE_SECONDS, watch.LOOK_SECONDS = 0.5, 0.2
+        model = Slow()
+        by_trainer(rank, model=model, batches=(10, 10), strategy="onebit_ddp")
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    first, second = run_trainers(2, fn)
+    assert torch.equal(first, second)
