@@ -7,8 +7,8 @@ Each rank carries on a second moment of its own, of all coordinates, those that 
 which begins as Adam's v at the switch and is updated in the pass that has g at hand (:mod:`lightning_onebit.quantize`). At a
 **refresh**, after the step's gradient has entered, v = mean_i v_i goes through the exchange that the signs take, as an
 8-bit logarithm, and D = sqrt(v / (1 - beta2^t)) + eps is the same on all ranks from the next step on. What travels in update
-space is divided by D already, so errors keep their meaning whatever D becomes. Of u = m / D it is the momentum m that goes on:
-the next step's beta u becomes beta u D_old / D_new, as errors take what it is more.
+space is divided by D already, so errors keep their meaning whatever D becomes. Of u = m / D it is the momentum m that goes
+on: the next step's beta u becomes beta u D_old / D_new, as errors take what it is more.
 
 r, one number per tensor, brings one rank's gradients to the scale of the mean's:
 

@@ -1,7 +1,7 @@
 """A run as a whole, against Adam on the mean gradient: it must go where Adam goes, and would not if a part were left out.
 
-Losses hide a wrong scale, which acts as a learning rate. So displacements are compared, in training that noise dominates, on 16
-ranks that are threads. Gradients grow, a few are large and common to all ranks, and sizes span orders of magnitude.
+Losses hide a wrong scale, which acts as a learning rate. So displacements are compared, in training that noise dominates, on
+16 ranks that are threads. Gradients grow, a few are large and common to all ranks, and sizes span orders of magnitude.
 """
 
 import math
