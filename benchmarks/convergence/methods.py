@@ -9,11 +9,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,12 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.optim import Optimizer
 
+from lightning_onebit import refresh_schedule
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import ring_all_reduce_nbytes
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.engine.renewal import Renewal
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
@@ -44,6 +45,10 @@ class Method:
     space: Literal["update", "momentum"] = "update"
     block_size: int = 2048
     has_error_feedback: bool = True
+    steps_per_interval: int | None = None
+    """The next refresh of "auto" after this share of the steps so far; ``None``: the library's, 8."""
+    keeps_momentum: bool = True
+    """Whether m = u D goes on at a refresh, as in the library, or u."""
     rank: int = 0
     """PowerSGD's."""
     text: str = ""
@@ -52,12 +57,11 @@ class Method:
         return round(self.dense_steps * steps) if self.dense_steps < 1 else int(self.dense_steps)
 
     def config(self) -> CompressionConfig:
-        settings: dict[str, Any] = {"block_size": self.block_size, "space": self.space}
-        if any(each.name == "variance_refresh" for each in dataclasses.fields(CompressionConfig)):
-            settings["variance_refresh"] = self.variance_refresh
-        elif self.variance_refresh is not None:
-            raise ValueError(f"This version of the library cannot renew the second moment, as {self.name!r} asks.")
-        return CompressionConfig(**settings)
+        return CompressionConfig(
+            block_size=self.block_size,
+            space=self.space,
+            variance_refresh=self.variance_refresh,  # type: ignore[arg-type]
+        )
 
 
 METHODS = {
@@ -72,6 +76,31 @@ METHODS = {
         # Further
         Method(name="renewed5", kind="compressed", dense_steps=5, variance_refresh="auto", text="renewed, 5 dense steps"),
         Method(name="renewed45", kind="compressed", dense_steps=45, variance_refresh="auto", text="renewed, 45 dense steps"),
+        Method(
+            name="renewed_4",
+            kind="compressed",
+            dense_steps=20,
+            variance_refresh="auto",
+            steps_per_interval=4,
+            text="renewed after step // 4 more",
+        ),
+        Method(
+            name="renewed_4_u",
+            kind="compressed",
+            dense_steps=20,
+            variance_refresh="auto",
+            steps_per_interval=4,
+            keeps_momentum=False,
+            text="renewed after step // 4 more, u goes on",
+        ),
+        Method(
+            name="renewed_8_u",
+            kind="compressed",
+            dense_steps=20,
+            variance_refresh="auto",
+            keeps_momentum=False,
+            text="renewed, u goes on",
+        ),
         Method(name="frozen30", kind="compressed", dense_steps=0.30, text="frozen, 30% dense"),
         Method(
             name="paper",
@@ -217,6 +246,12 @@ def begin(
 
 
 @contextmanager
-def thread_safe_hooks() -> Iterator[None]:
-    with mock.patch.object(torch.random, "fork_rng", one_rank_at_a_time):
+def patches(method: Method) -> Iterator[None]:
+    """What a training needs to be otherwise, for all threads: torch's hook is not made for them."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.random, "fork_rng", one_rank_at_a_time))
+        if method.steps_per_interval is not None:
+            stack.enter_context(mock.patch.object(refresh_schedule, "STEPS_PER_INTERVAL", method.steps_per_interval))
+        if not method.keeps_momentum:
+            stack.enter_context(mock.patch.object(Renewal, "_keep_momentum_", lambda *_: None))
         yield

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.convergence.methods import METHODS, Averaging, begin, gradient_of, thread_safe_hooks
+from benchmarks.convergence.methods import METHODS, Averaging, begin, gradient_of, patches
 from benchmarks.convergence.workloads import WORKLOADS, Part, Task, Workload
 from lightning_onebit.comm.primitives import Communicator
 
@@ -139,9 +139,7 @@ def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
         x = parameters_to_vector(p for part in task.parts for p in part.params)
         counters = communicator.counters
         result: dict[str, Any] = {"x": x.detach(), "bytes": counters.bytes_sent, "dense_bytes": dense_bytes}
-        for name in ("bytes_by_kind", "bytes_of_refreshes", "bytes_of_sketches", "refresh_bytes", "sketch_bytes"):
-            if hasattr(counters, name):
-                result[name] = getattr(counters, name)
+        result |= {"refresh_bytes": counters.refresh_bytes_sent, "sketch_bytes": counters.sketch_bytes_sent}
         if communicator.rank == 0:
             result["loss"] = task.evaluate()
             result["curve"] = [*curve, [workload.steps, round(result["loss"], 5)]]
@@ -151,7 +149,7 @@ def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
             result["distance"] = round(float((x.detach() - first).norm()), 5)
         return result
 
-    with thread_safe_hooks():
+    with patches(method):
         results = run_threads(threads, on_rank, timeout=timeout)
     first, x = results[0], results[0].pop("x")
     numel, n = len(x), setting.ranks
