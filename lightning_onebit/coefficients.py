@@ -17,8 +17,8 @@ class Coefficients(NamedTuple):
     1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
     6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
 
-    In momentum space the division comes after the quantizer, which makes all elements of a block equally large, so it is there
-    that a bound is needed::
+    In momentum space the division comes after the quantizer, which makes all elements of a block equally large, so that a
+    bound is needed there::
 
     6.  x = shrink x - clamp(step_size ((1 + nesterov) u - nesterov u_before) / D, +-largest_move)
 
