@@ -40,8 +40,8 @@ class CompressionConfig:
 
     space: Space = "update"
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
-    itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner. Elements of a block come out of the
-    quantizer equally large, so in momentum space those with a small D get much noise: m/D is clamped to the most that an
+    itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner. Elements of a block come out of
+    the quantizer equally large, so in momentum space those with a small D get much noise: m/D is clamped to the most that an
     unfrozen Adam could have, and what is cut off is lost."""
 
     variance_refresh: VarianceRefresh = "auto"

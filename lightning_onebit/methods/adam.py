@@ -36,8 +36,8 @@ def largest_update(beta1: float, beta2: float) -> float:
 
         |m| / sqrt(v) <= (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)).
 
-    The bias correction of v makes it smaller; that of m is part of eta. With beta1^2 near beta2 or beyond, this grows without
-    end: there the bound is 1 / sqrt(1 - beta2), that of a single gradient. Never below 1, what a constant gradient has.
+    The bias correction of v makes it smaller; that of m is part of eta. With beta1^2 near beta2 or beyond, this grows
+    without end: there the bound is 1 / sqrt(1 - beta2), that of a single gradient. Never below 1, what a constant one has.
     """
     ratio = beta1**2 / beta2 if beta2 else math.inf
     growth = (1.0 - beta1) / math.sqrt(1.0 - ratio) if ratio < 1.0 else math.inf

@@ -1,4 +1,4 @@
-"""Momentum space: the quantizer gives all elements of a block the same magnitude, which a tiny D must not make a huge move."""
+"""Momentum space: the quantizer gives all elements of a block the same magnitude, which a tiny D makes a huge move."""
 
 import threading
 
