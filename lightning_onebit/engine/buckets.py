@@ -347,7 +347,10 @@ class Buckets:
         return errors
 
     def apply_outstanding_(self, errors: Mapping[int, Tensor]) -> None:
-        """Move the parameters by what had not been applied, at once. ``errors`` by parameter, flat; overwritten."""
+        """Move the parameters by what had not been applied, at once, and in momentum space by no more than one step may.
+
+        ``errors`` by parameter, flat; overwritten.
+        """
         for parts in self.parts:
             for part in parts:
                 if part.parameter not in errors:
@@ -356,7 +359,7 @@ class Buckets:
                 move = part.of_parameter(errors[part.parameter]).mul_(-c.step_size)
                 if part.memory.has_rms and not self.divides_first:
                     rms = part.rms
-                    move.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
+                    move.div_(rms + c.eps).masked_fill_(rms == 0, 0.0).clamp_(-c.largest_move, c.largest_move)
                 part.of_parameter(flat_view(self.params[part.parameter])).add_(move)
 
     # What a checkpoint holds beside the stock state

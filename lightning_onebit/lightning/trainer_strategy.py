@@ -71,6 +71,7 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
+            There m/D is clamped to the most that an unfrozen Adam could have.
         variance_refresh: when the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a
             number: every so many steps; ``None``: never, as in the paper, and always in momentum space.
         overlap: whether buckets are sent during backward, as their gradients come. The result is the same, bit for bit.

@@ -261,7 +261,9 @@ class CpuKernels:
             if live is not None:
                 self._expand_mask(live, work)
                 work.reals.masked_fill_(work.mask == 0, 1.0)
-            move.div_(work.reals)
+            np.divide(move.numpy(), work.reals_array, out=move.numpy())
+            largest = part.per_element(c.largest_move)
+            np.clip(move.numpy(), -largest, largest, out=move.numpy())
         if is_view:
             param.add_(move)
             return

@@ -131,6 +131,13 @@ def test_50_steps_equal_the_float64_model(kind, space, scale):
     assert_close(histories[0], train_model(kind, 3, **config), rtol=1e-4)
 
 
+def test_moves_that_are_cut_in_momentum_space_equal_the_float64_model():
+    """One block for second moments from 1 to 10^6, which the quantizer makes equal in size before D divides."""
+    config = {"space": "momentum", "block_size": 512, "steps": 20}
+    histories = run_threads(3, lambda communicator: train(communicator, torch.optim.AdamW, torch.float64, **config))
+    assert_close(histories[0], train_model(torch.optim.AdamW, 3, **config), rtol=1e-4)
+
+
 def test_on_gloo_50_steps_equal_the_float64_model():
     histories = run_ranks(3, lambda rank: train(Communicator(), torch.optim.AdamW, torch.float64, block_size=64))
     assert_close(histories[0], train_model(torch.optim.AdamW, 3, block_size=64), rtol=1e-4)

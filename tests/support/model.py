@@ -58,6 +58,9 @@ class AdamModel:
         self.weight_decay, self.decoupled, self.maximize = weight_decay, decoupled, maximize
         self.space = space
         self.kappa = world_size / np.sqrt(1 - self.beta2)
+        # Of m / sqrt(v), in momentum space: by Cauchy and Schwarz over more steps than m remembers; or that of g / sqrt(v).
+        gains = (self.beta1**2 / self.beta2) ** np.arange(10_000)
+        self.bound = min(1.0, (1 - self.beta1) * np.sqrt(np.sum(gains))) / np.sqrt(1 - self.beta2)
         self.world_size = world_size
         self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale) if world_size > 1 else None
 
@@ -93,7 +96,7 @@ class AdamModel:
             local = [self.live * np.clip(g / self.D, -self.kappa, self.kappa) for g in local]
         momenta = [self.beta1 * self.u + (1 - self.beta1) * g for g in local]
         self.u = self.compression.reduce(momenta, self.live) if self.compression else momenta[0]
-        update = self.u if self.space == "update" else self.u / self.D
+        update = self.u if self.space == "update" else np.clip(self.u / self.D, -self.bound, self.bound)
         self.x -= self.lr / (1 - self.beta1**self.t) * update
         self.collect(grads)
         if self.t % REFRESH_STEPS == 0:
