@@ -7,6 +7,8 @@ from lightning_onebit.config import VarianceRefresh
 LONGEST_INTERVAL = 64
 """Steps between refreshes at last, by "auto": 1/8 bit per element and step."""
 STEPS_PER_INTERVAL = 4
+SKETCH_STEPS = 16
+"""Steps between estimates of how alike the ranks' gradients are, and of how well D fits them."""
 
 
 def refresh_interval(every: VarianceRefresh, step: int) -> int:

@@ -33,7 +33,6 @@ from lightning_onebit.consistency.divergence import difference_between_ranks, di
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.renewal import SKETCH_STEPS
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
@@ -43,7 +42,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.quantize.tensor_sketch import WIDTH
-from lightning_onebit.refresh_schedule import longest_interval
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, longest_interval
 
 REPLACED_TOO_LATE = (
     "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
