@@ -28,7 +28,6 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.quantize.memory import StepInputs
 from lightning_onebit.quantize.tensor_sketch import TensorSketch, used_columns
-from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 SHORTEST_WINDOW = 4
 """Estimates that r is at least averaged over; more where v has a long memory, but a quarter of it: r must not lag."""
@@ -59,16 +58,6 @@ class GradientStatistics:
         least = 1.0 / self._groups.topology.num_nodes
         r = np.divide(of_mean, mean, out=np.full_like(mean, least), where=mean > 0)
         return np.sqrt(np.clip(r, least, 1.0).astype(np.float32)).astype(np.float64)
-
-    def is_sketch_due(self, step: int) -> bool:
-        """Whether there is an estimate at the end of optimizer step number ``step``: every 16 steps.
-
-        Where D is renewed, which needs r, also at each of the first 16.
-        """
-        buckets = self._buckets
-        if self._groups.topology.num_nodes == 1 or not buckets.memories:
-            return False
-        return step % SKETCH_STEPS == 0 or (buckets.renews and self.statistics[:, 4].max() < SKETCH_STEPS)
 
     def learn_(self, step: StepInputs, number: int) -> None:
         """Estimate r from the gradients of a step, with the D that it used. Collective. Waits for the device.

@@ -44,7 +44,7 @@ from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.methods import method_for, parameters_of
-from lightning_onebit.refresh_schedule import is_refresh_due
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, is_refresh_due
 
 
 class CompressedOptimizer:
@@ -259,7 +259,7 @@ class CompressedOptimizer:
         """Launch what second moments need to know of the step, by which nothing changes yet: it is read when all is."""
         number, estimates = self._steps + 1, {}
         with record_function("onebit::sketch"), self.communicator.counters.counting_sketches():
-            for each in self._sets:
+            for each in self._sketched_sets:
                 estimate = each.estimate(number)
                 if estimate is not None:
                     estimates[each] = estimate
@@ -291,12 +291,12 @@ class CompressedOptimizer:
             has_news: whether some rank asks for a refresh.
         """
         number, counters = self._steps + 1, self.communicator.counters
-        late_is_due = has_news and self._is_late_refresh_due
+        late_is_due, sketched = has_news and self._is_late_refresh_due, self._sketched_sets
         for each in self._sets:
             each.count_step_(late=self._commits_late)
-            if each.statistics is not None and each in learned:
+            if each in learned:
                 each.statistics.take_over_(learned[each])
-            elif each.statistics is not None and each.statistics.is_sketch_due(number):
+            elif each in sketched:
                 with record_function("onebit::sketch"), counters.counting_sketches():
                     each.learn_(number)
             with record_function("onebit::refresh"), counters.counting_refreshes():
@@ -307,7 +307,7 @@ class CompressedOptimizer:
 
     def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
         """Whether the gradients of a bucket are looked at again at the end of the step."""
-        if each.statistics is not None and each.statistics.is_sketch_due(self._steps + 1):
+        if each in self._sketched_sets:
             return True
         return outcome.has_news and self._is_late_refresh_due and bool(each.late) and len(each.late[index]) > 0
 
@@ -396,6 +396,12 @@ class CompressedOptimizer:
         return (self._steps + 1) % REFRESH_STEPS == 0
 
     @property
+    def _sketched_sets(self) -> list[ParameterSet]:
+        """Those of whose present gradients something is learned: every 16 steps, and more often at first, if r is needed."""
+        is_due = (self._steps + 1) % SKETCH_STEPS == 0
+        return [each for each in self._sets if (is_due and each.is_sketched) or each.is_sketched_often]
+
+    @property
     def _waits_last(self) -> bool:
         """Whether the host asks how the ranks have decided only when all of the step has been launched."""
         return all(each.buckets.kernels.reads_flags_on_device for each in self._sets) and bool(self._sets)
@@ -480,7 +486,7 @@ class CompressedOptimizer:
         """By parameter, how well D fits the gradients, by the estimates so far; empty without D. Not collective."""
         found: dict[Tensor, tuple[float, float, float, float, int]] = {}
         for each in self._sets:
-            if each.statistics is not None:
+            if each.is_sketched:
                 found.update(zip(each.buckets.params, each.statistics.drift, strict=True))
         elements = sum(n for _, _, n, _, _ in found.values()) or 1.0
         squares = sum(ratio * n for ratio, _, n, _, _ in found.values()) or 1.0
@@ -565,7 +571,7 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
-                if each.statistics is not None:
+                if each.is_sketched or each.buckets.renews:
                     entry["gradient_statistics"] = each.statistics.statistics_of(i)
             late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
             for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
@@ -584,7 +590,7 @@ class CompressedOptimizer:
         for each in self._sets:
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             each.buckets.restore_(by_index, block_size=block_size)
-            if each.statistics is not None:
+            if each.is_sketched or each.buckets.renews:
                 each.statistics.restore_(by_index)
             each.late = each.find_late()
             for late in each.late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from lightning_onebit.engine.gradient_statistics import GradientStatistics
 from lightning_onebit.engine.variance import LateCoordinates, refresh_late_
 from lightning_onebit.flat import flat_gradient, flat_view
 from lightning_onebit.quantize.memory import StepInputs
+from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 
 class ParameterSet:
@@ -32,10 +34,7 @@ class ParameterSet:
     def __init__(self, buckets: Buckets, groups: ExchangeGroups) -> None:
         self.buckets = buckets
         self.late = self.find_late()
-        self.statistics: GradientStatistics | None = None
-        """Where there is a D. Of a single rank nothing is ever estimated."""
-        if buckets.method.has_second_moment:
-            self.statistics = GradientStatistics(buckets, groups)
+        self._groups = groups
         self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
         self.node_average: NodeAverage | None = None
         self._params = [flat_view(p) for p in buckets.params]
@@ -43,6 +42,21 @@ class ParameterSet:
         self._taken: set[int] = set()
         self._step: StepInputs | None = None
         self._share_gradient: Tensor | None = None
+
+    @cached_property
+    def statistics(self) -> GradientStatistics:
+        """Of the ranks' gradients; nothing is known of them where nothing is sketched."""
+        return GradientStatistics(self.buckets, self._groups)
+
+    @property
+    def is_sketched(self) -> bool:
+        """Whether there is something to learn: with a D, on several ranks, or nodes where these average first."""
+        return self.buckets.method.has_second_moment and self.buckets.topology.num_nodes > 1 and bool(self.buckets.memories)
+
+    @property
+    def is_sketched_often(self) -> bool:
+        """Whether that is to be at every step: at first, where D is renewed, which needs r."""
+        return self.is_sketched and self.buckets.renews and self.statistics.statistics[:, 4].max() < SKETCH_STEPS
 
     def find_late(self) -> list[LateCoordinates]:
         """By bucket, the coordinates that are not live yet; none where all second moments go on."""
@@ -83,7 +97,7 @@ class ParameterSet:
                 " HINT: set it when the optimizer is created."
             )
         numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
-        if buckets.renews and self.statistics is not None:
+        if buckets.renews:
             numbers[:, Coefficients._fields.index("root_r")] = self.statistics.root_r
         return numbers
 
@@ -146,16 +160,16 @@ class ParameterSet:
 
     def learn_(self, number: int) -> None:
         """Learn from the gradients of step ``number``. Collective. Waits for the device."""
-        if self.statistics is not None and self._step is not None:
+        if self._step is not None:
             self.statistics.learn_(self._preconditioned(self._step), number)
 
     def estimate(self, number: int) -> Tensor | None:
-        """What is to be learned from step ``number``, if it is time; not waited for. Collective.
+        """What is to be learned from step ``number``; not waited for. Collective.
 
         Returns:
             float32 ``[4, parameters]``: see :meth:`GradientStatistics.estimate`.
         """
-        if self.statistics is None or self._step is None or not self.statistics.is_sketch_due(number):
+        if self._step is None:
             return None
         return self.statistics.estimate(self._preconditioned(self._step), number)
 

@@ -109,7 +109,7 @@ def everything(strategy):
                 state += [memory.rms_code, memory.rms_scale, memory.second_moment, memory.second_moment_residual]
             for late in each.late:
                 state += [late.places, late.live_since, late.second_moment]
-            if each.statistics is not None:
+            if each.is_sketched:
                 state.append(torch.from_numpy(each.statistics.statistics))
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 

@@ -104,8 +104,8 @@ class CommMonitor(Callback):
                 self._spoken_of = error
                 rank_zero_warn(
                     f"{type(self).__name__}: what error feedback holds back is {error:.3g} times as large as an update"
-                    f" (more than {LARGEST_ERROR_OVER_UPDATE:g} is unusual), so it comes late. HINT: a smaller block_size, gradient"
-                    " clipping, or a lower learning rate."
+                    f" (more than {LARGEST_ERROR_OVER_UPDATE:g} is unusual), so it comes late. HINT: a smaller block_size,"
+                    " gradient clipping, or a lower learning rate."
                 )
         return quality
 
