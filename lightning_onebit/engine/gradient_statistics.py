@@ -28,6 +28,7 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.quantize.memory import StepInputs
 from lightning_onebit.quantize.tensor_sketch import TensorSketch, used_columns
+from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 SHORTEST_WINDOW = 4
 """Estimates that r is at least averaged over; more where v has a long memory, but a quarter of it: r must not lag."""
