@@ -277,14 +277,14 @@ class PhaseController:
             )
         if not self._strategy.config.renews_variance:
             raise RuntimeError(
-                "refresh_variance() was called, but without refreshes no rank carries a second moment on, so there is nothing"
-                " to renew D from. HINT: variance_refresh='auto', or a number of steps, in update space; a checkpoint of this"
-                " run can be resumed with it."
+                "refresh_variance() was called where no rank carries a second moment on, so there is nothing to renew D"
+                " from. HINT: variance_refresh='auto', or a number of steps, in update space; a checkpoint of this run can"
+                " be resumed with it."
             )
         if self.has_waiting_gradients or any(c.has_begun_a_step for c in self.compressed.values()):
             raise RuntimeError(
-                "refresh_variance() was called while gradients were waiting for a step, and may have been sent. HINT: call it"
-                " between a step and the next backward."
+                "refresh_variance() was called while gradients were waiting for a step, and may have been sent. HINT: call"
+                " it between a step and the next backward."
             )
 
     def variance_drift(self) -> dict[str, Drift]:
