@@ -16,7 +16,7 @@ SMALLEST_SHARE = 0.01
 """Of the elements, or of the squared update: tensors with less in both are not looked at."""
 LARGEST_CLAMPED_SHARE = 0.01
 """Of the elements of a tensor."""
-LARGEST_ERROR_OVER_UPDATE = 30.0
+LARGEST_ERROR_OVER_UPDATE = 10.0
 """Norm of a rank's worker error over that of the update, where it is logged."""
 SPOKEN_OF_AGAIN = 2.0
 """There is another warning where drift is so many times that of the last one."""

@@ -41,7 +41,7 @@ class CommMonitor(Callback):
     estimates, one each 16 optimizer steps (see ``strategy.variance_drift()``, which has them by tensor), and there are none
     before the first and without a second moment; tensors that are less than 1% of the elements and of the squared update
     are left out. Error over update reads all errors once and decodes the update: of rank 0 alone, and only for an entry. A
-    value above 30 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped elements.
+    value above 10 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped elements.
 
     Args:
         every_n_steps: batches between entries; ``None``: the Trainer's ``log_every_n_steps``.

@@ -1,0 +1,121 @@
+"""How well D fits the gradients after the switch: against what it is, with refreshes and without; what that sends."""
+
+import math
+
+import pytest
+import torch
+from thread_ranks import run_threads
+from torch import nn
+
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.optimizer import CompressedOptimizer
+
+SHAPES, WARMUP_STEPS = ((7, 20), (90,)), 48
+BETA2, EPS = 0.99, 1e-8
+
+
+def gradients(rank, step, scale):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return [torch.randn(shape, generator=generator) * scale for shape in SHAPES]
+
+
+def train(communicator, steps, growth, **config):
+    """The optimizer after ``steps`` compressed ones, of which those from the 20th on have gradients ``growth`` as large."""
+    n, rank = communicator.world_size, communicator.rank
+    params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    optimizer = torch.optim.Adam(params, lr=1e-3, betas=(0.9, BETA2), eps=EPS)
+    compressed, truth = None, []
+    for step in range(WARMUP_STEPS + steps):
+        of_ranks = [gradients(r, step, growth if step >= WARMUP_STEPS + 20 else 1.0) for r in range(n)]
+        means = [sum(each) / n for each in zip(*of_ranks, strict=True)]
+        for p, own, mean in zip(params, of_ranks[rank], means, strict=True):
+            p.grad = mean if step < WARMUP_STEPS else own
+        if step < WARMUP_STEPS:
+            optimizer.step()
+            continue
+        if compressed is None:
+            v_hat = [optimizer.state[p]["exp_avg_sq"] / (1 - BETA2**WARMUP_STEPS) for p in params]
+            settings = CompressionConfig(block_size=64, **config)
+            compressed = CompressedOptimizer(optimizer, settings, communicator, {})
+        compressed.step()
+        if (step + 1) % 16 == 0:
+            truth.append([float((mean / (v.sqrt() + EPS)).square().mean()) for mean, v in zip(means, v_hat, strict=True)])
+    return compressed, params, truth
+
+
+@pytest.mark.parametrize("config", [{}, {"space": "momentum"}], ids=["update", "momentum"])
+def test_with_a_frozen_second_moment_drift_is_what_gradients_say(config):
+    """Tensors of fewer than 251 elements are sketched without error."""
+
+    def fn(communicator):
+        compressed, params, truth = train(communicator, 96, 16.0, variance_refresh=None, **config)
+        drift = compressed.variance_drift()
+        return [drift[p] for p in params], truth
+
+    (drift, truth), (other, _) = run_threads(2, fn)
+    assert drift == other
+    for number, each in enumerate(drift):
+        values = [row[number] for row in truth]
+        assert each.estimates == len(values) == 6
+        assert each.last_ratio == pytest.approx(values[-1], rel=1e-4)
+        assert 150 < each.last_ratio < 400  # 16^2, and the noise of D and of one step
+        average = 0.0
+        for k, value in enumerate(values, 1):
+            average += (value - average) / min(k, 4)
+        assert each.ratio == pytest.approx(average, rel=1e-4)
+    assert [each.share for each in drift] == pytest.approx([140 / 230, 90 / 230], abs=0.1)
+
+
+def test_with_refreshes_it_stays_near_1():
+    def fn(communicator):
+        compressed, params, _ = train(communicator, 600, 16.0, variance_refresh="auto")
+        drift = compressed.variance_drift()
+        return [drift[p].ratio for p in params]
+
+    for ratio in run_threads(2, fn)[0]:
+        assert 0.7 < ratio < 1.5
+
+
+def test_the_share_of_clamped_elements():
+    """Of a gradient that is 10^5 times as large as D says, on one of two ranks at the last sketch."""
+
+    def fn(communicator):
+        growth = 1e5 if communicator.rank == 0 else 1.0
+        compressed, params, _ = train(communicator, 32, growth, variance_refresh=None)
+        return [compressed.variance_drift()[p].clamped for p in params]
+
+    first, second = run_threads(2, fn)
+    assert first == second
+    # Nearly all of rank 0's, in one of two estimates (step 64 is before, step 80 after the growth).
+    assert first == pytest.approx([0.25, 0.25], abs=0.01)
+
+
+def test_errors_over_updates():
+    def fn(communicator):
+        compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=None)
+        own = math.sqrt(sum(float(each.values.square().sum()) for each in compressed.worker_errors()))
+        momentum = compressed.optimizer.state_dict()["state"]
+        update = [s["exp_avg"] / ((s["exp_avg_sq"] / (1 - BETA2 ** float(s["step"]))).sqrt() + EPS) for s in momentum.values()]
+        return compressed.error_over_update(), own / math.sqrt(sum(float(u.square().sum()) for u in update))
+
+    for ratio, expected in run_threads(2, fn):
+        assert ratio == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("refresh", [None, 8])
+def test_bytes_by_kind_add_up(refresh):
+    """Signs are the same at every step; a sketch is an ordered mean of 230 numbers and 3 sums for each of two tensors."""
+
+    def fn(communicator):
+        compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=refresh)
+        counters = compressed.communicator.counters
+        agreement = 0
+        with_one_step_more, _, _ = train(communicator, 41, 1.0, variance_refresh=refresh)
+        one_step = with_one_step_more.communicator.counters.bytes_sent
+        return counters.bytes_sent, counters.sketch_bytes_sent, counters.refresh_bytes_sent, one_step, agreement
+
+    total, sketches, refreshes, *_ = run_threads(2, fn)[0]
+    numbers = 230 + 3 * 2
+    due = [step for step in range(49, 89) if step % 16 == 0 or (refresh and step < 49 + 16)]
+    assert sketches == len(due) * 2 * 4 * (numbers // 2)
+    assert total > sketches + refreshes > 0
