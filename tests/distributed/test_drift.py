@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.quantize.layout import plan_buckets
 
 SHAPES, WARMUP_STEPS = ((7, 20), (90,)), 48
 BETA2, EPS = 0.99, 1e-8
@@ -95,7 +96,9 @@ def test_errors_over_updates():
         compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=None)
         own = math.sqrt(sum(float(each.values.square().sum()) for each in compressed.worker_errors()))
         momentum = compressed.optimizer.state_dict()["state"]
-        update = [s["exp_avg"] / ((s["exp_avg_sq"] / (1 - BETA2 ** float(s["step"]))).sqrt() + EPS) for s in momentum.values()]
+        update = [
+            s["exp_avg"] / ((s["exp_avg_sq"] / (1 - BETA2 ** float(s["step"]))).sqrt() + EPS) for s in momentum.values()
+        ]
         return compressed.error_over_update(), own / math.sqrt(sum(float(u.square().sum()) for u in update))
 
     for ratio, expected in run_threads(2, fn):
@@ -109,13 +112,39 @@ def test_bytes_by_kind_add_up(refresh):
     def fn(communicator):
         compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=refresh)
         counters = compressed.communicator.counters
-        agreement = 0
-        with_one_step_more, _, _ = train(communicator, 41, 1.0, variance_refresh=refresh)
-        one_step = with_one_step_more.communicator.counters.bytes_sent
-        return counters.bytes_sent, counters.sketch_bytes_sent, counters.refresh_bytes_sent, one_step, agreement
+        return counters.bytes_sent, counters.sketch_bytes_sent, counters.refresh_bytes_sent
 
-    total, sketches, refreshes, *_ = run_threads(2, fn)[0]
-    numbers = 230 + 3 * 2
-    due = [step for step in range(49, 89) if step % 16 == 0 or (refresh and step < 49 + 16)]
-    assert sketches == len(due) * 2 * 4 * (numbers // 2)
-    assert total > sketches + refreshes > 0
+    total, sketches, refreshes = run_threads(2, fn)[0]
+    steps = range(WARMUP_STEPS + 1, WARMUP_STEPS + 41)
+    sketched = [step for step in steps if step % 16 == 0 or (refresh and step <= WARMUP_STEPS + 16)]
+    assert sketches == len(sketched) * 2 * 4 * (230 + 3 * 2) // 2
+    of_signs, of_codes = (2 * nbytes for nbytes in part_nbytes())
+    assert refreshes == (0 if refresh is None else len([step for step in steps if step % refresh == 0]) * of_codes)
+    agreement = total - sketches - refreshes - 40 * of_signs
+    assert 0 < agreement <= 40 * 200
+    assert agreement % 40 == 0
+
+
+def part_nbytes():
+    """Of what one of two ranks sends of its bucket at once: of signs, and of codes."""
+    (layout,) = plan_buckets([140, 90], block_size=64, num_chunks=2, bucket_numel=2**20)
+    return layout.signs.chunk_nbytes, layout.codes.chunk_nbytes
+
+
+def test_a_refresh_at_will():
+    """D is the same on all ranks afterwards, and that of the gradients of now: with ``"auto"``, long before it is due."""
+
+    def fn(communicator):
+        compressed, params, _ = train(communicator, 60, 16.0, variance_refresh=1000)  # none is due
+        before = [entry["exp_avg_sq"].mean() for entry in compressed.optimizer.state_dict()["state"].values()]
+        compressed.refresh_variance_()
+        v = [entry["exp_avg_sq"] for entry in compressed.optimizer.state_dict()["state"].values()]
+        grown = [float(new.mean() / old) for new, old in zip(v, before, strict=True)]
+        return grown, v, compressed.communicator.counters.refresh_bytes_sent
+
+    (grown, v, sent), (_, other, _) = run_threads(2, fn)
+    assert all(torch.equal(a, b) for a, b in zip(v, other, strict=True))
+    # After 40 steps of gradients 16 times as large, of which v has 1 - 0.99^40 = 0.33 by weight: 1 + 0.33 * 255 / 0.38.
+    for ratio in grown:
+        assert 40 < ratio < 400
+    assert sent == 2 * part_nbytes()[1]
