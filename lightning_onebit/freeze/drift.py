@@ -8,13 +8,12 @@ from typing import NamedTuple
 from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 LARGEST_RATIO = 4.0
-"""A rho beyond it, or below its inverse, is drift: gradients twice, or half, as large as D says. (Frozen after 15% of a
-run: see docs/faults.md for what was seen.)"""
+"""A rho beyond it, or below its inverse, is drift: gradients twice, or half, as large as D says. What was seen: docs/faults.md."""
 ESTIMATES_IN_A_ROW = 4
 """Estimates, one each 16 steps, in which a tensor must be beyond."""
 SMALLEST_SHARE = 0.01
 """Of the elements, or of the squared update: tensors with less in both are not looked at."""
-LARGEST_CLAMPED_SHARE = 0.01
+LARGEST_CLAMPED_SHARE = 0.02
 """Of the elements of a tensor."""
 LARGEST_ERROR_OVER_UPDATE = 10.0
 """Norm of a rank's worker error over that of the update, where it is logged."""

@@ -13,6 +13,7 @@ from lightning_onebit.quantize.layout import plan_buckets
 
 SHAPES, WARMUP_STEPS = ((7, 20), (90,)), 48
 BETA2, EPS = 0.99, 1e-8
+KAPPA = (1 - BETA2) ** -0.5
 
 
 def gradients(rank, step, scale):
@@ -40,7 +41,10 @@ def train(communicator, steps, growth, **config):
             compressed = CompressedOptimizer(optimizer, settings, communicator, {})
         compressed.step()
         if (step + 1) % 16 == 0:
-            truth.append([float((mean / (v.sqrt() + EPS)).square().mean()) for mean, v in zip(means, v_hat, strict=True)])
+            truth.append([])
+            for number, v in enumerate(v_hat):
+                a = [(each[number] / (v.sqrt() + EPS)).clamp(-KAPPA * n, KAPPA * n) for each in of_ranks]
+                truth[-1].append(float((sum(a) / n).square().mean()))
     return compressed, params, truth
 
 
@@ -59,7 +63,7 @@ def test_with_a_frozen_second_moment_drift_is_what_gradients_say(config):
         values = [row[number] for row in truth]
         assert each.estimates == len(values) == 6
         assert each.last_ratio == pytest.approx(values[-1], rel=1e-4)
-        assert 150 < each.last_ratio < 400  # 16^2, and the noise of D and of one step
+        assert 100 < each.last_ratio < 256  # 16^2, less what the clamp takes: |a_i| <= 20, of standard deviation 23
         average = 0.0
         for k, value in enumerate(values, 1):
             average += (value - average) / min(k, 4)
@@ -69,9 +73,9 @@ def test_with_a_frozen_second_moment_drift_is_what_gradients_say(config):
 
 def test_with_refreshes_it_stays_near_1():
     def fn(communicator):
-        compressed, params, _ = train(communicator, 600, 16.0, variance_refresh="auto")
+        compressed, params, _ = train(communicator, 240, 16.0, variance_refresh="auto")
         drift = compressed.variance_drift()
-        return [drift[p].ratio for p in params]
+        return [drift[p].last_ratio for p in params]
 
     for ratio in run_threads(2, fn)[0]:
         assert 0.7 < ratio < 1.5
@@ -96,9 +100,8 @@ def test_errors_over_updates():
         compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=None)
         own = math.sqrt(sum(float(each.values.square().sum()) for each in compressed.worker_errors()))
         momentum = compressed.optimizer.state_dict()["state"]
-        update = [
-            s["exp_avg"] / ((s["exp_avg_sq"] / (1 - BETA2 ** float(s["step"]))).sqrt() + EPS) for s in momentum.values()
-        ]
+        v_hat = [entry["exp_avg_sq"] / (1 - BETA2 ** float(entry["step"])) for entry in momentum.values()]
+        update = [entry["exp_avg"] / (v.sqrt() + EPS) for entry, v in zip(momentum.values(), v_hat, strict=True)]
         return compressed.error_over_update(), own / math.sqrt(sum(float(u.square().sum()) for u in update))
 
     for ratio, expected in run_threads(2, fn):
@@ -127,7 +130,7 @@ def test_bytes_by_kind_add_up(refresh):
 
 def part_nbytes():
     """Of what one of two ranks sends of its bucket at once: of signs, and of codes."""
-    (layout,) = plan_buckets([140, 90], block_size=64, num_chunks=2, bucket_numel=2**20)
+    (layout,) = plan_buckets([90, 140], block_size=64, num_chunks=2, bucket_numel=2**20)
     return layout.signs.chunk_nbytes, layout.codes.chunk_nbytes
 
 
@@ -135,7 +138,7 @@ def test_a_refresh_at_will():
     """D is the same on all ranks afterwards, and that of the gradients of now: with ``"auto"``, long before it is due."""
 
     def fn(communicator):
-        compressed, params, _ = train(communicator, 60, 16.0, variance_refresh=1000)  # none is due
+        compressed, _, _ = train(communicator, 60, 16.0, variance_refresh=1000)  # none is due
         before = [entry["exp_avg_sq"].mean() for entry in compressed.optimizer.state_dict()["state"].values()]
         compressed.refresh_variance_()
         v = [entry["exp_avg_sq"] for entry in compressed.optimizer.state_dict()["state"].values()]
