@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 LARGEST_RATIO = 4.0
-"""A rho beyond it, or below its inverse, is drift: gradients twice, or half, as large as D says. What was seen: docs/faults.md."""
+"""A rho beyond it, or below its inverse, is drift: gradients twice, or half, as large as D says. Seen: docs/faults.md."""
 ESTIMATES_IN_A_ROW = 4
 """Estimates, one each 16 steps, in which a tensor must be beyond."""
 SMALLEST_SHARE = 0.01
