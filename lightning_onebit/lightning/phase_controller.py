@@ -8,6 +8,7 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from datetime import timedelta
@@ -33,7 +34,7 @@ from lightning_onebit.consistency.divergence import difference_between_ranks, di
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.renewal import SKETCH_STEPS
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
@@ -43,7 +44,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.quantize.tensor_sketch import WIDTH
-from lightning_onebit.refresh_schedule import longest_interval
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, longest_interval
 
 REPLACED_TOO_LATE = (
     "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
@@ -150,11 +151,11 @@ class PhaseController:
         sent: float = stay_dense
         for p in compressed:
             sent += encoded_nbytes(p.numel(), config.block_size)
-        if config.renews_variance:
-            interval = longest_interval(config.variance_refresh)
-            for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+        for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+            sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
+            if config.renews_variance:
+                interval = longest_interval(config.variance_refresh)
                 sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
-                sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
         return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, sent)
 
     @property
@@ -252,6 +253,49 @@ class PhaseController:
         if self.overlaps:
             (compressed,) = self.compressed.values()
             self.hook_state.gradients_ready = compressed.gradients_ready
+
+    def refresh_variance(self) -> None:
+        """Renew the second moment now. Collective; see the strategies."""
+        if self.hook_state is None:
+            raise RuntimeError(f"refresh_variance() {NOT_RUNNING}")
+        with agreement(Communicator(), self._strategy.root_device, about="the second moment to be renewed"):
+            self._check_refresh()
+        self.take_over_replaced_state()
+        self.begin_compressing()
+        for compressed in self.compressed.values():
+            compressed.refresh_variance_()
+
+    def _check_refresh(self) -> None:
+        if self.phase is Phase.WARMUP:
+            raise RuntimeError(
+                "refresh_variance() was called in warm-up, in which the second moment moves on at every step. HINT: call it"
+                " when `strategy.phase` is Phase.COMPRESSED."
+            )
+        if not any(map(needs_warmup, self.optimizers.compressed)):
+            raise RuntimeError(
+                "refresh_variance() was called, but the optimizers have no second moment. HINT: leave it out."
+            )
+        if not self._strategy.config.renews_variance:
+            raise RuntimeError(
+                "refresh_variance() was called where no rank carries a second moment on, so there is nothing to renew D"
+                " from. HINT: variance_refresh='auto', or a number of steps, in update space; a checkpoint of this run can"
+                " be resumed with it."
+            )
+        if self.has_waiting_gradients or any(c.has_begun_a_step for c in self.compressed.values()):
+            raise RuntimeError(
+                "refresh_variance() was called while gradients were waiting for a step, and may have been sent. HINT: call"
+                " it between a step and the next backward."
+            )
+
+    def variance_drift(self) -> dict[str, Drift]:
+        """By parameter, how well D fits the gradients. See the strategies."""
+        found = {p: drift for compressed in self.compressed.values() for p, drift in compressed.variance_drift().items()}
+        return {self.names.get(p, f"parameter {i}"): drift for i, (p, drift) in enumerate(found.items())}
+
+    def error_over_update(self) -> float:
+        """The largest of the compressed optimizers. See the strategies."""
+        ratios = [compressed.error_over_update() for compressed in self.compressed.values()]
+        return max((ratio for ratio in ratios if not math.isnan(ratio)), default=math.nan)
 
     def resume_warmup(self) -> None:
         """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""

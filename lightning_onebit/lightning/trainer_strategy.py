@@ -38,6 +38,7 @@ from lightning_onebit.consistency.settings import (
     trainer_settings,
 )
 from lightning_onebit.engine.nonfinite import check_max_skipped_steps
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
 from lightning_onebit.lightning.compressible import compressible, listed
@@ -184,6 +185,37 @@ class OneBitDDPStrategy(DDPStrategy):
             RuntimeError: outside a running training, or before every optimizer that has a second moment has made a step.
         """
         self._phases.freeze_variance()
+
+    def refresh_variance(self) -> None:
+        """Renew the frozen second moment now, from the gradients that all ranks have had: valid from the next step on.
+
+        Beside the refreshes of ``variance_refresh``, where a change of scale is known: some steps after another loss weight,
+        say. Call on all ranks, in the compressed phase, between a step and the next backward.
+
+        Raises:
+            RuntimeError: on all ranks, in warm-up, while gradients wait for a step, without a second moment, or with
+                ``variance_refresh=None``, where no rank carries one on.
+        """
+        self._phases.refresh_variance()
+
+    def variance_drift(self) -> dict[str, Drift]:
+        """By parameter, how well the second moment fits the gradients in the compressed phase, frozen or renewed.
+
+        Estimated every 16 optimizer steps, from 1 KB per parameter. The same on all ranks; empty in warm-up and without a
+        second moment. With one process, or node, nothing is estimated. Not collective, and nothing is modified.
+
+        Returns:
+            By name: ``ratio``: mean square of the mean gradient over D, 1 where it fits; ``clamped``: share of clamped
+            elements; ``share`` of the tensor in all; ``last_ratio``: the ratio by the last estimate alone; ``estimates``.
+        """
+        return self._phases.variance_drift()
+
+    def error_over_update(self) -> float:
+        """Norm of this rank's worker error over that of the update; NaN before the first compressed step. Not collective.
+
+        Reads all errors once, and on a GPU waits for it: not for every step.
+        """
+        return self._phases.error_over_update()
 
     def resume_warmup(self) -> None:
         """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.

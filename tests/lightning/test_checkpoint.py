@@ -109,8 +109,8 @@ def everything(strategy):
                 state += [memory.rms_code, memory.rms_scale, memory.second_moment, memory.second_moment_residual]
             for late in each.late:
                 state += [late.places, late.live_since, late.second_moment]
-            if each.renewal is not None:
-                state.append(torch.from_numpy(each.renewal.statistics))
+            if each.is_sketched:
+                state.append(torch.from_numpy(each.statistics.statistics))
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 
 
