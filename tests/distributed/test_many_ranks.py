@@ -301,7 +301,10 @@ def test_ranks_are_bitwise_equal_and_nothing_is_lost(world_size):
     mean_i e_i + s = sum_k (beta u_(k-1) + (1 - beta) g_bar_k / D - u_k).
     """
     start = some_start(world_size, torch.float64, beta1s=(BETA1, 0.0))
-    (trace, outstanding), *others = run_threads(world_size, few_steps, start, torch.float64)
+    frozen = {"variance_refresh": None}  # D and u are those of the formula
+    (trace, outstanding), *others = run_threads(
+        world_size, lambda communicator: few_steps(communicator, start, torch.float64, **frozen)
+    )
     for other, other_outstanding in others:
         assert all(same(params, expected) for params, expected in zip(other, trace, strict=True))
         assert same(other_outstanding, outstanding)

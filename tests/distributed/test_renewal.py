@@ -154,11 +154,11 @@ def test_100_steps_equal_the_float64_model(ranks, kind, every):
 
 
 def test_auto_refreshes_often_at_first():
-    """The next after max(1, min(64, step / 4)) steps, whatever the step of the switch."""
+    """The next after max(1, min(64, step / 8)) steps, whatever the step of the switch."""
     due, step = [], 1
     while step < 2000:
         due.append(step)
-        step += max(1, min(64, step // 4))
+        step += max(1, min(64, step // 8))
     assert [step for step in range(1, 2000) if is_refresh_due(step, "auto")] == due
     assert [step for step in range(1, 30) if is_refresh_due(step, 7)] == [7, 14, 21, 28]
     assert not any(is_refresh_due(step, None) for step in range(100))

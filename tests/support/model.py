@@ -139,7 +139,7 @@ class RenewedAdamModel(AdamModel):
         self.of_mean = self.mean = 0.0
         self.num_estimates, self.next_refresh = 0, 1
         while self.next_refresh <= self.t:
-            self.next_refresh += max(1, min(64, self.next_refresh // 4))
+            self.next_refresh += max(1, min(64, self.next_refresh // 8))
 
     def set_d(self, v_hat):
         self.live = v_hat > 0
@@ -175,7 +175,7 @@ class RenewedAdamModel(AdamModel):
             return self.t % self.every == 0
         due = self.t == self.next_refresh
         if due:
-            self.next_refresh += max(1, min(64, self.t // 4))
+            self.next_refresh += max(1, min(64, self.t // 8))
         return due
 
     def estimate_r(self, a):
@@ -194,4 +194,10 @@ class RenewedAdamModel(AdamModel):
         self.residual = c - v
         for each, its_code in zip(self.v_i, own, strict=True):
             each[:] = np.clip(each / correction - its_code + v, v / 2, 2 * v) * correction
+        old, was_live = self.D, self.live
         self.set_d(v)
+        kept = np.clip(self.u * np.where(was_live & self.live, old / self.D, 1.0), -self.kappa, self.kappa)
+        if self.compression:  # the next step adds beta1 u
+            self.compression.worker_errors += self.beta1 * (kept - self.u)
+        else:
+            self.u = kept

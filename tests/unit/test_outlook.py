@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning_onebit.engine.sketch import WIDTH
 from ranks import run_ranks
 from torch import nn
 
@@ -24,6 +23,7 @@ from lightning_onebit.lightning.callbacks.phase_switch import of_each
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
 from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
 from lightning_onebit.lightning.process_groups import find_topology
+from lightning_onebit.quantize.tensor_sketch import WIDTH
 
 README = Path(__file__).parents[2] / "README.md"
 

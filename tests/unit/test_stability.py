@@ -145,7 +145,7 @@ def test_the_reason_holds_the_numbers_that_decided():
     assert [o.step for o in window] == list(range(step - 4, step + 1))
     totals = [(10_000 * o.ratios["a"].mean + 1000 * o.ratios["b"].mean) / 11_000 for o in window]
     rho, noise = statistics.fmean(totals), statistics.stdev(totals) / math.sqrt(5)
-    interval = step // 4
+    interval = refresh_interval("auto", step)
     share = (1 - BETA2**interval) / (1 - BETA2 ** (step + interval))
     change = abs(math.sqrt(1 + math.copysign(max(0, abs(rho - 1) - noise), rho - 1) * share) - 1)
     b = statistics.fmean(o.ratios["b"].mean for o in window)
