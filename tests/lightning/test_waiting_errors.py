@@ -148,7 +148,7 @@ def test_what_waits_fits_another_number_of_ranks(tmp_path):
 
 
 class Unfreezes(Stepwise):
-    """Another layer, in front and behind in the optimizer, trains from the tenth batch on; another parameter leaves it then."""
+    """A layer trains from the tenth batch on, in front and behind in the optimizer; a parameter leaves it after that."""
 
     def __init__(self):
         super().__init__()
