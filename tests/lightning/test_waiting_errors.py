@@ -1,6 +1,6 @@
 """`resume_warmup()` keeps what error feedback has not applied yet, also in checkpoints, for the next compressed phase.
 
-On the engine alone, with other buckets, parameters and ranks: tests/distributed/test_waiting_errors.py.
+On the engine alone, with other buckets, parameters and ranks: tests/distributed/test_handing_over.py.
 """
 
 import lightning.pytorch as pl
