@@ -38,7 +38,7 @@ from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
-from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.engine.renewal import refresh_
 from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
@@ -517,9 +517,23 @@ class CompressedOptimizer:
 
     # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
-    def stock_state(self) -> dict[Tensor, dict[str, Any]]:
-        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
-        return {each.buckets.params[i]: entry for each in self._sets for i, entry in each.buckets.stock_state().items()}
+    def stock_state(
+        self, saved: Mapping[Tensor, Mapping[str, Tensor]] | None = None, *, block_size: int = 0
+    ) -> dict[Tensor, dict[str, Any]]:
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
+
+        Args:
+            saved: with D of this :meth:`shared_state`, whose blocks had ``block_size`` elements, instead of its own.
+            block_size: see there.
+        """
+        stock = {}
+        for each in self._sets:
+            buckets = each.buckets
+            rms_of = None
+            if saved is not None:
+                rms_of = partial(buckets.saved_rms, {i: saved[p] for i, p in enumerate(buckets.params)}, block_size)
+            stock.update({buckets.params[i]: entry for i, entry in buckets.stock_state(rms_of).items()})
+        return stock
 
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
@@ -624,27 +638,36 @@ class CompressedOptimizer:
                 for i, entry in late.shared_state().items():
                     yield each.buckets.params[i], "second moment", entry.values()
 
+    def waiting_errors(self) -> WaitingErrors:
+        """Both errors of this rank, for another compressed phase; not copied. A single rank has none."""
+        places = {p: place for each in self._sets for p, place in zip(each.buckets.params, each.buckets.places, strict=True)}
+        if self.communicator.world_size == 1:
+            return WaitingErrors(places)
+        return WaitingErrors(places, self.worker_errors(), self.server_errors())
+
+    @torch.no_grad()
+    def take_over_errors_(self, waiting: WaitingErrors) -> list[Tensor]:
+        """Add the errors of an earlier compressed phase to those that this one begins with. Collective.
+
+        Buckets and chunks may be others. A single rank, which has no errors, applies them at once.
+
+        Returns:
+            Parameters that are not compressed here, so that what this rank had of theirs is dropped.
+        """
+        worker, server = waiting.ranges(self.optimizer)
+        for each in self._sets:
+            each.buckets.take_over_errors_(worker, server, self.communicator, self._groups)
+        return waiting.lost(set(self._params))
+
     @torch.no_grad()
     def give_back_(self) -> None:
-        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
+        """Give the optimizer its own state back; the object is spent then. Not collective.
 
-        Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
+        What error feedback holds is in :meth:`waiting_errors`, to be asked for before.
         """
-        self.average_gradients_()
         self._free_state_()
         for each in self._sets:
-            each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
-        self._end_()
-
-    @torch.no_grad()
-    def retire_(self) -> None:
-        """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
-        self._free_state_()
-        for each in self._sets:
-            each.buckets.give_back_({})
-        self._end_()
-
-    def _end_(self) -> None:
+            each.buckets.give_back_()
         state = self.optimizer.state
         for p in parameters_of(self.optimizer):  # in the order of a state dict that was never taken apart
             if p in state:

@@ -191,7 +191,10 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         return self._phases.error_over_update()
 
     def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied. Call on all ranks, between two steps."""
+        """Go back to plain DDP. What error feedback has not applied yet waits, on each rank its own, in checkpoints too, and
+        is handed to the next compressed phase; meanwhile it takes 4 + 4 / n bytes per parameter. Call on all ranks, between
+        two steps.
+        """
         self._phases.resume_warmup()
 
     def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:

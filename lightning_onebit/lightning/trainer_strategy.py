@@ -218,7 +218,11 @@ class OneBitDDPStrategy(DDPStrategy):
         return self._phases.error_over_update()
 
     def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
+        """Go back to plain DDP and the optimizers' own state; the second moment moves on.
+
+        What error feedback has not applied yet waits, on each rank its own, in checkpoints too, and is handed to the next
+        compressed phase. Meanwhile it takes 4 + 4 / n bytes per parameter beside Adam's; ``repr(strategy)`` says that it is
+        there. Where training ends before, it is never applied, as at the end of a compressed phase.
 
         :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
@@ -462,7 +466,7 @@ class OneBitDDPStrategy(DDPStrategy):
         if "optimizer_states" not in checkpoint:  # weights only
             write()
         elif self._interrupted:  # without the others, so without parts
-            if self.phase is Phase.COMPRESSED:
+            if self.phase is Phase.COMPRESSED or self._phases.waiting_errors:
                 checkpoint[CHECKPOINT_KEY] = self._checkpoints.header_after_exception(is_torn=self._phases.steps.is_torn)
             write()
         else:
@@ -495,8 +499,8 @@ class OneBitDDPStrategy(DDPStrategy):
             steps.count_all_loaded(saved, total=checkpoint.get("global_step", 0))
             settings.update(checkpoint_settings(steps.made.values(), header))
         if header is not None:
-            optimizers = header["optimizers"]
-            self._checkpoints.resume(header, optimizers, range(len(optimizers)), header.get(PATH))
+            positions = range(len(self._phases.compressed_optimizers))
+            self._checkpoints.resume(header, header["optimizers"], positions, header.get(PATH))
 
     # The end
 

@@ -619,27 +619,6 @@ def test_state_dict_is_that_of_a_stock_optimizer(space):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_giving_the_state_back_applies_what_is_outstanding():
-    def fn(communicator):
-        rank = communicator.rank
-        x = nn.Parameter(torch.zeros(50, dtype=torch.float64))
-        optimizer = torch.optim.Adam([x], lr=1e-2)
-        warm_up(optimizer, WARMUP_STEPS, 2)
-        compressed = freeze(optimizer, communicator, block_size=16)
-        list(compressed_steps(optimizer, compressed, rank, range(20, 30)))
-        outstanding, before = compressed.outstanding()[x], x.detach().clone()
-        saved = optimizer.state_dict()["state"][0]
-        compressed.give_back_()
-        step_size = 1e-2 / (1 - 0.9 ** (WARMUP_STEPS + 10))
-        assert torch.allclose(x.detach(), before - step_size * outstanding, rtol=1e-12)
-        assert all(torch.equal(optimizer.state[x][key], saved[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
-        warm_up(optimizer, 3, 2)
-        return x.detach()
-
-    first, second = run_threads(2, fn)
-    assert torch.equal(first, second)
-
-
 def test_outstanding_errors_can_be_taken_over():
     def fn(communicator):
         rank = communicator.rank

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from ranks import run_trainers
+from test_strategy import Messages
 from trainers import Classifier, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
@@ -444,6 +445,45 @@ def test_other_settings_than_the_saved_ones(compressed_checkpoint):
 
     first, second = run_trainers(2, fn)
     assert all(map(same_params, first, second))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "blocks"), [(None, "auto", None), ("auto", None, None), (64, "auto", None), ("auto", "auto", 64)]
+)
+def test_a_run_goes_on_with_another_variance_refresh_or_block_size(tmp_path, before, after, blocks):
+    """Said once. D is coded then as it was not before, but nobody has replaced the state; who does, is noticed."""
+    path = tmp_path / "saved.ckpt"
+
+    class Scales(pl.Callback):
+        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["optimizer_states"][0]["state"][2]["exp_avg_sq"] *= 1.05  # less than from one code to the next
+
+    class IsEarlier(pl.Callback):
+        """Of a version that did not tell it."""
+
+        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+            del checkpoint[CHECKPOINT_KEY]["variance_refresh"], checkpoint[CHECKPOINT_KEY]["errors_wait"]
+
+    def fn(rank):
+        full = run(2, strategy={"variance_refresh": before}, callbacks=[SaveAt(path, 20)])[1]
+        other = {"variance_refresh": after} | ({} if blocks is None else {"block_size": blocks})
+        with Messages() as messages:
+            recorder = run(2, strategy=other, ckpt_path=path)[1]
+        said = f"was written with variance_refresh={before!r}; the run goes on with {after!r}"
+        assert messages.count(said) == (rank == 0 and before != after), messages.texts
+        assert messages.count("was replaced") == 0
+        assert set(recorder.phases) == {COMPRESSED}
+        assert max((a - b).abs().max() for a, b in zip(recorder.params[0], full.params[20], strict=True)) < 0.05
+        with Messages() as messages:
+            run(2, strategy=other, ckpt_path=path, callbacks=[Scales()])
+        assert messages.count("was replaced: going on from the new one") == (rank == 0)
+        with Messages() as messages:
+            run(2, strategy=other, ckpt_path=path, callbacks=[IsEarlier()])
+        assert messages.count("variance_refresh=") == 0
+        return recorder.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
 
 
 def test_the_parts_follow_links_and_go_with_their_checkpoint(tmp_path):
