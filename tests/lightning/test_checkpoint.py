@@ -25,6 +25,7 @@ from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.engine import optimizer as engine
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.methods import parameters_of
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
@@ -236,11 +237,16 @@ def test_resuming_alone_is_bitwise(tmp_path):
     assert same_params(*history)
 
 
-ERRORS = "worker", "server"
+ERRORS = {
+    "worker": CompressedOptimizer.worker_errors,
+    "server": CompressedOptimizer.server_errors,
+    "v_i": CompressedOptimizer.second_moments,
+    "residual": CompressedOptimizer.second_moment_residuals,
+}
 
 
 class Errors(pl.Callback):
-    """Errors and late second moments of this rank at the start, dense, in a common order; zero where it has none."""
+    """Errors and second moments of this rank at the start, dense, in a common order; zero where it has none."""
 
     def on_train_start(self, trainer, pl_module):
         (compressed,) = trainer.strategy._phases.compressed.values()
@@ -250,20 +256,24 @@ class Errors(pl.Callback):
 def dense_errors(compressed):
     numel = sum(p.numel() for p in parameters_of(compressed.optimizer))
     dense = {}
-    for name in ERRORS:
+    for name, ranges_of in ERRORS.items():
         dense[name] = torch.zeros(numel, dtype=torch.float64)
-        for run in getattr(compressed, f"{name}_errors")():
+        for run in ranges_of(compressed):
             dense[name][run.start :][: run.values.numel()] = run.values
     places, values = compressed.late_second_moments()
     dense["late"] = torch.zeros(numel, dtype=torch.float64).index_put((places,), values)
     return dense
 
 
-@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 1), (1, 3), (2, 3)])
-def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new):
-    """And the mean of the second moments of late coordinates, which wait for a refresh."""
+@pytest.mark.parametrize(
+    ("old", "new", "variance_refresh"),
+    [(4, 2, "auto"), (2, 4, None), (3, 1, "auto"), (1, 3, "auto"), (2, 3, "auto"), (3, 2, None)],
+)
+def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new, variance_refresh):
+    """And the mean of second moments: of all, with what servers have not passed on; or of late coordinates."""
     path, start = tmp_path / "old.ckpt", tmp_path / "start.ckpt"
-    options = {"strategy": {"bucket_cap_mb": 0.002, "block_size": 64}, "model": Late}
+    strategy = {"bucket_cap_mb": 0.002, "block_size": 64, "variance_refresh": variance_refresh}
+    options = {"strategy": strategy, "model": Late}
 
     class KeepErrors(SaveAt):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -293,8 +303,12 @@ def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tm
         assert mean["server"][0].abs().max() > 0.1
         assert torch.allclose(mean["worker"][1] / new, mean["worker"][0] / old, rtol=1e-6, atol=1e-7)
         assert torch.equal(mean["server"][1], mean["server"][0])
-        assert mean["late"][0].any()
-        assert torch.allclose(mean["late"][1] / new, mean["late"][0] / old, rtol=1e-6, atol=0)
+        of_second_moments = "late" if variance_refresh is None else "v_i"
+        assert mean[of_second_moments][0].any()
+        for name in ("late", "v_i"):
+            assert torch.allclose(mean[name][1] / new, mean[name][0] / old, rtol=1e-6, atol=0)
+        assert mean["residual"][0].any() == (variance_refresh is not None)
+        assert torch.equal(mean["residual"][1], mean["residual"][0])
     elif new == 1:  # applied at once
         moved = torch.cat([(a - b).ravel() for a, b in zip(after[0][1][0], before[0][1][19], strict=True)])
         assert 0.001 < moved.norm() < 1

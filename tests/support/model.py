@@ -58,11 +58,14 @@ class AdamModel:
         self.weight_decay, self.decoupled, self.maximize = weight_decay, decoupled, maximize
         self.space = space
         self.kappa = world_size / np.sqrt(1 - self.beta2)
-        # Of m / sqrt(v), in momentum space: by Cauchy and Schwarz over more steps than m remembers; or that of g / sqrt(v).
-        gains = (self.beta1**2 / self.beta2) ** np.arange(10_000)
-        self.bound = min(1.0, (1 - self.beta1) * np.sqrt(np.sum(gains))) / np.sqrt(1 - self.beta2)
         self.world_size = world_size
         self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale) if world_size > 1 else None
+
+    @property
+    def bound(self):
+        """Of m / sqrt(v), in momentum space: by Cauchy and Schwarz over more steps than m remembers; or of g / sqrt(v)."""
+        gains = (self.beta1**2 / self.beta2) ** np.arange(10_000)
+        return min(1.0, (1 - self.beta1) * np.sqrt(np.sum(gains))) / np.sqrt(1 - self.beta2)
 
     def local_gradients(self, grads):
         grads = [np.array(g, dtype=np.float64).ravel() * (-1 if self.maximize else 1) for g in grads]
