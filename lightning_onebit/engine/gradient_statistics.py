@@ -141,7 +141,8 @@ class GradientStatistics:
             saved = shared[i].get("gradient_statistics")
             if saved is None:  # a single rank, or an optimizer without D
                 continue
-            if saved.dtype != torch.float64 or saved.shape != (6,) or not bool((saved.isfinite() & (saved >= 0)).all()):
+            fits = isinstance(saved, Tensor) and saved.dtype == torch.float64 and saved.shape == (6,)
+            if not (fits and bool((saved.isfinite() & (saved >= 0)).all())):
                 raise ValueError(f"`gradient_statistics` of a parameter are {saved!r:.80}")
             *statistics, old_n = saved.tolist()
             self.statistics[i] = statistics

@@ -479,8 +479,9 @@ def test_a_run_goes_on_with_another_variance_refresh_or_block_size(tmp_path, bef
             del checkpoint[CHECKPOINT_KEY]["variance_refresh"], checkpoint[CHECKPOINT_KEY]["errors_wait"]
 
     def fn(rank):
-        full = run(2, strategy={"variance_refresh": before}, callbacks=[SaveAt(path, 20)])[1]
-        other = {"variance_refresh": after} | ({} if blocks is None else {"block_size": blocks})
+        saved = {"variance_refresh": before} | ({} if blocks is None else {"block_size": blocks})
+        full = run(2, strategy=saved, callbacks=[SaveAt(path, 20)])[1]
+        other = {"variance_refresh": after}  # larger blocks: their codes are multiples of another largest value
         with Messages() as messages:
             recorder = run(2, strategy=other, ckpt_path=path)[1]
         said = f"was written with variance_refresh={before!r}; the run goes on with {after!r}"
