@@ -17,7 +17,12 @@ class Coefficients(NamedTuple):
     1.  c_i = e_i + beta u + weight clamp((sign g_i + coupled_decay x) / D, +-kappa),    D = rms + eps
     6.  x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)
 
-    and, where the second moment is renewed, of each rank's own::
+    In momentum space the division comes after the quantizer, which makes all elements of a block equally large, so that a
+    bound is needed there::
+
+    6.  x = shrink x - clamp(step_size ((1 + nesterov) u - nesterov u_before) / D, +-largest_move)
+
+    And, where the second moment is renewed, of each rank's own::
 
         v_i = square_decay v_i + (1 - square_decay) (root_r sign g_i + coupled_decay x)^2
     """
@@ -37,6 +42,8 @@ class Coefficients(NamedTuple):
     """Decoupled weight decay: a."""
     step_size: float = 0.0
     """eta."""
+    largest_move: float = LARGEST_VALUE
+    """Bound of ``step_size |u / D|``, in momentum space. Not 0: with ``step_size`` 0, a 0 would lose the sign of a zero."""
     nesterov: float = 0.0
     """The momentum, if the step looks ahead; else 0."""
     square_decay: float = 1.0

@@ -40,7 +40,9 @@ class CompressionConfig:
 
     space: Space = "update"
     """What is quantized: ``"update"`` the preconditioned momentum m/D, ``"momentum"`` the momentum m
-    itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner."""
+    itself, as in the 1-bit Adam paper. Has a meaning only for methods with a preconditioner. Elements of a block come out of
+    the quantizer equally large, so in momentum space those with a small D get much noise: m/D is clamped to the most that an
+    unfrozen Adam could have, and what is cut off is lost."""
 
     variance_refresh: VarianceRefresh = "auto"
     """When the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a number: every so many

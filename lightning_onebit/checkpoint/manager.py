@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,17 +22,19 @@ from lightning_onebit.checkpoint.state import (
     Snapshot,
     load_errors,
     load_gradients,
+    load_waiting_errors,
     restore,
+    saved_of,
     shared_state,
 )
 from lightning_onebit.checkpoint.stock import LoadedState, replaced_before_saving
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
-from lightning_onebit.config import CompressionConfig
+from lightning_onebit.config import CompressionConfig, VarianceRefresh
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.phase import Phase
 
 
@@ -43,6 +45,7 @@ class Phases(Protocol):
     topology: Topology
     is_pending: bool
     has_waiting_gradients: bool
+    waiting_errors: dict[Optimizer, WaitingErrors]
 
     @property
     def phase(self) -> Phase: ...
@@ -94,7 +97,8 @@ class CheckpointManager:
         waiting: dict[str, Tensor] = {}
         if phases.has_waiting_gradients:
             waiting = {name: p.grad for p, name in phases.names.items() if p.grad is not None}
-        wants_parts = not (in_warmup or phases.is_pending) or bool(waiting)
+        is_frozen = not (in_warmup or phases.is_pending)
+        wants_parts = is_frozen or bool(waiting) or bool(phases.waiting_errors)
         # Rank 0 decides, and names the save. Wait here until all ranks have closed the files of the last one.
         name = secrets.randbits(62) if wants_parts and self._strategy.is_global_zero else 0
         number = torch.tensor(name, device=self._strategy.root_device)
@@ -108,6 +112,9 @@ class CheckpointManager:
         content = PartContent()
         for compressed in phases.compressed.values():
             content.add_optimizer(compressed)
+        if phases.waiting_errors:
+            for optimizer in phases.compressed_optimizers:
+                content.add_waiting_errors(optimizer, phases.waiting_errors.get(optimizer, WaitingErrors({})))
         content.add_gradients(waiting)
         return Snapshot(header=header, content=content)
 
@@ -135,10 +142,12 @@ class CheckpointManager:
             "is_pending": phases.is_pending,
             "save_id": save_id,
             "has_gradients": has_gradients,
+            "errors_wait": bool(phases.waiting_errors) and save_id is not None,
             "world_size": topology.world_size,
             "local_world_size": topology.local_world_size,
             "block_size": self._strategy.config.block_size,
             "space": phases.space,
+            "variance_refresh": self._variance_refresh,
             "ddp_buckets": phases.ddp_buckets(),
             "optimizer_steps": phases.steps_made,
             "with_state": phases.state_positions() if phases.is_pending else None,
@@ -192,6 +201,8 @@ class CheckpointManager:
         phases, topology = self._phases, self._phases.topology
         parts = None if path is None else Parts(path, follow_link=True)
         phase = Phase.COMPRESSED if header["phase"] == Phase.COMPRESSED.name else Phase.WARMUP
+        is_frozen, same_space = phase is Phase.COMPRESSED and not header["is_pending"], header["space"] == phases.space
+        errors_wait = header.get("errors_wait", False)
         same_world_size = header["world_size"] == self._strategy.world_size
         ddp_buckets = header["ddp_buckets"] if same_world_size else []
         if phase is Phase.COMPRESSED:
@@ -202,9 +213,9 @@ class CheckpointManager:
             if some_miss:
                 phases.resume(Phase.WARMUP, is_pending=False, ddp_buckets=ddp_buckets)
                 phases.warm_up_again(missing, drops_gradients=header["has_gradients"])
+                if errors_wait or (is_frozen and header["world_size"] > 1):  # a single rank had none
+                    self._warn_of_problems(self._load_waiting_errors(header, positions, parts), header, parts)
                 return
-        is_frozen = phase is Phase.COMPRESSED and not header["is_pending"]
-        same_space = header["space"] == phases.space
         if is_frozen and same_space:
             loaded = LoadedState(phases.compressed_optimizers)
             phases.resume(phase, is_pending=False, ddp_buckets=ddp_buckets)
@@ -212,11 +223,36 @@ class CheckpointManager:
         else:  # all there is is stock state
             phases.resume(phase, is_pending=phase is Phase.COMPRESSED, ddp_buckets=ddp_buckets)
             problems = dict.fromkeys(range(header["world_size"]), SPACE) if is_frozen else {}
+            if errors_wait:
+                problems = self._load_waiting_errors(header, positions, parts)
         if header["has_gradients"]:
             named_parameters = {name: p for p, name in phases.names.items()}
             self._loaded_gradients, more = load_gradients(named_parameters, header, parts, topology)
             problems |= more
         self._warn_of_problems(problems, header, parts)
+        before = header.get("variance_refresh", self._variance_refresh)  # earlier checkpoints do not tell it
+        if is_frozen and before != self._variance_refresh:
+            rank_zero_info(
+                f"The checkpoint was written with variance_refresh={before!r}; the run goes on with"
+                f" {self._variance_refresh!r}."
+            )
+
+    @property
+    def _variance_refresh(self) -> VarianceRefresh:
+        """What has an effect: in momentum space there are no refreshes."""
+        config = self._strategy.config
+        return config.variance_refresh if config.renews_variance else None
+
+    def _load_waiting_errors(
+        self, header: Mapping[str, Any], positions: Sequence[int], parts: Parts | None
+    ) -> dict[int, str]:
+        """Errors that wait for the next compressed phase; returns what is wrong with parts, by rank of then."""
+        phases = self._phases
+        if header["space"] != phases.space:
+            return dict.fromkeys(range(header["world_size"]), SPACE)
+        errors, problems = load_waiting_errors(phases.compressed_optimizers, positions, header, parts, phases.topology)
+        phases.waiting_errors.update(errors)
+        return problems
 
     def _restore(
         self,
@@ -240,7 +276,10 @@ class CheckpointManager:
 
         def compare(*, with_momentum: bool) -> None:
             for index, c in enumerate(compressed):
-                if replaced_before_saving(header, index) or not loaded.is_what_is_restored(c, with_momentum=with_momentum):
+                saved = saved_of(c, optimizers[index])
+                if replaced_before_saving(header, index) or not loaded.is_what_was_saved(
+                    c, saved, block_size=header["block_size"], with_momentum=with_momentum
+                ):
                     replaced.add(c)
 
         if not in_part:

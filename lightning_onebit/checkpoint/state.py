@@ -9,6 +9,7 @@ to go on bit for bit is in two places:
 * **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
   errors, the server errors of its chunks, its own second moment v_i with what its chunks have not passed on of it, or those
   of late coordinates where D is never renewed, and gradients that wait for a step. No rank ever holds those of another.
+  In a warm-up that was resumed, it is the errors that wait for the next compressed phase.
 
 With as many ranks as before, everyone goes on where it stopped. Otherwise the means of the worker errors and of the second
 moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and all
@@ -22,16 +23,18 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_onebit.checkpoint.parts import FOREIGN, MISSING, WORLD_SIZE, Part, PartError, Parts, part_errors
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.ranges import ElementRange, WaitingErrors, first_places
 from lightning_onebit.methods import parameters_of
 
 CHECKPOINT_KEY = "lightning_onebit"
@@ -88,19 +91,27 @@ class PartContent:
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
         """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
-        position = len(self.meta["optimizers"])
-        entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(compressed.optimizer)]}
         own = {
             "worker": compressed.worker_errors(),
             "server": compressed.server_errors(),
             "second_moment": compressed.second_moments(),
             "residual": compressed.second_moment_residuals(),
         }
+        self._add(compressed.optimizer, own, late=compressed.late_second_moments())
+
+    def add_waiting_errors(self, optimizer: Optimizer, errors: WaitingErrors) -> None:
+        """Those that wait for the next compressed phase of ``optimizer``."""
+        worker, server = errors.ranges(optimizer)
+        self._add(optimizer, {"worker": worker, "server": server}, late=(torch.zeros(0, dtype=torch.int64), torch.zeros(0)))
+
+    def _add(self, optimizer: Optimizer, own: Mapping[str, Sequence[ElementRange]], *, late: tuple[Tensor, Tensor]) -> None:
+        position = len(self.meta["optimizers"])
+        entry: dict[str, Any] = {"numels": [p.numel() for p in parameters_of(optimizer)]}
         for name, ranges in own.items():
             entry[name] = [[each.start, each.values.numel(), _dtype_name(each.values.dtype)] for each in ranges]
             for index, each in enumerate(ranges):
                 self.arrays[f"{position}/{name}/{index}"] = each.values.cpu().numpy()
-        places, values = compressed.late_second_moments()
+        places, values = late
         entry["late"] = places.numel()
         self.arrays[f"{position}/late/places"] = places.cpu().numpy()
         self.arrays[f"{position}/late/values"] = values.cpu().double().numpy()  # holds all dtypes exactly
@@ -149,6 +160,10 @@ def read_header(state: Any) -> Mapping[str, Any]:
     replaced = state.get("replaced") or []
     if not (isinstance(replaced, list) and all(isinstance(each, bool) for each in replaced)):
         raise _damaged(f"replaced is {replaced!r:.80}")
+    if not isinstance(state.get("errors_wait", False), bool):
+        raise _damaged(f"errors_wait is {state['errors_wait']!r:.80}")
+    if not isinstance(state.get("variance_refresh"), (int, str, type(None))):
+        raise _damaged(f"variance_refresh is {state['variance_refresh']!r:.80}")
     return state
 
 
@@ -173,11 +188,14 @@ def restore(
         try:
             if not isinstance(entries, Mapping):
                 raise TypeError(f"the entry of an optimizer is {entries!r:.80}")
-            c.restore_(
-                {p: entries[str(i)] for i, p in enumerate(parameters_of(c.optimizer)) if c.holds(p)}, block_size=block_size
-            )
+            c.restore_(saved_of(c, entries), block_size=block_size)
         except (ValueError, LookupError, TypeError) as error:
             raise _damaged(str(error)) from error
+
+
+def saved_of(c: CompressedOptimizer, entries: Mapping[str, Mapping[str, Tensor]]) -> dict[Tensor, Mapping[str, Tensor]]:
+    """By parameter, its entry of :func:`shared_state`."""
+    return {p: entries[str(i)] for i, p in enumerate(parameters_of(c.optimizer)) if c.holds(p)}
 
 
 def load_errors(
@@ -238,6 +256,66 @@ def load_errors(
     return problems
 
 
+def load_waiting_errors(
+    optimizers: Sequence[Optimizer],
+    positions: Sequence[int],
+    header: Mapping[str, Any],
+    parts: Parts | None,
+    topology: Topology,
+) -> tuple[dict[Optimizer, WaitingErrors], dict[int, str]]:
+    """The errors of a checkpoint, to wait for the next compressed phase of ``optimizers``.
+
+    Of worker errors, a rank takes some of those that its node takes over (see :func:`node_weights`); of all server errors
+    each is taken by one rank, and finds its chunk when that phase begins.
+
+    Args:
+        optimizers: whose errors they are.
+        positions: their places in the parts.
+        header: of the checkpoint.
+        parts: where its parts are; ``None`` if that is unknown.
+        topology: where this rank is now.
+
+    Returns:
+        The errors of this rank, and, by rank of then, what is wrong with its part: nothing of it was used.
+    """
+    old = _topology_of(header)
+    weights, problems = node_weights(topology, old), {}
+    worker: list[list[ElementRange]] = [[] for _ in optimizers]
+    server: list[list[ElementRange]] = [[] for _ in optimizers]
+    for rank in range(old.world_size):
+        node, local_rank = divmod(rank, old.local_world_size)
+        weight = weights.get(node) if local_rank % topology.local_world_size == topology.local_rank else None
+        is_served_here = rank % topology.world_size == topology.rank
+        if weight is None and not is_served_here:
+            continue
+        try:
+            with _open(parts, header, rank) as part, part_errors():
+                found = [
+                    [_read_ranges(part, position, name, optimizer) for name in ("worker", "server")]
+                    for optimizer, position in zip(optimizers, positions, strict=True)
+                ]
+        except PartError as error:
+            problems[rank] = error.problem
+            continue
+        for index, (workers, servers) in enumerate(found):
+            if weight is not None:
+                _gather_(worker[index], [ElementRange(each.start, each.values * weight) for each in workers])
+            if is_served_here:
+                _gather_(server[index], servers)
+    each_of = zip(optimizers, worker, server, strict=True)
+    return {o: WaitingErrors(first_places(o), own, served) for o, own, served in each_of}, problems
+
+
+def _gather_(ranges: list[ElementRange], more: Sequence[ElementRange]) -> None:
+    """Add ``more`` to the same elements of ``ranges`` where these are there, so that no rank has all that others had."""
+    known = {(each.start, each.stop): each.values for each in ranges}
+    for each in more:
+        if (each.start, each.stop) in known:
+            known[each.start, each.stop].add_(each.values)
+        else:
+            ranges.append(each)
+
+
 def node_weights(topology: Topology, old: Topology) -> dict[int, float]:
     """Whose worker errors and late second moments a node takes over, weighted so that their means over all nodes stay.
 
@@ -290,23 +368,27 @@ class _Content:
     same_chunks: bool
 
 
+def _read_ranges(
+    part: Part, position: int, name: str, optimizer: Optimizer, targets: Sequence[ElementRange] | None = None
+) -> list[ElementRange]:
+    """What a part holds of an optimizer under ``name``: all, or what touches ``targets``."""
+    entry = part.meta["optimizers"][position]
+    if entry["numels"] != [p.numel() for p in parameters_of(optimizer)]:
+        raise PartError(FOREIGN, "its parameters have other sizes")
+    found = []
+    for index, (start, numel, dtype) in enumerate(entry.get(name, [])):  # not all are there without refreshes
+        if targets is None or any(start < t.stop and t.start < start + numel for t in targets):
+            array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} {index} is not finite")
+            found.append(ElementRange(int(start), torch.from_numpy(array)))
+    return found
+
+
 def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Content:
     with part_errors():
+        chunks, read = compressed.server_errors(), partial(_read_ranges, part, position, optimizer=compressed.optimizer)
         entry = part.meta["optimizers"][position]
-        if entry["numels"] != [p.numel() for p in parameters_of(compressed.optimizer)]:
-            raise PartError(FOREIGN, "its parameters have other sizes")
-
-        def read_errors(name: str, targets: Sequence[ElementRange] | None = None) -> list[ElementRange]:
-            found = []
-            for index, (start, numel, dtype) in enumerate(entry.get(name, [])):  # not all are there without refreshes
-                if targets is None or any(start < t.start + t.values.numel() and t.start < start + numel for t in targets):
-                    array = part.array(f"{position}/{name}/{index}", dtype=np.dtype(_ERROR_DTYPES[dtype]), numel=numel)
-                    if not np.isfinite(array).all():
-                        raise ValueError(f"{name} {index} is not finite")
-                    found.append(ElementRange(int(start), torch.from_numpy(array)))
-            return found
-
-        chunks = compressed.server_errors()
         places = part.array(f"{position}/late/places", dtype=np.int64, numel=entry["late"])
         values = part.array(f"{position}/late/values", dtype=np.float64, numel=entry["late"])
         if len(places) and not (places[0] >= 0 and places[-1] < sum(entry["numels"]) and (np.diff(places) > 0).all()):
@@ -314,10 +396,10 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
         if not np.isfinite(values).all():
             raise ValueError("second moments of late coordinates are not finite")
         return _Content(
-            worker=read_errors("worker"),
-            server=read_errors("server", chunks),
-            second_moment=read_errors("second_moment"),
-            residual=read_errors("residual", chunks),
+            worker=read("worker"),
+            server=read("server", targets=chunks),
+            second_moment=read("second_moment"),
+            residual=read("residual", targets=chunks),
             late=(torch.from_numpy(places), torch.from_numpy(values)),
             same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],
         )

@@ -40,15 +40,25 @@ class LoadedState:
             for optimizer in optimizers
         }
 
-    def is_what_is_restored(self, compressed: CompressedOptimizer, *, with_momentum: bool) -> bool:
-        """Whether ``compressed`` holds just this state.
+    def is_what_was_saved(
+        self,
+        compressed: CompressedOptimizer,
+        saved: Mapping[Tensor, Mapping[str, Tensor]],
+        *,
+        block_size: int,
+        with_momentum: bool,
+    ) -> bool:
+        """Whether ``compressed`` was restored from just this state.
 
         Args:
             compressed: of one of the optimizers, restored.
+            saved: what it was restored from. D of there is compared, as here it may have been rounded to codes, or to those
+                of other blocks.
+            block_size: of then.
             with_momentum: whether its momentum was restored, too.
         """
         states = self._states[compressed.optimizer]
-        for p, entry in compressed.stock_state().items():
+        for p, entry in compressed.stock_state(saved, block_size=block_size).items():
             momentum = compressed.method.momentum(entry)
             loaded = states.get(p, {})
             for name, expected in entry.items():

@@ -6,7 +6,7 @@ empty meanwhile: its momentum and second moment live here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.compressed_allreduce import error_dtype
 from lightning_onebit.comm.groups import ExchangeGroups
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places
+from lightning_onebit.engine.ranges import ElementRange, add_ranges_, first_places, merged
 from lightning_onebit.flat import flat_view, unflatten_like
 from lightning_onebit.methods.base import Method
 from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
@@ -275,10 +276,13 @@ class Buckets:
 
     # The way back
 
-    def stock_state(self) -> dict[int, dict[str, Any]]:
+    def stock_state(self, rms_of: Callable[[Part], Tensor] | None = None) -> dict[int, dict[str, Any]]:
         """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
 
         Beside what it returns, it takes memory for one bucket and one parameter at a time.
+
+        Args:
+            rms_of: where sqrt(v_hat) of a part is from, if not from here.
         """
         stock = {}
         momentum = second_moment = torch.empty(0)
@@ -289,7 +293,7 @@ class Buckets:
                 if part.start == 0:
                     momentum, second_moment = (torch.empty(p.numel(), dtype=self.dtype) for _ in range(2))
                 if memory.has_rms:
-                    rms = part.rms
+                    rms = part.rms if rms_of is None else rms_of(part).to(part.memory.error)
                     part.of_parameter(second_moment).copy_(rms).square_()
                     if self.divides_first:
                         values.mul_(rms + self.numbers_of(part.parameter).eps)
@@ -323,10 +327,9 @@ class Buckets:
         decoded = ReferenceKernels().decode(memory, memory.result, 0, blocks, memory.live_before)
         return decoded.add_(0.0)  # no negative zeros
 
-    def give_back_(self, outstanding: Mapping[int, Tensor]) -> None:
-        """Give the optimizer its own state back, and apply what is outstanding (see :meth:`apply_outstanding_`)."""
+    def give_back_(self) -> None:
+        """Give the optimizer its own state back."""
         stock = self.stock_state()
-        self.apply_outstanding_(outstanding)
         for i, p in enumerate(self.params):
             # Torch keeps numbers such as `step` where they are, and tensors beside their parameter.
             state = {k: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v for k, v in stock[i].items()}
@@ -346,19 +349,6 @@ class Buckets:
                     part.of_parameter(errors[part.parameter]).copy_(part.of_bucket(total))
         return errors
 
-    def apply_outstanding_(self, errors: Mapping[int, Tensor]) -> None:
-        """Move the parameters by what had not been applied, at once. ``errors`` by parameter, flat; overwritten."""
-        for parts in self.parts:
-            for part in parts:
-                if part.parameter not in errors:
-                    continue
-                c = self.numbers_of(part.parameter)
-                move = part.of_parameter(errors[part.parameter]).mul_(-c.step_size)
-                if part.memory.has_rms and not self.divides_first:
-                    rms = part.rms
-                    move.div_(rms + c.eps).masked_fill_(rms == 0, 0.0)
-                part.of_parameter(flat_view(self.params[part.parameter])).add_(move)
-
     # What a checkpoint holds beside the stock state
 
     def worker_errors(self) -> list[ElementRange]:
@@ -371,30 +361,55 @@ class Buckets:
 
     def _merged(self, view: Any) -> list[ElementRange]:
         """Ranges of all elements that this rank has; copies, where padding lies between."""
-        merged: list[tuple[int, list[Tensor]]] = []
-        stop = -1
-        for part in (part for parts in self.parts for part in parts):
-            values, start = view(part), self.places[part.parameter] + part.start
-            if values is None:
-                continue
-            if start == stop:
-                merged[-1][1].append(values)
-            else:
-                merged.append((start, [values]))
-            stop = start + part.numel
-        return [ElementRange(start, values[0] if len(values) == 1 else torch.cat(values)) for start, values in merged]
+        parts = (part for parts in self.parts for part in parts)
+        return merged(self._range(part, values) for part in parts if (values := view(part)) is not None)
+
+    def _range(self, part: Part, values: Tensor) -> ElementRange:
+        return ElementRange(self.places[part.parameter] + part.start, values)
 
     def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
-        """Add errors to those of this rank in the same places; a single rank, which has none, applies them."""
+        """Add errors to those of this rank in the same places; a single rank, which has none, applies them at once."""
         if self.is_quantized:
             self._add_(lambda part: part.of_share(part.memory.error), worker)
             self._add_(lambda part: part.of_chunk(part.memory.server_error), server)
             return
-        errors = {}
         for i, p in enumerate(self.params):
-            errors[i] = torch.zeros(p.numel(), dtype=self.dtype, device=self.device)
-            add_ranges_([ElementRange(self.places[i], errors[i])], [*worker, *server])
-        self.apply_outstanding_(errors)
+            error = torch.zeros(p.numel(), dtype=self.dtype, device=self.device)
+            add_ranges_([ElementRange(self.places[i], error)], [*worker, *server])
+            flat_view(p).add_(error.mul_(-self.numbers_of(i).step_size))
+
+    def take_over_errors_(
+        self,
+        worker: Sequence[ElementRange],
+        server: Sequence[ElementRange],
+        communicator: Communicator,
+        groups: ExchangeGroups,
+    ) -> None:
+        """Add errors of which each rank tells some, whoever has their places now. Collective, bucket by bucket.
+
+        Args:
+            worker: those of this rank's node; only here, if its share of the node was and is the same.
+            server: those of no other rank.
+            communicator: all ranks.
+            groups: the nodes.
+        """
+        if not self.is_quantized:
+            self.add_errors_(worker, server)
+            return
+        for memory, parts in zip(self.memories, self.parts, strict=True):
+            total = self._in_bucket(memory, parts, worker)
+            if groups.averaging is not None:
+                groups.averaging.all_reduce_sum_(total)
+            memory.error.add_(total[memory.share_flat])
+            total = self._in_bucket(memory, parts, server)
+            communicator.all_reduce_sum_(total)
+            memory.server_error.add_(total[memory.chunk_flat])
+
+    def _in_bucket(self, memory: BucketMemory, parts: Sequence[Part], ranges: Sequence[ElementRange]) -> Tensor:
+        """``ranges`` in flat memory of a bucket, 0 elsewhere."""
+        flat = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
+        add_ranges_([self._range(part, part.of_bucket(flat)) for part in parts], ranges)
+        return flat
 
     def add_momentum_(self, momentum: Sequence[ElementRange]) -> None:
         """Take over u, on a single rank, after :meth:`restore_`."""
@@ -426,13 +441,8 @@ class Buckets:
                 v.copy_(torch.where(v == 0, part.rms.square_().div_(corrections[part.parameter]), v))
 
     def _add_(self, view: Any, sources: Sequence[ElementRange]) -> None:
-        targets = [
-            ElementRange(self.places[part.parameter] + part.start, values)
-            for parts in self.parts
-            for part in parts
-            if (values := view(part)) is not None
-        ]
-        add_ranges_(targets, sources)
+        parts = (part for parts in self.parts for part in parts)
+        add_ranges_([self._range(part, values) for part in parts if (values := view(part)) is not None], sources)
 
     def shared_state(self) -> dict[int, dict[str, Tensor]]:
         """By parameter, what all ranks know and stock state does not tell exactly; restored by :meth:`restore_`.
@@ -491,7 +501,7 @@ class Buckets:
             if memory.has_rms:
                 rms = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
                 for part in parts:
-                    part.of_bucket(rms).copy_(_saved_rms(part, shared[part.parameter], block_size))
+                    part.of_bucket(rms).copy_(self.saved_rms(shared, block_size, part))
                 memory.set_rms_(rms)
             if memory.second_moment is not None:
                 memory.second_moment.zero_()
@@ -516,6 +526,14 @@ class Buckets:
                     first = part.start // block_size
                     average.signs.copy_(entry["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
                     average.scales.copy_(entry["scales"][first : first + part.blocks[1] - part.blocks[0]])
+
+    def saved_rms(self, shared: Mapping[int, Mapping[str, Tensor]], block_size: int, part: Part) -> Tensor:
+        """sqrt(v_hat) of a part as :meth:`shared_state` has it, on the CPU: the same bits when it is coded again."""
+        entry = shared[part.parameter]
+        if "rms_code" not in entry:
+            return part.of_parameter(entry["rms"])
+        blocks = torch.arange(part.start, part.start + part.numel) // block_size
+        return decode_logarithm(part.of_parameter(entry["rms_code"]), entry["rms_scale"][blocks])
 
     def _check_shared_state(self, entry: Any, numel: int, block_size: int) -> None:
         if not isinstance(entry, Mapping):
@@ -580,12 +598,3 @@ def _second_moment(part: Part) -> Tensor | None:
 def _residual(part: Part) -> Tensor | None:
     assert part.memory.second_moment_residual is not None
     return part.of_chunk(part.memory.second_moment_residual)
-
-
-def _saved_rms(part: Part, entry: Mapping[str, Tensor], block_size: int) -> Tensor:
-    """sqrt(v_hat) of a part, as :meth:`Buckets.shared_state` has it, on the CPU: the same bits when it is coded again."""
-    if "rms_code" not in entry:
-        return part.of_parameter(entry["rms"])
-    code = part.of_parameter(entry["rms_code"])
-    blocks = torch.arange(part.start, part.start + part.numel) // block_size
-    return decode_logarithm(code, entry["rms_scale"][blocks])

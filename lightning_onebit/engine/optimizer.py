@@ -12,6 +12,7 @@ One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bi
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -37,11 +38,13 @@ from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
-from lightning_onebit.engine.ranges import ElementRange
+from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
+from lightning_onebit.engine.renewal import refresh_
 from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.methods import method_for, parameters_of
-from lightning_onebit.refresh_schedule import is_refresh_due
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, is_refresh_due
 
 
 class CompressedOptimizer:
@@ -256,7 +259,7 @@ class CompressedOptimizer:
         """Launch what second moments need to know of the step, by which nothing changes yet: it is read when all is."""
         number, estimates = self._steps + 1, {}
         with record_function("onebit::sketch"), self.communicator.counters.counting_sketches():
-            for each in self._sets:
+            for each in self._sketched_sets:
                 estimate = each.estimate(number)
                 if estimate is not None:
                     estimates[each] = estimate
@@ -288,25 +291,25 @@ class CompressedOptimizer:
             has_news: whether some rank asks for a refresh.
         """
         number, counters = self._steps + 1, self.communicator.counters
-        late_is_due = has_news and self._is_late_refresh_due
+        late_is_due, sketched = has_news and self._is_late_refresh_due, self._sketched_sets
         for each in self._sets:
             each.count_step_(late=self._commits_late)
-            if each.renewal is not None and each in learned:
-                each.renewal.take_over_(learned[each])
-            elif each.renewal is not None and each.renewal.is_sketch_due(number):
+            if each in learned:
+                each.statistics.take_over_(learned[each])
+            elif each in sketched:
                 with record_function("onebit::sketch"), counters.counting_sketches():
                     each.learn_(number)
             with record_function("onebit::refresh"), counters.counting_refreshes():
-                if each.renewal is not None and is_refresh_due(number, self._config.variance_refresh):
-                    each.renewal.refresh_()
+                if each.buckets.renews and is_refresh_due(number, self._config.variance_refresh):
+                    refresh_(each.buckets, self._groups)
                 elif late_is_due and each.late:
                     each.refresh_late_(self._groups)
 
     def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
         """Whether the gradients of a bucket are looked at again at the end of the step."""
-        if each.renewal is not None:
-            return each.renewal.is_sketch_due(self._steps + 1)
-        return outcome.has_news and self._is_late_refresh_due and len(each.late[index]) > 0
+        if each in self._sketched_sets:
+            return True
+        return outcome.has_news and self._is_late_refresh_due and bool(each.late) and len(each.late[index]) > 0
 
     def _count_waits(self) -> None:
         """On a GPU the last ones may still be in progress; they are counted with the next step."""
@@ -393,6 +396,12 @@ class CompressedOptimizer:
         return (self._steps + 1) % REFRESH_STEPS == 0
 
     @property
+    def _sketched_sets(self) -> list[ParameterSet]:
+        """Those of whose present gradients something is learned: every 16 steps, and more often at first, if r is needed."""
+        is_due = (self._steps + 1) % SKETCH_STEPS == 0
+        return [each for each in self._sets if (is_due and each.is_sketched) or each.is_sketched_often]
+
+    @property
     def _waits_last(self) -> bool:
         """Whether the host asks how the ranks have decided only when all of the step has been launched."""
         return all(each.buckets.kernels.reads_flags_on_device for each in self._sets) and bool(self._sets)
@@ -473,11 +482,58 @@ class CompressedOptimizer:
             for i, error in each.buckets.outstanding(self.communicator.all_reduce_mean_).items()
         }
 
+    def variance_drift(self) -> dict[Tensor, Drift]:
+        """By parameter, how well D fits the gradients, by the estimates so far; empty without D. Not collective."""
+        found: dict[Tensor, tuple[float, float, float, float, int]] = {}
+        for each in self._sets:
+            if each.is_sketched:
+                found.update(zip(each.buckets.params, each.statistics.drift, strict=True))
+        elements = sum(n for _, _, n, _, _ in found.values()) or 1.0
+        squares = sum(ratio * n for ratio, _, n, _, _ in found.values()) or 1.0
+        return {
+            p: Drift(ratio, clamped, max(n / elements, ratio * n / squares), last, estimates)
+            for p, (ratio, clamped, n, last, estimates) in found.items()
+        }
+
+    @torch.no_grad()
+    def error_over_update(self) -> float:
+        """Norm of this rank's worker errors over that of u, of its share; NaN where u is 0. Not collective.
+
+        Reads all errors once, and decodes u bucket by bucket. Waits for the device.
+        """
+        error = update = torch.zeros((), dtype=torch.float64)
+        for memory, buckets in ((memory, each.buckets) for each in self._sets for memory in each.buckets.memories):
+            error = error + memory.error.norm().double().square().cpu()
+            update = update + buckets.last_average(memory)[memory.share_flat].norm().double().square().cpu()
+        return float((error / update).sqrt()) if self.communicator.world_size > 1 and update > 0 else math.nan
+
+    @torch.no_grad()
+    def refresh_variance_(self) -> None:
+        """Renew D from the second moments of all ranks, where these go on: valid from the next step on. Collective."""
+        with record_function("onebit::refresh"), self.communicator.counters.counting_refreshes():
+            for each in self._sets:
+                if each.buckets.renews:
+                    refresh_(each.buckets, self._groups)
+
     # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
-    def stock_state(self) -> dict[Tensor, dict[str, Any]]:
-        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU."""
-        return {each.buckets.params[i]: entry for each in self._sets for i, entry in each.buckets.stock_state().items()}
+    def stock_state(
+        self, saved: Mapping[Tensor, Mapping[str, Tensor]] | None = None, *, block_size: int = 0
+    ) -> dict[Tensor, dict[str, Any]]:
+        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
+
+        Args:
+            saved: with D of this :meth:`shared_state`, whose blocks had ``block_size`` elements, instead of its own.
+            block_size: see there.
+        """
+        stock = {}
+        for each in self._sets:
+            buckets = each.buckets
+            rms_of = None
+            if saved is not None:
+                rms_of = partial(buckets.saved_rms, {i: saved[p] for i, p in enumerate(buckets.params)}, block_size)
+            stock.update({buckets.params[i]: entry for i, entry in buckets.stock_state(rms_of).items()})
+        return stock
 
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
@@ -529,8 +585,8 @@ class CompressedOptimizer:
         for each in self._sets:
             for i, entry in each.buckets.shared_state().items():
                 shared[each.buckets.params[i]] = entry
-                if each.renewal is not None:
-                    entry["gradient_statistics"] = each.renewal.statistics_of(i)
+                if each.is_sketched or each.buckets.renews:
+                    entry["gradient_statistics"] = each.statistics.statistics_of(i)
             late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
             for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
                 entries = [entry for j, entry in late if j == i]
@@ -548,8 +604,8 @@ class CompressedOptimizer:
         for each in self._sets:
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             each.buckets.restore_(by_index, block_size=block_size)
-            if each.renewal is not None:
-                each.renewal.restore_(by_index)
+            if each.is_sketched or each.buckets.renews:
+                each.statistics.restore_(by_index)
             each.late = each.find_late()
             for late in each.late:
                 late.restore_(by_index)
@@ -582,27 +638,36 @@ class CompressedOptimizer:
                 for i, entry in late.shared_state().items():
                     yield each.buckets.params[i], "second moment", entry.values()
 
+    def waiting_errors(self) -> WaitingErrors:
+        """Both errors of this rank, for another compressed phase; not copied. A single rank has none."""
+        places = {p: place for each in self._sets for p, place in zip(each.buckets.params, each.buckets.places, strict=True)}
+        if self.communicator.world_size == 1:
+            return WaitingErrors(places)
+        return WaitingErrors(places, self.worker_errors(), self.server_errors())
+
+    @torch.no_grad()
+    def take_over_errors_(self, waiting: WaitingErrors) -> list[Tensor]:
+        """Add the errors of an earlier compressed phase to those that this one begins with. Collective.
+
+        Buckets and chunks may be others. A single rank, which has no errors, applies them at once.
+
+        Returns:
+            Parameters that are not compressed here, so that what this rank had of theirs is dropped.
+        """
+        worker, server = waiting.ranges(self.optimizer)
+        for each in self._sets:
+            each.buckets.take_over_errors_(worker, server, self.communicator, self._groups)
+        return waiting.lost(set(self._params))
+
     @torch.no_grad()
     def give_back_(self) -> None:
-        """Give the optimizer its own state back and apply what is outstanding. Collective; the object is spent then.
+        """Give the optimizer its own state back; the object is spent then. Not collective.
 
-        Gradients that still wait for a step become their mean over the ranks, as DDP would have left them.
+        What error feedback holds is in :meth:`waiting_errors`, to be asked for before.
         """
-        self.average_gradients_()
         self._free_state_()
         for each in self._sets:
-            each.buckets.give_back_(each.buckets.outstanding(self.communicator.all_reduce_mean_))
-        self._end_()
-
-    @torch.no_grad()
-    def retire_(self) -> None:
-        """Give the optimizer its own state back without what is outstanding; the object is spent then. Not collective."""
-        self._free_state_()
-        for each in self._sets:
-            each.buckets.give_back_({})
-        self._end_()
-
-    def _end_(self) -> None:
+            each.buckets.give_back_()
         state = self.optimizer.state
         for p in parameters_of(self.optimizer):  # in the order of a state dict that was never taken apart
             if p in state:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.consistency.step import Outcome
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.renewal import Renewal
+from lightning_onebit.engine.gradient_statistics import GradientStatistics
 from lightning_onebit.engine.variance import LateCoordinates, refresh_late_
 from lightning_onebit.flat import flat_gradient, flat_view
 from lightning_onebit.quantize.memory import StepInputs
+from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
 
 class ParameterSet:
@@ -31,7 +34,7 @@ class ParameterSet:
     def __init__(self, buckets: Buckets, groups: ExchangeGroups) -> None:
         self.buckets = buckets
         self.late = self.find_late()
-        self.renewal = Renewal(buckets, groups) if buckets.renews else None
+        self._groups = groups
         self.flags = torch.zeros(1 + len(buckets.params), dtype=torch.int32, device=buckets.device)
         self.node_average: NodeAverage | None = None
         self._params = [flat_view(p) for p in buckets.params]
@@ -39,6 +42,21 @@ class ParameterSet:
         self._taken: set[int] = set()
         self._step: StepInputs | None = None
         self._share_gradient: Tensor | None = None
+
+    @cached_property
+    def statistics(self) -> GradientStatistics:
+        """Of the ranks' gradients; nothing is known of them where nothing is sketched."""
+        return GradientStatistics(self.buckets, self._groups)
+
+    @property
+    def is_sketched(self) -> bool:
+        """Whether there is something to learn: with a D, on several ranks, or nodes where these average first."""
+        return self.buckets.method.has_second_moment and self.buckets.topology.num_nodes > 1 and bool(self.buckets.memories)
+
+    @property
+    def is_sketched_often(self) -> bool:
+        """Whether that is to be at every step: at first, where D is renewed, which needs r."""
+        return self.is_sketched and self.buckets.renews and self.statistics.statistics[:, 4].max() < SKETCH_STEPS
 
     def find_late(self) -> list[LateCoordinates]:
         """By bucket, the coordinates that are not live yet; none where all second moments go on."""
@@ -62,8 +80,8 @@ class ParameterSet:
                 self._params[i] = flat_view(p)
         return self._params
 
-    def _numbers(self, num_averaged: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The numbers of every parameter's next step: computed once for each group and step."""
+    def _numbers(self, num_averaged: int, *, clamps: bool = False) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The numbers of every parameter's next step: computed once for each group and step; ``clamps`` in either space."""
         buckets = self.buckets
         keys = np.stack([np.asarray(buckets.param_group_of, dtype=np.int64), buckets.steps + 1], axis=1)
         unique, inverse = np.unique(keys, axis=0, return_inverse=True)
@@ -71,7 +89,7 @@ class ParameterSet:
         rows: list[Coefficients] = [
             buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
         ]
-        if not buckets.divides_first:  # what is clamped in momentum space are gradients, not g / D
+        if not (buckets.divides_first or clamps):  # what is clamped in momentum space are gradients, not g / D
             rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
         if any(row.nesterov for row in rows) and not buckets.keeps_before:
             raise RuntimeError(
@@ -79,8 +97,8 @@ class ParameterSet:
                 " HINT: set it when the optimizer is created."
             )
         numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
-        if self.renewal is not None:
-            numbers[:, Coefficients._fields.index("root_r")] = self.renewal.root_r
+        if buckets.renews:
+            numbers[:, Coefficients._fields.index("root_r")] = self.statistics.root_r
         return numbers
 
     def take_gradients_(self, index: int) -> None:
@@ -142,18 +160,24 @@ class ParameterSet:
 
     def learn_(self, number: int) -> None:
         """Learn from the gradients of step ``number``. Collective. Waits for the device."""
-        if self.renewal is not None and self._step is not None:
-            self.renewal.learn_(self._step, number)
+        if self._step is not None:
+            self.statistics.learn_(self._preconditioned(self._step), number)
 
     def estimate(self, number: int) -> Tensor | None:
-        """What is to be learned from step ``number``, if it is time; not waited for. Collective.
+        """What is to be learned from step ``number``; not waited for. Collective.
 
         Returns:
-            float32 ``[4, parameters]``: see :meth:`Renewal.estimate`.
+            float32 ``[4, parameters]``: see :meth:`GradientStatistics.estimate`.
         """
-        if self.renewal is None or self._step is None or not self.renewal.is_sketch_due(number):
+        if self._step is None:
             return None
-        return self.renewal.estimate(self._step, number)
+        return self.statistics.estimate(self._preconditioned(self._step), number)
+
+    def _preconditioned(self, step: StepInputs) -> StepInputs:
+        """Sketches are of clamp(g / D) in momentum space, too."""
+        if self.buckets.divides_first:
+            return step
+        return replace(step, numbers=self._numbers(self.buckets.topology.num_nodes, clamps=True))
 
     def forget_step_(self) -> None:
         """The step is over: gradients must not be kept alive."""

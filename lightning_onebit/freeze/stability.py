@@ -18,7 +18,7 @@ from lightning_onebit.refresh_schedule import refresh_interval
 
 RENEWED_MIN_STEPS, RENEWED_MAX_STEPS = 20, 35
 RENEWED_FRACTION, LONGEST_FRACTION = 0.02, 0.3
-RENEWED_TOLERANCE, FROZEN_TOLERANCE = 0.035, 0.3
+RENEWED_TOLERANCE, FROZEN_TOLERANCE = 0.015, 0.3
 RENEWED_WINDOW = 5
 FROZEN_WINDOW = 0.05
 """Of the run. Growth is seen from one window to the next, if it is seen at all."""
@@ -44,7 +44,7 @@ class VarianceStability(Criterion):
     judges_second_moment = True
 
     tolerance: float | None = None
-    """Largest expected change of D = sqrt(v). > 0. ``None``: 0.035 from one refresh to the
+    """Largest expected change of D = sqrt(v). > 0. ``None``: 0.015 from one refresh to the
     next; without refreshes 0.3."""
     window: int | None = None
     """Steps over which ratios are averaged. ``None``: 5; without refreshes a twentieth of the run, or 1 / (1 - beta2) / 10

@@ -82,6 +82,8 @@ class FabricCheckpoints:
                     " together. HINT: load all, or call `fabric.strategy.resume_warmup()` first."
                 )
             self._phases.drop_compressed_state()
+        if len(loaded) == len(optimizers):
+            self._phases.waiting_errors.clear()
         self._path = os.fspath(path)
         try:
             with agreement(Communicator(), device, about="the checkpoint that they load") as settings:

@@ -35,6 +35,7 @@ from lightning_onebit.consistency.settings import (
 from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.freeze.criteria import Criterion
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.callbacks.divergence_guard import DivergenceGuard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
@@ -177,8 +178,23 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
         self._phases.freeze_variance()
 
+    def refresh_variance(self) -> None:
+        """Renew the frozen second moment now. Call on all ranks, between a step and the next backward; errors as there."""
+        self._phases.refresh_variance()
+
+    def variance_drift(self) -> dict[str, Drift]:
+        """By parameter, how well the second moment fits the gradients in the compressed phase."""
+        return self._phases.variance_drift()
+
+    def error_over_update(self) -> float:
+        """Norm of this rank's worker error over that of the update. Reads all errors once."""
+        return self._phases.error_over_update()
+
     def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied. Call on all ranks, between two steps."""
+        """Go back to plain DDP. What error feedback has not applied yet waits, on each rank its own, in checkpoints too, and
+        is handed to the next compressed phase; meanwhile it takes 4 + 4 / n bytes per parameter. Call on all ranks, between
+        two steps.
+        """
         self._phases.resume_warmup()
 
     def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:

@@ -8,8 +8,9 @@ then ("pending") that state can be saved as what it is, the warm-up's last.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, Protocol
 from weakref import ReferenceType, ref
@@ -32,8 +33,8 @@ from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
-from lightning_onebit.engine.ranges import ElementRange
-from lightning_onebit.engine.renewal import SKETCH_STEPS
+from lightning_onebit.engine.ranges import WaitingErrors
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
@@ -43,7 +44,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.quantize.tensor_sketch import WIDTH
-from lightning_onebit.refresh_schedule import longest_interval
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, longest_interval
 
 REPLACED_TOO_LATE = (
     "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
@@ -88,6 +89,9 @@ class PhaseController:
         """Whether the compressed phase has begun, but the optimizers' state is still that of the warm-up's end."""
         self.warmup_start = 0
         """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
+        self.waiting_errors: dict[Optimizer, WaitingErrors] = {}
+        """What error feedback held of optimizers when their state was given back or replaced, until it is frozen again. With
+        the same optimizers on all ranks."""
         self.overlaps = False
         """Whether buckets are sent during backward, once compressed."""
         self.has_waiting_gradients = False
@@ -150,11 +154,11 @@ class PhaseController:
         sent: float = stay_dense
         for p in compressed:
             sent += encoded_nbytes(p.numel(), config.block_size)
-        if config.renews_variance:
-            interval = longest_interval(config.variance_refresh)
-            for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+        for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
+            sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
+            if config.renews_variance:
+                interval = longest_interval(config.variance_refresh)
                 sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
-                sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
         return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, sent)
 
     @property
@@ -176,7 +180,7 @@ class PhaseController:
         return (
             f"{type(self._strategy).__name__}(phase={self.phase.name}, optimizer_steps={self.optimizer_steps},"
             f" block_size={c.block_size}, scale={c.scale!r}, space={c.space!r}, bucket_cap_mb={c.bucket_cap_mb},"
-            f" overlap={overlap}, hierarchical={hierarchical})"
+            f" overlap={overlap}, hierarchical={hierarchical}{', errors_wait=True' if self.waiting_errors else ''})"
         )
 
     # The switch
@@ -249,29 +253,104 @@ class PhaseController:
                     exchanger=self._exchanger,
                     overlap=self.overlaps,
                 )
+        for optimizer in optimizers:
+            if optimizer in self.waiting_errors:
+                lost = self.compressed[optimizer].take_over_errors_(self.waiting_errors.pop(optimizer))
+                if lost:
+                    rank_zero_warn(
+                        f"{type(self._strategy).__name__}: what error feedback has not applied yet of"
+                        f" {listed(lost, self.names)} is dropped, as {type(optimizer).__name__} no longer trains it."
+                    )
         if self.overlaps:
             (compressed,) = self.compressed.values()
             self.hook_state.gradients_ready = compressed.gradients_ready
 
+    def refresh_variance(self) -> None:
+        """Renew the second moment now. Collective; see the strategies."""
+        if self.hook_state is None:
+            raise RuntimeError(f"refresh_variance() {NOT_RUNNING}")
+        with agreement(Communicator(), self._strategy.root_device, about="the second moment to be renewed"):
+            self._check_refresh()
+        self.take_over_replaced_state()
+        self.begin_compressing()
+        for compressed in self.compressed.values():
+            compressed.refresh_variance_()
+
+    def _check_refresh(self) -> None:
+        if self.phase is Phase.WARMUP:
+            raise RuntimeError(
+                "refresh_variance() was called in warm-up, in which the second moment moves on at every step. HINT: call it"
+                " when `strategy.phase` is Phase.COMPRESSED."
+            )
+        if not any(map(needs_warmup, self.optimizers.compressed)):
+            raise RuntimeError(
+                "refresh_variance() was called, but the optimizers have no second moment. HINT: leave it out."
+            )
+        if not self._strategy.config.renews_variance:
+            raise RuntimeError(
+                "refresh_variance() was called where no rank carries a second moment on, so there is nothing to renew D"
+                " from. HINT: variance_refresh='auto', or a number of steps, in update space; a checkpoint of this run can"
+                " be resumed with it."
+            )
+        if self.has_waiting_gradients or any(c.has_begun_a_step for c in self.compressed.values()):
+            raise RuntimeError(
+                "refresh_variance() was called while gradients were waiting for a step, and may have been sent. HINT: call"
+                " it between a step and the next backward."
+            )
+
+    def variance_drift(self) -> dict[str, Drift]:
+        """By parameter, how well D fits the gradients. See the strategies."""
+        found = {p: drift for compressed in self.compressed.values() for p, drift in compressed.variance_drift().items()}
+        return {self.names.get(p, f"parameter {i}"): drift for i, (p, drift) in enumerate(found.items())}
+
+    def error_over_update(self) -> float:
+        """The largest of the compressed optimizers. See the strategies."""
+        ratios = [compressed.error_over_update() for compressed in self.compressed.values()]
+        return max((ratio for ratio in ratios if not math.isnan(ratio)), default=math.nan)
+
     def resume_warmup(self) -> None:
-        """Apply what error feedback holds and go back to plain DDP. Collective; see the strategies."""
+        """Go back to plain DDP; what error feedback holds waits for the next freeze. Collective; see the strategies."""
         self.drop_lost_state()
         if self.phase is Phase.WARMUP:
             return
         self.warmup_start = self.optimizer_steps
         stock = {o: dict(o.state) for o in self.optimizers.compressed if self.is_pending or self._is_replaced(o)}
-        if not self.is_pending:
-            for compressed in self.compressed.values():
-                compressed.give_back_()
-        elif self.has_waiting_gradients:  # which may be local already
+        if self.is_pending and self.has_waiting_gradients:  # which may be local already
+            waiting, self.waiting_errors = self.waiting_errors, {}
             self.begin_compressing()
             for compressed in self.compressed.values():
                 compressed.average_gradients_()
                 compressed.close()
+            self.waiting_errors = waiting
+        else:
+            for compressed in self.compressed.values():
+                compressed.average_gradients_()
+            self._keep_errors(self.compressed)
+            self._give_back_()
         for optimizer, state in stock.items():
             optimizer.state = defaultdict(dict, state)
         self.compressed.clear()
         self._set_phase(Phase.WARMUP)
+        if self.waiting_errors:
+            nbytes = sum(errors.nbytes for errors in self.waiting_errors.values())
+            rank_zero_info(
+                f"{type(self._strategy).__name__}: back in warm-up, that is plain DDP. What error feedback has not applied"
+                f" yet ({nbytes:,} bytes on this rank) waits for the next compressed phase."
+            )
+
+    def _keep_errors(self, compressed: Mapping[Optimizer, CompressedOptimizer]) -> None:
+        """Have what error feedback holds wait for the next freeze. Not collective."""
+        if self._strategy.world_size > 1:  # a single rank has none
+            self.waiting_errors.update({optimizer: each.waiting_errors() for optimizer, each in compressed.items()})
+
+    def _give_back_(self) -> None:
+        """Give the compressed optimizers their own state back, where it was not replaced. Not collective."""
+        for compressed in self.compressed.values():
+            if compressed.state_was_replaced:
+                compressed.close()
+            else:
+                compressed.give_back_()
+        self.compressed.clear()
 
     def _is_replaced(self, optimizer: Optimizer) -> bool:
         """Whether user code has replaced state that was frozen; until the next step it is stock, beside the errors."""
@@ -304,12 +383,8 @@ class PhaseController:
             raise RuntimeError(REPLACED_TOO_LATE)
         kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced or self.optimizers.compressed)
         self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
-        for optimizer, compressed in self.compressed.items():
-            if optimizer in replaced:
-                compressed.close()
-            else:
-                compressed.retire_()
-        self.compressed.clear()
+        self._keep_errors(self.compressed)
+        self._give_back_()
         self.warmup_start = self.optimizer_steps
         self._set_phase(Phase.WARMUP)
 
@@ -331,27 +406,22 @@ class PhaseController:
             raise RuntimeError(REPLACED_TOO_LATE)
         kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
         rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
-        errors = {}
-        for optimizer, compressed in replaced.items():  # copies: so the old buckets can go before new ones come
-            worker, server = (
-                [ElementRange(e.start, e.values.clone()) for e in each]
-                for each in (compressed.worker_errors(), compressed.server_errors())
-            )
-            errors[optimizer] = worker, server, compressed.late_second_moments()
+        self._keep_errors(replaced)
+        late = {}
+        for optimizer, compressed in replaced.items():  # so that the old buckets can go before new ones come
+            late[optimizer] = compressed.late_second_moments()
             compressed.close()
             if counted_steps(optimizer) is not None:
                 self.steps.count_loaded(optimizer)
         del compressed
         replaced.clear()
-        for optimizer in errors:
+        for optimizer in late:
             del self.compressed[optimizer]
         order = self.optimizers.compressed
-        self._freeze_state([o for o in order if o in errors], about="the state that was replaced")
+        self._freeze_state([o for o in order if o in late], about="the state that was replaced")
         self.steps.compressed = {optimizer: self.compressed[optimizer] for optimizer in order}
-        for optimizer, (worker, server, late) in errors.items():
-            if self._strategy.world_size > 1:
-                self.compressed[optimizer].add_errors_(worker, server)
-            self.compressed[optimizer].add_late_second_moments_(*late)
+        for optimizer, second_moments in late.items():
+            self.compressed[optimizer].add_late_second_moments_(*second_moments)
 
     def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
         """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
@@ -381,7 +451,8 @@ class PhaseController:
         rank_zero_warn(
             f"{type(self._strategy).__name__}: {why}, and the optimizer's state{of} is missing now: there is no second"
             " moment to divide by. All go back to warm-up, that is plain DDP, until PhaseSwitch ends it again; what error"
-            f" feedback held{', and gradients that waited for a step,' if drops_gradients else ''} is dropped."
+            " feedback has not applied yet waits for the next compressed phase"
+            f"{', gradients that waited for a step are dropped' if drops_gradients else ''}."
         )
 
     @staticmethod
@@ -396,21 +467,18 @@ class PhaseController:
         ]
 
     def drop_compressed_state(self) -> None:
-        """Back to warm-up because the optimizers' state is about to be replaced: drop what error feedback holds."""
+        """Back to warm-up because the run is about to be another: drop what error feedback holds, and what of it waits."""
         for compressed in self.compressed.values():
             compressed.close()
         self.compressed.clear()
+        self.waiting_errors.clear()
         self.warmup_start = 0
         self._set_phase(Phase.WARMUP)
 
     def retire(self) -> None:
-        """Give the optimizers their own state back, without what error feedback holds. Not collective."""
-        for compressed in self.compressed.values():
-            if compressed.state_was_replaced:
-                compressed.close()
-            else:
-                compressed.retire_()
-        self.compressed.clear()
+        """The run is over: give the optimizers their own state back, without what error feedback holds. Not collective."""
+        self._give_back_()
+        self.waiting_errors.clear()
 
     def resume(self, phase: Phase, *, is_pending: bool, ddp_buckets: Sequence[Sequence[str]]) -> None:
         """Be in the phase in which a checkpoint was saved; errors start at zero. Collective.

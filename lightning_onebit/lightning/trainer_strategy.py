@@ -38,6 +38,7 @@ from lightning_onebit.consistency.settings import (
     trainer_settings,
 )
 from lightning_onebit.engine.nonfinite import check_max_skipped_steps
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
 from lightning_onebit.lightning.compressible import compressible, listed
@@ -71,6 +72,7 @@ class OneBitDDPStrategy(DDPStrategy):
         block_size: elements that share one scale; a multiple of 8, at most 16384.
         scale: ``"l2"``: root mean square of a block; ``"l1"``: mean absolute value.
         space: what is quantized: ``"update"``, the preconditioned momentum m/D, or ``"momentum"``, as in the paper.
+            There m/D is clamped to the most that an unfrozen Adam could have.
         variance_refresh: when the frozen second moment is renewed: ``"auto"``: often at first, then every 64 steps; a
             number: every so many steps; ``None``: never, as in the paper, and always in momentum space.
         overlap: whether buckets are sent during backward, as their gradients come. The result is the same, bit for bit.
@@ -184,8 +186,43 @@ class OneBitDDPStrategy(DDPStrategy):
         """
         self._phases.freeze_variance()
 
+    def refresh_variance(self) -> None:
+        """Renew the frozen second moment now, from the gradients that all ranks have had: valid from the next step on.
+
+        Beside the refreshes of ``variance_refresh``, where a change of scale is known: some steps after another loss weight,
+        say. Call on all ranks, in the compressed phase, between a step and the next backward.
+
+        Raises:
+            RuntimeError: on all ranks, in warm-up, while gradients wait for a step, without a second moment, or with
+                ``variance_refresh=None``, where no rank carries one on.
+        """
+        self._phases.refresh_variance()
+
+    def variance_drift(self) -> dict[str, Drift]:
+        """By parameter, how well the second moment fits the gradients in the compressed phase, frozen or renewed.
+
+        Estimated every 16 optimizer steps, from 1 KB per parameter. The same on all ranks; empty in warm-up and without a
+        second moment. With one process, or node, nothing is estimated. Not collective, and nothing is modified.
+
+        Returns:
+            By name: ``ratio``: mean square of the mean gradient over D, 1 where it fits; ``clamped``: share of clamped
+            elements; ``share`` of the tensor in all; ``last_ratio``: the ratio by the last estimate alone; ``estimates``.
+        """
+        return self._phases.variance_drift()
+
+    def error_over_update(self) -> float:
+        """Norm of this rank's worker error over that of the update; NaN before the first compressed step. Not collective.
+
+        Reads all errors once, and on a GPU waits for it: not for every step.
+        """
+        return self._phases.error_over_update()
+
     def resume_warmup(self) -> None:
-        """Go back to plain DDP: what error feedback still holds is applied, and the second moment moves on.
+        """Go back to plain DDP and the optimizers' own state; the second moment moves on.
+
+        What error feedback has not applied yet waits, on each rank its own, in checkpoints too, and is handed to the next
+        compressed phase. Meanwhile it takes 4 + 4 / n bytes per parameter beside Adam's; ``repr(strategy)`` says that it is
+        there. Where training ends before, it is never applied, as at the end of a compressed phase.
 
         :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
@@ -429,7 +466,7 @@ class OneBitDDPStrategy(DDPStrategy):
         if "optimizer_states" not in checkpoint:  # weights only
             write()
         elif self._interrupted:  # without the others, so without parts
-            if self.phase is Phase.COMPRESSED:
+            if self.phase is Phase.COMPRESSED or self._phases.waiting_errors:
                 checkpoint[CHECKPOINT_KEY] = self._checkpoints.header_after_exception(is_torn=self._phases.steps.is_torn)
             write()
         else:
@@ -462,8 +499,8 @@ class OneBitDDPStrategy(DDPStrategy):
             steps.count_all_loaded(saved, total=checkpoint.get("global_step", 0))
             settings.update(checkpoint_settings(steps.made.values(), header))
         if header is not None:
-            optimizers = header["optimizers"]
-            self._checkpoints.resume(header, optimizers, range(len(optimizers)), header.get(PATH))
+            positions = range(len(self._phases.compressed_optimizers))
+            self._checkpoints.resume(header, header["optimizers"], positions, header.get(PATH))
 
     # The end
 

@@ -9,6 +9,9 @@ moves m / sqrt(v) by at most (1 - beta1) / sqrt(1 - beta2). D is that of the mea
 ordinary noise is larger there by up to sqrt(n), and a coordinate that has its gradient on one rank at a time (a rare word)
 has it n times as large. So kappa = n / sqrt(1 - beta2), n the gradients that are averaged after the clamp. With
 1 / sqrt(1 - beta2) updates came out at 0.59 of exact ones at 32 ranks and beta2 = 0.95 (benchmarks/results/clamp.txt).
+
+**In momentum space** g is not divided; what has to be bounded is u / D of step 6, as the quantizer gives all elements of a
+block the same magnitude, whatever their D (see :func:`largest_update`).
 """
 
 from __future__ import annotations
@@ -22,8 +25,23 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import LARGEST_VALUE, Coefficients
 from lightning_onebit.methods.base import Method
+
+
+def largest_update(beta1: float, beta2: float) -> float:
+    """What ``|m| / sqrt(v_hat)`` of an unfrozen Adam cannot exceed, whatever its gradients: 7.3 for 0.9 and 0.999.
+
+    By Cauchy and Schwarz on m = (1 - beta1) sum_k beta1^k g_k and v = (1 - beta2) sum_k beta2^k g_k^2,
+
+        |m| / sqrt(v) <= (1 - beta1) / sqrt((1 - beta2) (1 - beta1^2 / beta2)).
+
+    The bias correction of v makes it smaller; that of m is part of eta. With beta1^2 near beta2 or beyond, this grows
+    without end: there the bound is 1 / sqrt(1 - beta2), that of a single gradient. Never below 1, what a constant one has.
+    """
+    ratio = beta1**2 / beta2 if beta2 else math.inf
+    growth = (1.0 - beta1) / math.sqrt(1.0 - ratio) if ratio < 1.0 else math.inf
+    return min(growth, 1.0) / math.sqrt(1.0 - beta2)
 
 
 class AdamMethod(Method):
@@ -47,6 +65,7 @@ class AdamMethod(Method):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         decoupled = self.decouples_weight_decay or group.get("decoupled_weight_decay", False)
+        step_size = lr / (1.0 - beta1**step)
         return Coefficients(
             beta=beta1,
             weight=1.0 - beta1,
@@ -55,7 +74,8 @@ class AdamMethod(Method):
             sign=-1.0 if group["maximize"] else 1.0,
             coupled_decay=0.0 if decoupled else weight_decay,
             shrink=1.0 - lr * weight_decay if decoupled else 1.0,
-            step_size=lr / (1.0 - beta1**step),
+            step_size=step_size,
+            largest_move=step_size * largest_update(beta1, beta2) if lr else LARGEST_VALUE,
             square_decay=beta2,
         )
 

@@ -10,6 +10,8 @@ over ragged rows (``np.add.reduceat``), their scales are spread over elements.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -69,7 +71,6 @@ class CpuKernels:
         self.scale: Scale = scale
         self.space = space
         self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
-        self._sketch_workspace = SketchWorkspace()
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
         self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
         self._mask_of_byte = BYTE_BITS.astype(self._real)
@@ -261,7 +262,9 @@ class CpuKernels:
             if live is not None:
                 self._expand_mask(live, work)
                 work.reals.masked_fill_(work.mask == 0, 1.0)
-            move.div_(work.reals)
+            np.divide(move.numpy(), work.reals_array, out=move.numpy())
+            largest = part.per_element(c.largest_move)
+            np.clip(move.numpy(), -largest, largest, out=move.numpy())
         if is_view:
             param.add_(move)
             return
@@ -310,6 +313,11 @@ class CpuKernels:
         """As the reference."""
         assert messages is not None
         apply_variance_(memory, messages, correction, self._memory)
+
+    @cached_property
+    def _sketch_workspace(self) -> SketchWorkspace:
+        """Made at the first sketch: kernels that only serve need none."""
+        return SketchWorkspace()
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
         """As the reference, in float64."""

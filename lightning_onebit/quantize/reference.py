@@ -150,7 +150,8 @@ class ReferenceKernels:
     # Step 6
 
     def apply_(self, memory: BucketMemory, index: int, step: StepInputs, *, commit: bool) -> None:
-        """``x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)``; in momentum space, u / D instead of u.
+        """``x = shrink x - step_size ((1 + nesterov) u - nesterov u_before)``; in momentum space,
+        ``x = shrink x - clamp(step_size (...) / D, +-largest_move)``.
 
         Args:
             memory: the bucket, whose new average is ``memory.result``; if ``commit``, both errors are written, and the
@@ -176,6 +177,7 @@ class ReferenceKernels:
         if memory.has_rms and self.space == "momentum":
             live = self._live(memory, blocks, memory.live)
             move = move / torch.where(live, memory.decoded_rms(blocks) + n.eps, 1.0)
+            move = move.clamp(-n.largest_move, n.largest_move)
         for p, x, part in self._parts(memory, blocks, step.params, move):
             if step.is_active[p]:
                 x.mul_(step.coefficients(p).shrink).add_(part)

@@ -42,6 +42,7 @@ from lightning_onebit.quantize.triton_tables import (
     EPS,
     GRADIENT,
     KAPPA,
+    LARGEST_MOVE,
     NESTEROV,
     NUMEL,
     OFFSET,
@@ -283,7 +284,7 @@ def _apply_kernel(
                 u = decode(unpack(packed), value.to(dtype), alive)
                 store_flat(server_error, offset - chunk_start, element, exists, byte_exists, c_bar - u)
 
-        # 6. x = shrink x - step_size ((1 + nesterov) u - nesterov u_before); in momentum space, u / D instead of u
+        # 6. x = shrink x - step_size ((1 + nesterov) u - nesterov u_before); in momentum space divided by D, clamped
         step_size = tl.load(numbers + step_row + STEP_SIZE).to(dtype)
         nesterov = tl.load(numbers + step_row + NESTEROV).to(dtype)
         packed, value = load_message(average, sign, scale, byte, byte_exists)
@@ -296,6 +297,7 @@ def _apply_kernel(
             eps = tl.load(numbers + step_row + EPS).to(dtype)
             d = load_flat(momentum_rms, offset, element, byte_exists) + eps
             move = divide(move, tl.where(alive, d, 1.0))
+            move = clamp(move, tl.load(numbers + step_row + LARGEST_MOVE).to(dtype))
         # As torch: in the dtype of the errors, but rounded to that of the parameter after each of the two operations.
         shrunk = rounded(x.to(dtype) * tl.load(numbers + step_row + SHRINK).to(dtype), PARAM_DTYPE)
         moved = rounded(shrunk + move, PARAM_DTYPE)

@@ -204,7 +204,15 @@ def _bucket(device: torch.device, *, renews: bool = False) -> BucketMemory:
 
 def _step(device: torch.device) -> StepInputs:
     numbers = Coefficients(
-        beta=0.9, weight=0.1, kappa=3.0, eps=1e-8, shrink=0.999, step_size=1e-2, square_decay=0.99, root_r=0.7
+        beta=0.9,
+        weight=0.1,
+        kappa=3.0,
+        eps=1e-8,
+        shrink=0.999,
+        step_size=1e-2,
+        largest_move=3e-2,
+        square_decay=0.99,
+        root_r=0.7,
     )
     gradients = [_values(numel, 0.8 + 0.01 * p).to(device) for p, numel in enumerate(NUMELS)]
     return StepInputs(

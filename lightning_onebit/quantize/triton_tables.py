@@ -41,12 +41,13 @@ GRADIENT = tl.constexpr(0)  # 0 if there is none
 PARAM = tl.constexpr(1)
 FIRST_NUMBER = 2
 (
-    BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, NESTEROV, SQUARE_DECAY, ROOT_R
+    BETA, WEIGHT, KAPPA, EPS, SIGN_OF_GRADIENT, COUPLED_DECAY, SHRINK, STEP_SIZE, LARGEST_MOVE, NESTEROV, SQUARE_DECAY,
+    ROOT_R,
 ) = (
     tl.constexpr(FIRST_NUMBER + Coefficients._fields.index(name))
     for name in (
-        "beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "nesterov", "square_decay",
-        "root_r",
+        "beta", "weight", "kappa", "eps", "sign", "coupled_decay", "shrink", "step_size", "largest_move", "nesterov",
+        "square_decay", "root_r",
     )
 )  # fmt: skip
 STEP_COLUMNS = tl.constexpr(FIRST_NUMBER + len(Coefficients._fields))

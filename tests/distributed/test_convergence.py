@@ -14,8 +14,8 @@ from thread_ranks import run_threads
 from torch import nn
 
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.gradient_statistics import GradientStatistics
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.renewal import Renewal
 from lightning_onebit.methods.adam import AdamMethod
 from lightning_onebit.quantize.cpu import CpuKernels
 
@@ -122,7 +122,7 @@ def without_refreshes(means):
 
 
 def with_r_of_one(means):
-    with mock.patch.object(Renewal, "root_r", property(lambda self: np.ones(1))):
+    with mock.patch.object(GradientStatistics, "root_r", property(lambda self: np.ones(1))):
         return displacement(means)
 
 

@@ -81,7 +81,7 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
                     state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
             if each.late:
                 state[f"second moments {index} of {number}"] = each.late[index].second_moment
-        if each.renewal is not None:
+        if each.buckets.renews:
             state |= _renewed(number, each)
     if exchanger is not None:
         exchanger.close()
@@ -90,7 +90,7 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
 
 def _renewed(number, each):
     """What is kept of a set where D is renewed. Masks are compared by what they say: without a wait there is always one."""
-    state = {f"statistics of {number}": torch.from_numpy(each.renewal.statistics)}
+    state = {f"statistics of {number}": torch.from_numpy(each.statistics.statistics)}
     for index, memory in enumerate(each.buckets.memories):
         everything = torch.from_numpy(np.packbits(memory.layout.exists, bitorder="little"))
         for name in ("rms_code", "rms_scale", "second_moment", "second_moment_residual"):

@@ -131,6 +131,13 @@ def test_50_steps_equal_the_float64_model(kind, space, scale):
     assert_close(histories[0], train_model(kind, 3, **config), rtol=1e-4)
 
 
+def test_moves_that_are_cut_in_momentum_space_equal_the_float64_model():
+    """One block for second moments from 1 to 10^6, which the quantizer makes equal in size before D divides."""
+    config = {"space": "momentum", "block_size": 512, "steps": 20}
+    histories = run_threads(3, lambda communicator: train(communicator, torch.optim.AdamW, torch.float64, **config))
+    assert_close(histories[0], train_model(torch.optim.AdamW, 3, **config), rtol=1e-4)
+
+
 def test_on_gloo_50_steps_equal_the_float64_model():
     histories = run_ranks(3, lambda rank: train(Communicator(), torch.optim.AdamW, torch.float64, block_size=64))
     assert_close(histories[0], train_model(torch.optim.AdamW, 3, block_size=64), rtol=1e-4)
@@ -497,7 +504,8 @@ def test_a_parameter_without_gradient_on_one_rank_counts_as_zero_there():
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_one_message_per_bucket_and_phase(overlap):
-    """Signs and scales travel together: an all-to-all and an all-gather per bucket, and one agreement per step."""
+    """Signs and scales travel together: an all-to-all and an all-gather per bucket, and one agreement per step. The sketches
+    of step 16 are one message more each way."""
 
     def fn(communicator):
         optimizer = make_optimizer(torch.optim.Adam, torch.float32)
@@ -512,7 +520,7 @@ def test_one_message_per_bucket_and_phase(overlap):
     ((buckets, collectives), other) = run_threads(2, fn)
     assert buckets == 3
     assert other == (buckets, collectives)
-    assert collectives == 7 * (2 * buckets + 1)
+    assert collectives == 7 * (2 * buckets + 1) + 2
 
 
 def test_gradients_are_only_read_and_the_momentum_is_freed():
@@ -610,27 +618,6 @@ def test_state_dict_is_that_of_a_stock_optimizer(space):
 
     first, second = run_threads(2, fn)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_giving_the_state_back_applies_what_is_outstanding():
-    def fn(communicator):
-        rank = communicator.rank
-        x = nn.Parameter(torch.zeros(50, dtype=torch.float64))
-        optimizer = torch.optim.Adam([x], lr=1e-2)
-        warm_up(optimizer, WARMUP_STEPS, 2)
-        compressed = freeze(optimizer, communicator, block_size=16)
-        list(compressed_steps(optimizer, compressed, rank, range(20, 30)))
-        outstanding, before = compressed.outstanding()[x], x.detach().clone()
-        saved = optimizer.state_dict()["state"][0]
-        compressed.give_back_()
-        step_size = 1e-2 / (1 - 0.9 ** (WARMUP_STEPS + 10))
-        assert torch.allclose(x.detach(), before - step_size * outstanding, rtol=1e-12)
-        assert all(torch.equal(optimizer.state[x][key], saved[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
-        warm_up(optimizer, 3, 2)
-        return x.detach()
-
-    first, second = run_threads(2, fn)
-    assert torch.equal(first, second)
 
 
 def test_outstanding_errors_can_be_taken_over():

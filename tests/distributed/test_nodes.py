@@ -465,11 +465,12 @@ def test_telescoping_identity(nodes, space):
         D = (optimizer.state[x]["exp_avg_sq"] / (1 - 0.999**WARMUP_STEPS)).sqrt() + 1e-8
         compressed = freeze(optimizer, groups, communicator=communicator, block_size=32, space=space)
         kappa = num_nodes / math.sqrt(1 - 0.999) if space == "update" else math.inf
-        means = node_means(outliers, local_world_size)
+        gradients = outliers if space == "update" else gradient  # in momentum space, what is cut off after them is lost
+        means = node_means(gradients, local_world_size)
         for step in range(AFTER, AFTER + steps):
             grads = [means(node, step, 0, x.shape) for node in range(num_nodes)]
             exact -= lr * sum((g / D).clamp(-kappa, kappa) for g in grads) / num_nodes
-            take_step(optimizer, compressed, communicator.rank, step, outliers)
+            take_step(optimizer, compressed, communicator.rank, step, gradients)
         outstanding = compressed.outstanding()[x]
         assert outstanding.abs().max() > 0.1  # else nothing would be proved
         assert torch.allclose(x.detach() - lr * (outstanding if space == "update" else outstanding / D), exact, atol=1e-9)
@@ -479,7 +480,7 @@ def test_telescoping_identity(nodes, space):
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
-def test_errors_can_be_taken_over_and_are_applied_when_state_is_given_back():
+def test_errors_can_be_added():
     def fn(communicator, groups):
         def start():
             optimizer = make_optimizer(torch.optim.Adam, torch.float64)
@@ -497,14 +498,6 @@ def test_errors_can_be_taken_over_and_are_applied_when_state_is_given_back():
         other.add_errors_(compressed.worker_errors(), compressed.server_errors())
         for p, error in other.outstanding().items():
             assert torch.allclose(error, before[p] + errors[p], rtol=1e-12)
-
-        x = [p.detach().clone() for p in params]
-        compressed.give_back_()
-        for p, before in zip(params, x, strict=True):
-            (group,) = [group for group in optimizer.param_groups if any(p is q for q in group["params"])]
-            step_size = group["lr"] / (1 - group["betas"][0] ** float(optimizer.state[p]["step"]))
-            assert saved[p].any()
-            assert torch.allclose(p.detach(), before - step_size * saved[p], rtol=1e-12)
         return state_of(optimizer)
 
     outcomes = on_threads(TWO_BY_TWO, fn)

@@ -81,7 +81,7 @@ def test_a_stock_optimizer_goes_on_from_it(kind, options, dtype):
         moved = [not torch.equal(a, b) for a, b in zip(before, params, strict=True)]
         assert moved == [index != UNUSED and p.numel() > 0 for index, p in enumerate(params)]
         # And one that is given its own state back has the same.
-        compressed.retire_()
+        compressed.give_back_()
         own = optimizer.state_dict()
         assert list(own["state"]) == list(state["state"])
         for i, entry in own["state"].items():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from ranks import run_trainers
+from test_strategy import Messages
 from trainers import Classifier, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
@@ -24,6 +25,7 @@ from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.engine import optimizer as engine
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.methods import parameters_of
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
@@ -109,8 +111,8 @@ def everything(strategy):
                 state += [memory.rms_code, memory.rms_scale, memory.second_moment, memory.second_moment_residual]
             for late in each.late:
                 state += [late.places, late.live_since, late.second_moment]
-            if each.renewal is not None:
-                state.append(torch.from_numpy(each.renewal.statistics))
+            if each.is_sketched:
+                state.append(torch.from_numpy(each.statistics.statistics))
     return [torch.tensor(()) if each is None else each.clone() for each in state]
 
 
@@ -235,11 +237,16 @@ def test_resuming_alone_is_bitwise(tmp_path):
     assert same_params(*history)
 
 
-ERRORS = "worker", "server"
+ERRORS = {
+    "worker": CompressedOptimizer.worker_errors,
+    "server": CompressedOptimizer.server_errors,
+    "v_i": CompressedOptimizer.second_moments,
+    "residual": CompressedOptimizer.second_moment_residuals,
+}
 
 
 class Errors(pl.Callback):
-    """Errors and late second moments of this rank at the start, dense, in a common order; zero where it has none."""
+    """Errors and second moments of this rank at the start, dense, in a common order; zero where it has none."""
 
     def on_train_start(self, trainer, pl_module):
         (compressed,) = trainer.strategy._phases.compressed.values()
@@ -249,20 +256,24 @@ class Errors(pl.Callback):
 def dense_errors(compressed):
     numel = sum(p.numel() for p in parameters_of(compressed.optimizer))
     dense = {}
-    for name in ERRORS:
+    for name, ranges_of in ERRORS.items():
         dense[name] = torch.zeros(numel, dtype=torch.float64)
-        for run in getattr(compressed, f"{name}_errors")():
+        for run in ranges_of(compressed):
             dense[name][run.start :][: run.values.numel()] = run.values
     places, values = compressed.late_second_moments()
     dense["late"] = torch.zeros(numel, dtype=torch.float64).index_put((places,), values)
     return dense
 
 
-@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (3, 1), (1, 3), (2, 3)])
-def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new):
-    """And the mean of the second moments of late coordinates, which wait for a refresh."""
+@pytest.mark.parametrize(
+    ("old", "new", "variance_refresh"),
+    [(4, 2, "auto"), (2, 4, None), (3, 1, "auto"), (1, 3, "auto"), (2, 3, "auto"), (3, 2, None)],
+)
+def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tmp_path, old, new, variance_refresh):
+    """And the mean of second moments: of all, with what servers have not passed on; or of late coordinates."""
     path, start = tmp_path / "old.ckpt", tmp_path / "start.ckpt"
-    options = {"strategy": {"bucket_cap_mb": 0.002, "block_size": 64}, "model": Late}
+    strategy = {"bucket_cap_mb": 0.002, "block_size": 64, "variance_refresh": variance_refresh}
+    options = {"strategy": strategy, "model": Late}
 
     class KeepErrors(SaveAt):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -292,8 +303,12 @@ def test_another_world_size_keeps_the_mean_worker_error_and_all_server_errors(tm
         assert mean["server"][0].abs().max() > 0.1
         assert torch.allclose(mean["worker"][1] / new, mean["worker"][0] / old, rtol=1e-6, atol=1e-7)
         assert torch.equal(mean["server"][1], mean["server"][0])
-        assert mean["late"][0].any()
-        assert torch.allclose(mean["late"][1] / new, mean["late"][0] / old, rtol=1e-6, atol=0)
+        of_second_moments = "late" if variance_refresh is None else "v_i"
+        assert mean[of_second_moments][0].any()
+        for name in ("late", "v_i"):
+            assert torch.allclose(mean[name][1] / new, mean[name][0] / old, rtol=1e-6, atol=0)
+        assert mean["residual"][0].any() == (variance_refresh is not None)
+        assert torch.equal(mean["residual"][1], mean["residual"][0])
     elif new == 1:  # applied at once
         moved = torch.cat([(a - b).ravel() for a, b in zip(after[0][1][0], before[0][1][19], strict=True)])
         assert 0.001 < moved.norm() < 1
@@ -444,6 +459,46 @@ def test_other_settings_than_the_saved_ones(compressed_checkpoint):
 
     first, second = run_trainers(2, fn)
     assert all(map(same_params, first, second))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "blocks"), [(None, "auto", None), ("auto", None, None), (64, "auto", None), ("auto", "auto", 64)]
+)
+def test_a_run_goes_on_with_another_variance_refresh_or_block_size(tmp_path, before, after, blocks):
+    """Said once. D is coded then as it was not before, but nobody has replaced the state; who does, is noticed."""
+    path = tmp_path / "saved.ckpt"
+
+    class Scales(pl.Callback):
+        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["optimizer_states"][0]["state"][2]["exp_avg_sq"] *= 1.05  # less than from one code to the next
+
+    class IsEarlier(pl.Callback):
+        """Of a version that did not tell it."""
+
+        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+            del checkpoint[CHECKPOINT_KEY]["variance_refresh"], checkpoint[CHECKPOINT_KEY]["errors_wait"]
+
+    def fn(rank):
+        saved = {"variance_refresh": before} | ({} if blocks is None else {"block_size": blocks})
+        full = run(2, strategy=saved, callbacks=[SaveAt(path, 20)])[1]
+        other = {"variance_refresh": after}  # larger blocks: their codes are multiples of another largest value
+        with Messages() as messages:
+            recorder = run(2, strategy=other, ckpt_path=path)[1]
+        said = f"was written with variance_refresh={before!r}; the run goes on with {after!r}"
+        assert messages.count(said) == (rank == 0 and before != after), messages.texts
+        assert messages.count("was replaced") == 0
+        assert set(recorder.phases) == {COMPRESSED}
+        assert max((a - b).abs().max() for a, b in zip(recorder.params[0], full.params[20], strict=True)) < 0.05
+        with Messages() as messages:
+            run(2, strategy=other, ckpt_path=path, callbacks=[Scales()])
+        assert messages.count("was replaced: going on from the new one") == (rank == 0)
+        with Messages() as messages:
+            run(2, strategy=other, ckpt_path=path, callbacks=[IsEarlier()])
+        assert messages.count("variance_refresh=") == 0
+        return recorder.params
+
+    first, second = run_trainers(2, fn)
+    assert same_params(first, second)
 
 
 def test_the_parts_follow_links_and_go_with_their_checkpoint(tmp_path):

@@ -91,7 +91,7 @@ def count_batch(monkeypatch, *, tensors, groups, ranks, unseen=0, variance_refre
         patch.setattr(OneBitDDPStrategy, "check_ranks_agree", lambda _: None)
         patch.setattr(CheckpointManager, "snapshot", lambda _: None)
         # In warm-up: the futures of a fake group hold nothing.
-        patch.setattr(Communicator, "all_reduce_mean_future", lambda _, tensor: completed_future(tensor))
+        patch.setattr(Communicator, "all_reduce_mean_future", lambda _, tensor, **__: completed_future(tensor))
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         try:
             strategy = OneBitDDPStrategy(

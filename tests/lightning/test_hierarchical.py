@@ -17,6 +17,7 @@ from torch import nn
 from trainers import CLASSES, FEATURES, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.engine import optimizer as engine
 
@@ -207,6 +208,45 @@ def test_a_checkpoint_fits_any_topology(tmp_path):
         assert all(same_params(outcome[1], outcomes[0][1]) for outcome in outcomes)
         for error, before in zip(outcomes[0][2], saved, strict=True):
             assert torch.allclose(error, before, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_goes_on_with_fewer_nodes(tmp_path):
+    """From four nodes of two ranks to two, with the second moments of four: what is outstanding stays."""
+    path = tmp_path / "four.ckpt"
+
+    def v_mean(trainer):
+        (compressed,) = trainer.strategy._phases.compressed.values()
+        total = torch.zeros(sum(p.numel() for p in trainer.strategy.lightning_module.parameters()))
+        for each in compressed.second_moments():
+            total[each.start : each.stop] += each.values
+        Communicator().all_reduce_mean_(total)
+        return 2 * total  # each rank has half of its node's
+
+    class Look(Outstanding):
+        def look(self, trainer):
+            super().look(trainer)
+            self.v = v_mean(trainer)
+
+    def write(rank):
+        look = Look(10)
+        run(8, num_nodes=4, batches=10, callbacks=[look, SaveAt(path, 10)])
+        return look.errors, look.v
+
+    def resume(rank):
+        look = Look()
+        trainer, recorder = run(4, num_nodes=2, callbacks=[look], ckpt_path=path)
+        assert topology_of(trainer).num_nodes == 2
+        assert set(recorder.phases) == {Phase.COMPRESSED}
+        return recorder.params, look.errors, look.v
+
+    (saved, v), *_ = run_trainers(8, write, num_nodes=4)
+    outcomes = run_trainers(4, resume, num_nodes=2)
+    assert max(error.abs().max() for error in saved) > 0.1
+    for params, errors, new_v in outcomes:
+        assert same_params(params, outcomes[0][0])
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(errors, saved, strict=True))
+        assert torch.allclose(new_v, v, rtol=1e-5, atol=0)
+        assert all(p.isfinite().all() for p in params[-1])
 
 
 def test_an_exception_in_the_thread_of_one_rank_ends_all():

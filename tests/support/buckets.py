@@ -13,7 +13,7 @@ from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
 
 CPU = torch.device("cpu")
-ADAM = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-2)
+ADAM = Coefficients(beta=0.9, weight=0.1, kappa=31.6, eps=1e-8, step_size=1e-2, largest_move=2e-2)
 TENSORS = (
     "error", "server_error", "rms", "live", "live_before", "sent", "received", "served", "share_result", "rms_code",
     "rms_scale", "second_moment", "second_moment_residual",

@@ -61,6 +61,12 @@ class AdamModel:
         self.world_size = world_size
         self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale) if world_size > 1 else None
 
+    @property
+    def bound(self):
+        """Of m / sqrt(v), in momentum space: by Cauchy and Schwarz over more steps than m remembers; or of g / sqrt(v)."""
+        gains = (self.beta1**2 / self.beta2) ** np.arange(10_000)
+        return min(1.0, (1 - self.beta1) * np.sqrt(np.sum(gains))) / np.sqrt(1 - self.beta2)
+
     def local_gradients(self, grads):
         grads = [np.array(g, dtype=np.float64).ravel() * (-1 if self.maximize else 1) for g in grads]
         return grads if self.decoupled else [g + self.weight_decay * self.x for g in grads]
@@ -93,7 +99,7 @@ class AdamModel:
             local = [self.live * np.clip(g / self.D, -self.kappa, self.kappa) for g in local]
         momenta = [self.beta1 * self.u + (1 - self.beta1) * g for g in local]
         self.u = self.compression.reduce(momenta, self.live) if self.compression else momenta[0]
-        update = self.u if self.space == "update" else self.u / self.D
+        update = self.u if self.space == "update" else np.clip(self.u / self.D, -self.bound, self.bound)
         self.x -= self.lr / (1 - self.beta1**self.t) * update
         self.collect(grads)
         if self.t % REFRESH_STEPS == 0:

@@ -8,6 +8,7 @@ import torch
 from test_architecture import ROOT, sources
 from torch import nn
 
+from lightning_onebit.coefficients import LARGEST_VALUE
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.lightning.callbacks.phase_switch import largest_learning_rate, slowest_beta2
 from lightning_onebit.lightning.gradient_ratios import gradient_ratios
@@ -93,6 +94,30 @@ def test_sgd_has_no_second_moment_and_its_rate_counts_only_alone():
     assert (counted_steps(sgd), counted_steps(adam)) == (None, 3)
     sgd.state[module.weight]["momentum_buffer"][0, 0] = torch.nan
     assert diverged_parameters(sgd) == []
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.5, 0.9)])
+def test_what_a_move_may_be_in_momentum_space_is_the_largest_of_an_adam(betas):
+    """With gradients that grow as (beta2 / beta1)^t, those for which Cauchy and Schwarz have equality, Adam reaches it."""
+    (beta1, beta2), steps, lr = betas, 300, 0.5
+    p = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    adam = torch.optim.Adam([p], lr=lr, betas=betas, eps=0.0)
+    for step in range(steps):
+        p.grad = torch.tensor((beta2 / beta1) ** (step - steps), dtype=torch.float64)
+        before = p.detach().clone()
+        adam.step()
+    numbers = method_for(adam).coefficients(adam.param_groups[0], steps, num_averaged=8)
+    correction = (1 - beta2**steps) ** 0.5  # that of v: 0.51 after 300 steps with 0.999
+    assert float((p.detach() - before).abs()) == pytest.approx(numbers.largest_move * correction, rel=1e-3)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.81), (0.95, 0.9), (0.9, 0.0)])
+def test_where_adam_has_no_bound_a_move_is_as_large_as_a_single_gradient_may_be(betas):
+    adam = torch.optim.Adam([nn.Parameter(torch.zeros(()))], lr=1.0, betas=betas)
+    numbers = method_for(adam).coefficients(adam.param_groups[0], 1000, num_averaged=8)
+    assert numbers.largest_move == pytest.approx((1 - betas[1]) ** -0.5)
+    adam.param_groups[0]["lr"] = 0.0
+    assert method_for(adam).coefficients(adam.param_groups[0], 1000, num_averaged=8).largest_move == LARGEST_VALUE
 
 
 class Labelled(torch.optim.AdamW):

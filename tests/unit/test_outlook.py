@@ -166,11 +166,11 @@ def strategy_for(model, **options):
 def test_the_expected_ratio_counts_what_stays_dense(options):
     model = nn.ModuleList([nn.Linear(2048, 3, bias=False), nn.Linear(100, 5, bias=False)])
     strategy = strategy_for(model, **options)
-    signs = 2048 * 3 / 8 + 3 * 4
-    assert strategy.expected_compression_ratio == pytest.approx(4 * (2048 * 3 + 500) / (signs + 4 * 500))
+    signs, sketch = 2048 * 3 / 8 + 3 * 4, 4 * WIDTH / 16
+    assert strategy.expected_compression_ratio == pytest.approx(4 * (2048 * 3 + 500) / (signs + sketch + 4 * 500))
     model[1].requires_grad_(False)
-    assert strategy.expected_compression_ratio == pytest.approx(4 * 2048 * 3 / signs)
-    assert 31.4 < strategy.expected_compression_ratio < 31.6
+    assert strategy.expected_compression_ratio == pytest.approx(4 * 2048 * 3 / (signs + sketch))
+    assert 31.4 < 4 * 2048 * 3 / signs < 31.6
 
 
 @pytest.mark.parametrize(("refresh", "interval"), [("auto", 64), (1, 1), (100, 100)])

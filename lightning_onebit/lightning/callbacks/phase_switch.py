@@ -18,6 +18,7 @@ from lightning_onebit.comm.watch import passing
 from lightning_onebit.config import VarianceRefresh
 from lightning_onebit.engine.optimizer import diverged_parameters
 from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Verdict, is_whole
+from lightning_onebit.freeze.drift import DriftWatch
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
 from lightning_onebit.lightning.gradient_ratios import NEGLIGIBLE, NEGLIGIBLE_IF_COARSE, gradient_ratios
@@ -65,6 +66,7 @@ class PhaseSwitch(Callback):
         self._ratios: dict[Optimizer, dict[Tensor, Ratio]] = {}
         """Of each optimizer's last step that was looked at."""
         self._hooks: list[RemovableHandle] = []
+        self._drift = DriftWatch()
         self.verdict: Verdict | None = None
         """The criterion's last word, on rank 0: whether it froze, why, and whether it was forced to."""
 
@@ -73,6 +75,7 @@ class PhaseSwitch(Callback):
         strategy_of(trainer)
         if stage == "fit":  # another fit than the last; a checkpoint is loaded after this
             self._history, self._last_step, self._start, self.verdict = [], 0, 0, None
+            self._drift = DriftWatch()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -145,6 +148,10 @@ class PhaseSwitch(Callback):
         if strategy.phase is Phase.COMPRESSED:
             # Another warm-up would begin here.
             self._start, self._last_step = strategy.optimizer_steps, 0
+            if strategy.is_global_zero and self._drift.is_due(strategy.optimizer_steps):
+                is_frozen = renewal(strategy) is None
+                for warning in self._drift.observe(strategy.optimizer_steps, strategy.variance_drift(), is_frozen=is_frozen):
+                    rank_zero_warn(f"{type(self).__name__}: {warning}")
             return
         if self._needs_no_warmup(strategy):  # somebody has resumed it, as parameters were added perhaps
             self._freeze_at_once(strategy)

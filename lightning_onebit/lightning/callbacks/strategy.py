@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import CompressionConfig
+from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.pytorch_lightning import HINT, is_pytorch_lightning
 from lightning_onebit.phase import Phase
 
@@ -42,6 +43,8 @@ class TwoPhaseStrategy(Protocol):
     def compressed_optimizers(self) -> Sequence[Optimizer]: ...
     def broadcast_decision(self, decision: bool) -> bool: ...
     def freeze_variance(self) -> None: ...
+    def variance_drift(self) -> Mapping[str, Drift]: ...
+    def error_over_update(self) -> float: ...
     def check_ranks_agree(self) -> None: ...
 
 

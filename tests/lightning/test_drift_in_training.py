@@ -1,0 +1,136 @@
+"""Drift in a Trainer: what is logged and warned of; a refresh that user code asks for."""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from ranks import run_trainers
+from trainers import Classifier, fit
+
+from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+
+WARMUP_STEPS, GROWS_AT, STEPS = 20, 40, 160
+
+
+class Growing(Classifier):
+    """Its loss becomes 16 times as large."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (16.0 if self.trainer.global_step >= GROWS_AT else 1.0)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-4, betas=(0.9, 0.99))
+
+
+class Quiet(Growing):
+    def training_step(self, batch, batch_idx):
+        return super(Growing, self).training_step(batch, batch_idx)
+
+
+class Notes(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        if "onebit/sent_mib" in metrics:
+            self.rows.append((step, metrics))
+
+
+class Refresh(pl.Callback):
+    """Asks for a refresh, and notes v before and after."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        strategy = trainer.strategy
+        if batch_idx + 1 == WARMUP_STEPS // 2:
+            with pytest.raises(RuntimeError, match="in warm-up"):
+                strategy.refresh_variance()
+        if batch_idx + 1 == STEPS - 10:
+            self.before = self.second_moment(trainer)
+            strategy.refresh_variance()
+            self.after = self.second_moment(trainer)
+            strategy.check_ranks_agree()
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == STEPS - 5:
+            with pytest.raises(RuntimeError, match="waiting for a step"):
+                trainer.strategy.refresh_variance()
+
+    @staticmethod
+    def second_moment(trainer):
+        state = trainer.optimizers[0].state_dict()["state"]
+        return torch.cat([entry["exp_avg_sq"].flatten() for entry in state.values()])
+
+
+def train(model, *callbacks, refresh=None):
+    """Rows that were logged, and warnings of drift."""
+    logger = Notes()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [PhaseSwitch(FixedStep(WARMUP_STEPS)), CommMonitor(40), *callbacks]
+        strategy = OneBitDDPStrategy(variance_refresh=refresh, block_size=64)
+        trainer, _ = fit(strategy, 2, batches=STEPS, model=model, callbacks=callbacks, logger=logger)
+    assert trainer.strategy.phase is Phase.COMPRESSED
+    drift = trainer.strategy.variance_drift() or None
+    said = [str(w.message) for w in caught if "second moment is frozen, and" in str(w.message)]
+    return logger.rows, said, drift, trainer.strategy.comm_stats
+
+
+def test_drift_is_logged_and_warned_of_once_with_names():
+    def fn(rank):
+        rows, said, *_ = train(Growing())
+        _, said_in_quiet, *_ = train(Quiet())
+        return rows, said, said_in_quiet
+
+    (rows, said, quiet), (others_rows, others_said, _) = run_trainers(2, fn)
+    assert len(said) == 1
+    assert "PhaseSwitch: the second moment is frozen" in said[0]
+    assert any(name in said[0] for name in ("'body.0.weight'", "'body.2.weight'", "'head.weight'", ".bias'"))
+    assert "variance_refresh='auto'" in said[0]
+    assert not others_said
+    assert not quiet
+    assert [step for step, _ in rows] == [40, 80, 120, 160]
+    first, *_, last = (metrics for _, metrics in rows)
+    for name in ("drift_max", "drift_min", "clamped_share", "error_over_update", "refresh_mib", "sketch_mib"):
+        assert f"onebit/{name}" in first, name
+    assert 0.2 < first["onebit/drift_min"] <= first["onebit/drift_max"] < 5
+    assert 50 < last["onebit/drift_min"] <= last["onebit/drift_max"] < 1000
+    assert 0 < last["onebit/sketch_mib"] < last["onebit/sent_mib"]
+    assert last["onebit/refresh_mib"] == 0
+    assert 0.1 < last["onebit/error_over_update"] < 10
+    assert "onebit/drift_max" not in others_rows[-1][1]
+
+
+def test_with_refreshes_d_follows_and_a_refresh_can_be_asked_for():
+    def fn(rank):
+        refresh = Refresh()
+        rows, said, _, stats = train(Growing(), refresh, refresh=130)
+        assert not said
+        for name in ("bytes_sent", "refresh_bytes_sent", "sketch_bytes_sent"):
+            logged = {"bytes_sent": "sent", "refresh_bytes_sent": "refresh", "sketch_bytes_sent": "sketch"}[name]
+            assert sum(m[f"onebit/{logged}_mib"] for _, m in rows) * 2**20 <= getattr(stats, name)
+        assert sum(m["onebit/refresh_mib"] for _, m in rows) > 0
+        return refresh.before, refresh.after
+
+    (before, after), (others_before, others_after) = run_trainers(2, fn)
+    assert torch.equal(before, others_before)
+    assert torch.equal(after, others_after)
+    assert not torch.equal(before, after)
+
+
+def test_without_refreshes_one_that_is_asked_for_is_refused():
+    class Ask(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == WARMUP_STEPS + 5:
+                with pytest.raises(RuntimeError, match="variance_refresh='auto'"):
+                    trainer.strategy.refresh_variance()
+
+    def fn(rank):
+        fit(OneBitDDPStrategy(variance_refresh=None), 2, batches=30, callbacks=[PhaseSwitch(FixedStep(20)), Ask()])
+
+    run_trainers(2, fn)
