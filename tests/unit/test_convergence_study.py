@@ -22,7 +22,7 @@ from benchmarks.convergence.workloads import WORKLOADS
 @pytest.fixture(scope="module")
 def results():
     """Short trainings on the cheapest workload."""
-    names = ("adam", "frozen15", "powersgd2", "bf16", "exact_frozen")
+    names = ("adam", "renewed", "frozen15", "powersgd2", "bf16")
     return {name: train(Setting(workload="table", method=name, seed=0, steps=40), timeout=60) for name in names}
 
 
@@ -40,6 +40,14 @@ def test_bytes_are_those_of_the_whole_run(results):
     # 96 x 96 as 2 x (96 + 96), and so on; the dense first 5% is 2 of 40 steps.
     assert results["powersgd2"]["dense_bytes"] == results["powersgd2"]["ddp_bytes"] * 2 / 40
     assert results["powersgd2"]["bytes"] < results["powersgd2"]["ddp_bytes"] / 2
+
+
+def test_what_refreshes_and_sketches_send_is_told(results):
+    renewed = results["renewed"]
+    assert renewed["dense_bytes"] == renewed["ddp_bytes"] / 2  # 20 of 40 steps
+    assert 0 < renewed["sketch_bytes"] < renewed["bytes"] - renewed["dense_bytes"]
+    assert 0 < renewed["refresh_bytes"] < renewed["bytes"] - renewed["dense_bytes"]
+    assert results["frozen15"]["refresh_bytes"] == 0
 
 
 def test_adam_is_its_own_measure(results):
