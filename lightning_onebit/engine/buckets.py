@@ -319,11 +319,9 @@ class Buckets:
 
     def last_average(self, memory: BucketMemory) -> Tensor:
         """u of a bucket, flat, a new tensor: 0 where elements are not live."""
-        return self.decoded_average(memory, (0, memory.layout.num_blocks)) if self.is_quantized else memory.error.clone()
-
-    @staticmethod
-    def decoded_average(memory: BucketMemory, blocks: tuple[int, int]) -> Tensor:
-        """The same of blocks [first, last), as they came from the ranks that serve them."""
+        if not self.is_quantized:
+            return memory.error.clone()
+        blocks = (0, memory.layout.num_blocks)
         decoded = ReferenceKernels().decode(memory, memory.result, 0, blocks, memory.live_before)
         return decoded.add_(0.0)  # no negative zeros
 

@@ -200,10 +200,4 @@ class RenewedAdamModel(AdamModel):
         self.residual = c - v
         for each, its_code in zip(self.v_i, own, strict=True):
             each[:] = np.clip(each / correction - its_code + v, v / 2, 2 * v) * correction
-        old, was_live = self.D, self.live
         self.set_d(v)
-        kept = np.clip(self.u * np.where(was_live & self.live, old / self.D, 1.0), -self.kappa, self.kappa)
-        if self.compression:  # the next step adds beta1 u
-            self.compression.worker_errors += self.beta1 * (kept - self.u)
-        else:
-            self.u = kept
