@@ -519,10 +519,12 @@ def test_one_launch_each_whatever_the_number_of_tensors(no_kernels, tensors, ran
     step = copy_of_step(random_step(numels), DEVICE)
     draws = draw_sketch(0, total_numel=sum(numels), numel=64, rows_per_draw=32, device=DEVICE)
     places = np.cumsum([0, *numels[:-1]])
+    tensors_sketch = TensorSketch(0, places.tolist(), numels, dtype=TritonKernels().sketch_dtype, device=DEVICE)
     with count_launches() as counted:
         for index, layout in enumerate(layouts):
             memory = copy_of_memory(random_memory(layout, chunk=1, renews=True), DEVICE)
             run_step(TritonKernels(), memory, step, early=False, index=index)
+            TritonKernels().sketch_tensors_(memory, index, step, tensors_sketch)
             messages, correction = memory.variance_messages(), np.ones(len(numels))
             TritonKernels().encode_variance_(memory, messages, correction)
             TritonKernels().serve_variance_(memory, messages)

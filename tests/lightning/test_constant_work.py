@@ -202,7 +202,9 @@ def test_launches_of_a_step_of_bert_large(monkeypatch, ranks):
         p.grad = torch.empty_like(p)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        compressed = CompressedOptimizer(torch.optim.AdamW(params), CompressionConfig(variance_refresh=None), Communicator(), {})
+        compressed = CompressedOptimizer(
+            torch.optim.AdamW(params), CompressionConfig(variance_refresh=None), Communicator(), {}
+        )
         compressed.step()  # sends the tables that stay
         with counter.counting():
             compressed.step()
