@@ -207,7 +207,8 @@ class PhaseController:
         world_size, device = self._strategy.world_size, self._strategy.root_device
         self._exchanger.close()
         self._exchanger = make_exchanger(device) if world_size > 1 else InlineExchanger()
-        self._freeze_state(self.optimizers.compressed, about="the switch to compression")
+        with agreement(Communicator(), device, about="the switch to compression"):
+            self._freeze_state(self.optimizers.compressed)
         if world_size == 1:
             return
         kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
@@ -221,20 +222,19 @@ class PhaseController:
                 " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
             )
 
-    def _freeze_state(self, optimizers: Sequence[Optimizer], *, about: str) -> None:
-        """Have the state of ``optimizers``, which is stock, held in buckets from now on. Collective."""
+    def _freeze_state(self, optimizers: Sequence[Optimizer]) -> None:
+        """Have the state of ``optimizers``, which is stock, held in buckets from now on."""
         assert self.hook_state is not None
-        with agreement(Communicator(), self._strategy.root_device, about=about):
-            for optimizer in optimizers:
-                self.compressed[optimizer] = CompressedOptimizer(
-                    optimizer,
-                    self._strategy.config,
-                    self.hook_state.communicator,
-                    self.names,
-                    groups=self.groups,
-                    exchanger=self._exchanger,
-                    overlap=self.overlaps,
-                )
+        for optimizer in optimizers:
+            self.compressed[optimizer] = CompressedOptimizer(
+                optimizer,
+                self._strategy.config,
+                self.hook_state.communicator,
+                self.names,
+                groups=self.groups,
+                exchanger=self._exchanger,
+                overlap=self.overlaps,
+            )
         if self.overlaps:
             (compressed,) = self.compressed.values()
             self.hook_state.gradients_ready = compressed.gradients_ready
@@ -303,7 +303,8 @@ class PhaseController:
         """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
 
         With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up. Called
-        before a step, so that until then the new state is stock, and can be saved and read.
+        before a step, so that until then the new state is stock, and can be saved and read. Not collective: of a rank that
+        does so alone, all learn with the step.
 
         Raises:
             RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step,
@@ -323,7 +324,7 @@ class PhaseController:
                 [ElementRange(e.start, e.values.clone()) for e in each]
                 for each in (compressed.worker_errors(), compressed.server_errors())
             )
-            errors[optimizer] = worker, server, compressed.late_second_moments()
+            errors[optimizer] = worker, server, compressed.late_second_moments(), compressed.agreement.replacements
             compressed.close()
             if counted_steps(optimizer) is not None:
                 self.steps.count_loaded(optimizer)
@@ -332,12 +333,14 @@ class PhaseController:
         for optimizer in errors:
             del self.compressed[optimizer]
         order = self.optimizers.compressed
-        self._freeze_state([o for o in order if o in errors], about="the state that was replaced")
+        self._freeze_state([o for o in order if o in errors])
         self.steps.compressed = {optimizer: self.compressed[optimizer] for optimizer in order}
-        for optimizer, (worker, server, late) in errors.items():
+        for optimizer, (worker, server, late, replacements) in errors.items():
+            new = self.compressed[optimizer]
+            new.agreement.replacements = replacements + 1
             if self._strategy.world_size > 1:
-                self.compressed[optimizer].add_errors_(worker, server)
-            self.compressed[optimizer].add_late_second_moments_(*late)
+                new.add_errors_(worker, server)
+            new.add_late_second_moments_(*late)
 
     def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
         """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
