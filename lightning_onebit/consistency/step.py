@@ -62,7 +62,8 @@ class StepAgreement:
         self._digest = 0
         self._changed: Sequence[Tensor] = ()
         self.replacements = 0
-        """How often user code has replaced the optimizer's state since the freeze: on some ranks only, they drift apart."""
+        """How often user code has replaced the optimizer's state since the freeze: if on some ranks only, they would drift
+        apart. To be set before the first step."""
         self.requests = [0] * NUM_REQUESTS
         """To be told to all ranks with the next step; whole numbers >= 0."""
 
@@ -78,7 +79,7 @@ class StepAgreement:
             has_news: whether it asks for a refresh.
             changed: parameters that are new, or in another group, since the second moment was frozen.
         """
-        settings = (*(value for _, _, value in used_values(self._optimizer)), self.replacements, *map(id, changed))
+        settings = (*(value for _, _, value in used_values(self._optimizer)), *map(id, changed))
         if settings != self._settings:  # told apart cheaply, described only then
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
