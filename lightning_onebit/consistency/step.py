@@ -65,6 +65,9 @@ class StepAgreement:
         self._settings: tuple[object, ...] = ()
         self._digest = 0
         self._changed: Sequence[Tensor] = ()
+        self.replacements = 0
+        """How often user code has replaced the optimizer's state since the freeze: if on some ranks only, they would drift
+        apart. To be set before the first step."""
         self.requests = [0] * NUM_REQUESTS
         """To be told to all ranks with the next step; whole numbers >= 0."""
 
@@ -144,7 +147,11 @@ class StepAgreement:
 
     def _description(self) -> dict[str, str]:
         changed = ", ".join(self._names.get(p, "a parameter") for p in self._changed)
-        return {**hyperparameters(self._optimizer), "parameters that are new or elsewhere": changed}
+        return {
+            **hyperparameters(self._optimizer),
+            "parameters that are new or elsewhere": changed,
+            "times that its state was replaced": str(self.replacements),
+        }
 
     @property
     def found_nonfinite(self) -> bool:

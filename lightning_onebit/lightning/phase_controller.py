@@ -33,7 +33,7 @@ from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
-from lightning_onebit.engine.ranges import WaitingErrors
+from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
@@ -90,8 +90,8 @@ class PhaseController:
         self.warmup_start = 0
         """Optimizer steps that were made when the warm-up was last resumed; 0 if it never was."""
         self.waiting_errors: dict[Optimizer, WaitingErrors] = {}
-        """What error feedback held of optimizers when their state was given back or replaced, until it is frozen again. With
-        the same optimizers on all ranks."""
+        """What error feedback held of optimizers when their state was given back, until it is frozen again. With the same
+        optimizers on all ranks."""
         self.overlaps = False
         """Whether buckets are sent during backward, once compressed."""
         self.has_waiting_gradients = False
@@ -225,7 +225,9 @@ class PhaseController:
         world_size, device = self._strategy.world_size, self._strategy.root_device
         self._exchanger.close()
         self._exchanger = make_exchanger(device) if world_size > 1 else InlineExchanger()
-        self._freeze_state(self.optimizers.compressed, about="the switch to compression")
+        with agreement(Communicator(), device, about="the switch to compression"):
+            self._freeze_state(self.optimizers.compressed)
+        self._take_over_waiting_errors()
         if world_size == 1:
             return
         kernels = sorted({name for compressed in self.compressed.values() for name in compressed.kernel_names})
@@ -239,31 +241,33 @@ class PhaseController:
                 " HINT: for GPUs, install Triton: `pip install triton`, in the version that goes with your torch."
             )
 
-    def _freeze_state(self, optimizers: Sequence[Optimizer], *, about: str) -> None:
-        """Have the state of ``optimizers``, which is stock, held in buckets from now on. Collective."""
+    def _freeze_state(self, optimizers: Sequence[Optimizer]) -> None:
+        """Have the state of ``optimizers``, which is stock, held in buckets from now on."""
         assert self.hook_state is not None
-        with agreement(Communicator(), self._strategy.root_device, about=about):
-            for optimizer in optimizers:
-                self.compressed[optimizer] = CompressedOptimizer(
-                    optimizer,
-                    self._strategy.config,
-                    self.hook_state.communicator,
-                    self.names,
-                    groups=self.groups,
-                    exchanger=self._exchanger,
-                    overlap=self.overlaps,
-                )
         for optimizer in optimizers:
+            self.compressed[optimizer] = CompressedOptimizer(
+                optimizer,
+                self._strategy.config,
+                self.hook_state.communicator,
+                self.names,
+                groups=self.groups,
+                exchanger=self._exchanger,
+                overlap=self.overlaps,
+            )
+        if self.overlaps:
+            (compressed,) = self.compressed.values()
+            self.hook_state.gradients_ready = compressed.gradients_ready
+
+    def _take_over_waiting_errors(self) -> None:
+        """Begin with what error feedback held when an earlier compressed phase ended. Collective."""
+        for optimizer, compressed in self.compressed.items():
             if optimizer in self.waiting_errors:
-                lost = self.compressed[optimizer].take_over_errors_(self.waiting_errors.pop(optimizer))
+                lost = compressed.take_over_errors_(self.waiting_errors.pop(optimizer))
                 if lost:
                     rank_zero_warn(
                         f"{type(self._strategy).__name__}: what error feedback has not applied yet of"
                         f" {listed(lost, self.names)} is dropped, as {type(optimizer).__name__} no longer trains it."
                     )
-        if self.overlaps:
-            (compressed,) = self.compressed.values()
-            self.hook_state.gradients_ready = compressed.gradients_ready
 
     def refresh_variance(self) -> None:
         """Renew the second moment now. Collective; see the strategies."""
@@ -392,7 +396,8 @@ class PhaseController:
         """If user code has replaced the state of compressed optimizers, go on from what it is now. Alike on all ranks.
 
         With a second moment for all that is trained: compressed, with the errors that there are. Else in warm-up. Called
-        before a step, so that until then the new state is stock, and can be saved and read.
+        before a step, so that until then the new state is stock, and can be saved and read. Not collective: of a rank that
+        does so alone, all learn with the step.
 
         Raises:
             RuntimeError: if it would have to be warm-up, but gradients of the compressed phase are waiting for their step,
@@ -406,22 +411,29 @@ class PhaseController:
             raise RuntimeError(REPLACED_TOO_LATE)
         kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced)
         rank_zero_info(f"{type(self._strategy).__name__}: the state of {kinds} was replaced: going on from the new one.")
-        self._keep_errors(replaced)
-        late = {}
-        for optimizer, compressed in replaced.items():  # so that the old buckets can go before new ones come
-            late[optimizer] = compressed.late_second_moments()
+        errors = {}
+        for optimizer, compressed in replaced.items():  # copies: so the old buckets can go before new ones come
+            worker, server = (
+                [ElementRange(e.start, e.values.clone()) for e in each]
+                for each in (compressed.worker_errors(), compressed.server_errors())
+            )
+            errors[optimizer] = worker, server, compressed.late_second_moments(), compressed.agreement.replacements
             compressed.close()
             if counted_steps(optimizer) is not None:
                 self.steps.count_loaded(optimizer)
         del compressed
         replaced.clear()
-        for optimizer in late:
+        for optimizer in errors:
             del self.compressed[optimizer]
         order = self.optimizers.compressed
-        self._freeze_state([o for o in order if o in late], about="the state that was replaced")
+        self._freeze_state([o for o in order if o in errors])
         self.steps.compressed = {optimizer: self.compressed[optimizer] for optimizer in order}
-        for optimizer, second_moments in late.items():
-            self.compressed[optimizer].add_late_second_moments_(*second_moments)
+        for optimizer, (worker, server, late, replacements) in errors.items():
+            new = self.compressed[optimizer]
+            new.agreement.replacements = replacements + 1
+            if self._strategy.world_size > 1:
+                new.add_errors_(worker, server)
+            new.add_late_second_moments_(*late)
 
     def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
         """Parameters that have no state after loading a checkpoint, although they had one when it was saved.

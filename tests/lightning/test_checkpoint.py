@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from ranks import run_trainers
 from test_strategy import Messages
-from trainers import Classifier, fit, same_params
+from trainers import Stepwise, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
@@ -33,18 +33,6 @@ BATCHES = 30
 FREEZE = 10
 REFRESH = 8
 """Steps between refreshes where they matter, for short runs: late coordinates wait at 15, and train from 17 on."""
-
-
-class Stepwise(Classifier):
-    """Data by step: Lightning does not fast-forward a loader when it resumes within an epoch."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(self.batch(batch_idx), batch_idx)
-
-    def batch(self, batch_idx):
-        generator = torch.Generator().manual_seed(1000 * self.global_rank + batch_idx)
-        x = torch.randn(8, 12, generator=generator)
-        return x, x.argmax(1) % 5
 
 
 class SaveAt(pl.Callback):

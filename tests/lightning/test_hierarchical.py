@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from ranks import run_trainers
-from test_checkpoint import SaveAt, Stepwise
+from test_checkpoint import SaveAt
 from torch import nn
-from trainers import CLASSES, FEATURES, fit, same_params
+from trainers import CLASSES, FEATURES, Stepwise, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.comm.primitives import Communicator

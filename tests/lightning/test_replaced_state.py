@@ -9,9 +9,10 @@ import pytest
 import torch
 from ranks import run_trainers
 from test_strategy import Messages
-from trainers import Classifier, fit, same_params
+from trainers import Classifier, Stepwise, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.engine import optimizer as engine
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
@@ -151,23 +152,19 @@ def test_state_cannot_be_looked_up_and_it_is_said_where_it_is():
     run_trainers(2, fn)
 
 
-# State that is replaced in a checkpoint, or before one is written. Data by step, as Lightning does not fast-forward loaders
+# State that is replaced in a checkpoint, or before one is written
 
 
-class Stepwise(Classifier):
+class Late(Stepwise):
     """Feature 0 is zero until after the freeze: late coordinates."""
 
-    def training_step(self, batch, batch_idx):
-        return super().training_step(self.batch(batch_idx), batch_idx)
-
     def batch(self, batch_idx):
-        generator = torch.Generator().manual_seed(1000 * self.global_rank + batch_idx)
-        x = torch.randn(8, 12, generator=generator)
+        x, y = super().batch(batch_idx)
         x[:, 0] *= batch_idx > FREEZE
-        return x, x.argmax(1) % 5
+        return x, y
 
 
-class WithTwoOptimizers(Stepwise):
+class WithTwoOptimizers(Late):
     automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -246,12 +243,12 @@ def same_states(first, second, close=False):
 @pytest.mark.parametrize(
     ("world_size", "model", "options", "precision", "edits_second_moments"),
     [
-        (2, Stepwise, {}, None, True),
-        (1, Stepwise, {}, None, False),
-        (1, Stepwise, {}, None, True),
-        (2, Stepwise, {"overlap": True}, "bf16-true", False),
-        (2, Stepwise, {"space": "momentum"}, None, True),
-        (2, lambda: Stepwise(with_sgd), {}, None, False),
+        (2, Late, {}, None, True),
+        (1, Late, {}, None, False),
+        (1, Late, {}, None, True),
+        (2, Late, {"overlap": True}, "bf16-true", False),
+        (2, Late, {"space": "momentum"}, None, True),
+        (2, lambda: Late(with_sgd), {}, None, False),
         (2, WithTwoOptimizers, {}, None, True),
     ],
     ids=["adam", "one rank, momentum", "one rank", "bf16, overlap, momentum", "momentum space", "sgd", "two optimizers"],
@@ -314,7 +311,7 @@ def test_errors_and_second_moments_of_late_coordinates_stay_when_state_is_replac
 
     def fn(rank):
         looks = Looks()
-        compress(Stepwise(), callbacks=[looks], batches=AT + 2, strategy=OneBitDDPStrategy(variance_refresh=None))
+        compress(Late(), callbacks=[looks], batches=AT + 2, strategy=OneBitDDPStrategy(variance_refresh=None))
         error, u, server_error, places, second_moment = looks.before
         assert all(t.any() for t in looks.before)
         assert torch.allclose(looks.after[0], error + 0.9 * u, atol=1e-5)
@@ -332,7 +329,7 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
     def fn(rank):
         for seed in (0, 1):
             (tmp_path / str(seed)).mkdir(exist_ok=True)
-            model = Stepwise()
+            model = Late()
             torch.manual_seed(seed)
             for p in model.parameters():
                 p.data.normal_(0, 0.3)
@@ -352,7 +349,7 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
                     OneBitDDPStrategy(block_size=block_size, variance_refresh=None),
                     2,
                     batches=AT + 2,
-                    model=Stepwise(),
+                    model=Late(),
                     callbacks=callbacks,
                     ckpt_path=tmp_path / "0" / "before.ckpt",
                 )
@@ -364,6 +361,46 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
                 assert torch.allclose(*v_hats, rtol=1e-5)
             momenta = [torch.cat([e["exp_avg"].view(-1) for e in s.values()]) for s in (after.states[-1], other[0]["state"])]
             assert momenta[0].norm() < 1.5 * momenta[1].norm()
+
+    run_trainers(2, fn)
+
+
+def test_another_dtype_is_no_edit_and_another_number_of_steps_is_one(tmp_path):
+    """torch loads `step` as it is."""
+
+    def set_steps(number_of, state):
+        for entry in state.values():
+            entry["step"] = torch.tensor(number_of(int(entry["step"])))
+
+    def fn(rank):
+        def go(*callbacks, **options):
+            callbacks = [PhaseSwitch(FixedStep(FREEZE)), *callbacks]
+            with Messages() as messages:
+                recorder = fit("onebit_ddp", 2, batches=AT + 4, model=Late(), callbacks=callbacks, **options)[1]
+            return recorder.params, messages.count("was replaced: going on from the new one")
+
+        expected = go(Edits(tmp_path))[0]
+        for number_of, is_edit in ((lambda step: step, False), (lambda step: step + 100, True)):
+            edits = EditsWhenLoading(functools.partial(set_steps, number_of))
+            params, announced = go(edits, ckpt_path=tmp_path / "before.ckpt")
+            assert announced == (is_edit and rank == 0)
+            assert same_params(params, expected[AT + 1 :]) != is_edit
+
+    run_trainers(2, fn)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_one_rank_replaces_alone_ends_all_and_is_named(overlap):
+    """Under DDP the ranks would drift apart."""
+
+    class Alone(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == AT and trainer.global_rank == 1:
+                load_own(trainer.optimizers[0], None)
+
+    def fn(rank):
+        with pytest.raises(RanksDisagree, match="times that its state was replaced: 0 on rank 0, but 1 on rank 1"):
+            compress(callbacks=[Alone()], strategy=OneBitDDPStrategy(overlap=overlap))
 
     run_trainers(2, fn)
 
@@ -397,7 +434,7 @@ def test_until_the_first_compressed_step_state_is_that_of_the_warmup(overlap):
         def go(act=None, strategy=None, **kwargs):
             window = InTheWindow(act, **kwargs)
             strategy = strategy or OneBitDDPStrategy(overlap=overlap)
-            options = {"batches": 24, "accumulate_grad_batches": ACCUMULATE, "model": Stepwise()}
+            options = {"batches": 24, "accumulate_grad_batches": ACCUMULATE, "model": Late()}
             recorder = fit(strategy, 2, callbacks=[PhaseSwitch(FixedStep(FREEZE)), window], **options)[1]
             return recorder, window.states
 

@@ -8,7 +8,7 @@ from ranks import run_trainers
 from test_fabric import Loop
 from test_several_optimizers import Apart
 from test_strategy import Messages
-from trainers import CLASSES, FEATURES, Classifier, fit, same_params
+from trainers import Classifier, Stepwise, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY
@@ -163,18 +163,6 @@ def test_overlapped_is_deferred_bitwise():
 
 
 # Checkpoints
-
-
-class Stepwise(Classifier):
-    """Data by step: Lightning does not fast-forward a loader when it resumes within an epoch."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(self.batch(batch_idx), batch_idx)
-
-    def batch(self, batch_idx):
-        generator = torch.Generator().manual_seed(1000 * self.global_rank + batch_idx)
-        x = torch.randn(8, FEATURES, generator=generator)
-        return x, x.argmax(1) % CLASSES
 
 
 class SaveAt(pl.Callback):

@@ -304,13 +304,17 @@ def test_two_switches_are_refused():
         def configure_callbacks(self):
             return [PhaseSwitch()]
 
-    def fn(rank):
+    def of_the_trainer(rank):
         with pytest.raises((ValueError, RuntimeError), match="PhaseSwitch"):
             fit("onebit_ddp", 2, callbacks=[PhaseSwitch(), PhaseSwitch()])
+
+    def of_the_module_too(rank):
         with pytest.raises(ValueError, match="Found 2 PhaseSwitch callbacks"):
             fit("onebit_ddp", 2, callbacks=[type("Other", (PhaseSwitch,), {})()], model=Bringing())
 
-    run_trainers(2, fn)
+    # In processes of their own: a rank that is late would meet the store of the run that another has left.
+    run_trainers(2, of_the_trainer)
+    run_trainers(2, of_the_module_too)
 
 
 def test_switch_of_the_module_is_used():
