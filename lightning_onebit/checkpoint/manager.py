@@ -311,6 +311,7 @@ class CheckpointManager:
             where = "a place that is not known, as it was not loaded from its path" if parts is None else parts.folder
             rank_zero_warn(
                 f"The checkpoint's parts of {', '.join(unusable)} cannot be used: what they held of error feedback, and of"
-                " gradients that waited for a step, starts at zero. All else goes on as saved. HINT: the parts are files in"
+                " gradients that waited for a step, starts at zero, and the second moment of a rank's own gradients as that"
+                " of all. All else goes on as saved. HINT: the parts are files in"
                 f" {where}: keep them beside the checkpoint, where all ranks can read them."
             )
