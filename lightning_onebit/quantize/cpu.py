@@ -88,7 +88,7 @@ class CpuKernels:
                 if not commit and not all_finite([gradient]):
                     step.flags[0] = 1
                     return
-                if commit:
+                if commit and part.second_moment is not None:
                     self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 out = part.error if commit else work.out
                 self._add_local_momentum_(out, memory, part, last_average(memory, part), gradient, c, work)
@@ -142,8 +142,6 @@ class CpuKernels:
 
         ``gradient`` is that of :meth:`_gradient`, with decay.
         """
-        if part.second_moment is None:
-            return
         term = work.out.numpy()
         if not any_number(c.coupled_decay):  # the sign makes no difference to the square
             np.multiply(gradient.numpy(), part.per_element(c.root_r * c.square_root_weight), out=term)
@@ -287,7 +285,8 @@ class CpuKernels:
                 assert part.error is not None
                 assert part.sent is not None
                 gradient = self._gradient(memory, index, part, step, c, work)
-                self._renew_second_moment_(memory, index, part, step, gradient, c, work)
+                if part.second_moment is not None:
+                    self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 self._add_local_momentum_(part.error, memory, part, average_before(memory, part), gradient, c, work)
                 self._add_decoded_(part.error, part.error, part.sent, live_bits(memory.live, part), -1.0, work)
         for view in span_views(memory, range(memory.chunk, memory.chunk + 1)):

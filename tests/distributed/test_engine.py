@@ -588,7 +588,7 @@ def test_memory_per_parameter(variance_refresh, more):
 
     slopes = run_ranks(world_size, fn)
     dense = slopes[0][0]
-    assert dense == pytest.approx(8.0)
+    assert dense == pytest.approx(8.0, rel=0.01)  # with what is freed meanwhile
     assert max(ours for _, ours in slopes) <= (dense + more(world_size)) * 1.05
 
 

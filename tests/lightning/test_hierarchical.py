@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_fewer_nodes(tmp_path):
 
     def write(rank):
         look = Look(10)
-        run(8, num_nodes=4, batches=10, callbacks=[look, SaveAt(path, 10)])
+        run(8, num_nodes=4, callbacks=[look, SaveAt(path, 10)])
         return look.errors, look.v
 
     def resume(rank):

@@ -46,12 +46,15 @@ def run_threads(world_size, fn, *args, timeout=60):
 
     def main(rank):
         torch.set_num_threads(1)
+        world.turn.take()
         try:
             results[rank] = fn(ThreadCommunicator(ThreadProcessGroup(world, tuple(range(world_size)), rank)), *args)
         except BaseException as error:
             world.fail(rank, error)
         else:
             world.finish(rank)
+        finally:
+            world.turn.pass_on()
 
     num_threads, switch_interval = torch.get_num_threads(), sys.getswitchinterval()
     # A rank computes until it waits for others: handing the interpreter around in between only costs time.
@@ -258,6 +261,7 @@ class _World:
     def __init__(self, size, timeout):
         self.size, self.timeout = size, timeout
         self.lock = threading.RLock()
+        self.turn = _Turn()
         self.failure = None
         self.finished = set()
         self._meetings = {}
@@ -293,6 +297,39 @@ class _World:
             thread.join(1.0)
 
 
+class _Turn:
+    """One rank computes at a time, until it waits for others: what they need of the interpreter is not fought for then.
+
+    Every operation of torch lets go of it, so that threads took it from each other all the time, which took longer than the
+    arithmetic. A rank that has its turn may wait for something else, such as a thread of its own: that ends the turns.
+    """
+
+    PATIENCE_SECONDS = 1.0
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._own = threading.local()
+        self._ended = False
+
+    def take(self):
+        deadline = time.monotonic() + self.PATIENCE_SECONDS
+        self._own.has_it = False
+        while not (self._ended or self._own.has_it):
+            self._own.has_it = self._lock.acquire(timeout=0.05)
+            self._ended |= not self._own.has_it and time.monotonic() > deadline
+
+    def pass_on(self):
+        if self._own.has_it:
+            self._own.has_it = False
+            self._lock.release()
+
+    def end_if_unknown(self):
+        """A thread that takes no turns communicates: the ranks' own may be waiting for it."""
+        if not hasattr(self._own, "has_it"):
+            self._own.has_it = False
+            self._ended = True
+
+
 class _Meeting:
     """Where the members of one group wait for each other, once per collective."""
 
@@ -305,6 +342,7 @@ class _Meeting:
 
     def attend(self, position, call, move):
         world = self._world
+        world.turn.end_if_unknown()
         with self.changed:
             self._check(call)
             if position in self._calls:
@@ -323,11 +361,13 @@ class _Meeting:
                 return
             this_round = self._round
             deadline = time.monotonic() + world.timeout
+            world.turn.pass_on()
             while self._round == this_round:
                 self._check(call)
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     missing = sorted(set(range(len(self._members))) - set(self._calls))
                     raise TimeoutError(f"{call.described}: ranks {missing} did not call it within {world.timeout} s.")
+        world.turn.take()
 
     def _check(self, call):
         if self._world.failure is not None:
