@@ -72,7 +72,7 @@ callbacks = [PhaseSwitch(FixedStep(4)), CommMonitor(1)]
 trainer = make_trainer("STRATEGY", 2, callbacks=callbacks)
 trainer.fit(model, data(10, 2))
 moved = [bool((p != old).any()) for p, old in zip(model.parameters(), before)]
-print("FITTED", all(moved), bool(trainer.callback_metrics["less_sent"] > 1))
+print("FITTED", all(moved), bool(trainer.callback_metrics["less_sent"] > 0))
 _ = make_trainer("onebit_ddp_fork", 2).validate(model, data(4, 2))
 Classifier.training_step = lambda *_: 1 / 0
 try: make_trainer("STRATEGY", 2).fit(Classifier(), data(10, 2))
