@@ -470,6 +470,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     late = 6 * tensor + 3 * messages + 2 * chunk_tensor + messages + message
     renewing, _ = bucket(numels, device, renews=True)
     refresh, correction = renewing.variance_messages(), np.full(len(numels), 1.5)
+    numbers = RefreshNumbers(correction, np.full(len(numels), 0.9), np.full(len(numels), 1e-8))
     for codes in (refresh.received, refresh.result):
         codes.fill_(0x3F)
     code, code_message = numel, refresh.wire.chunk_nbytes
@@ -482,7 +483,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
             2 * chunk_tensor + (RANKS + 1) * code_message,
             lambda: kernels.serve_variance_(renewing, refresh),
         ),
-        "apply_variance": (2 * tensor + 3 * code, lambda: kernels.apply_variance_(renewing, refresh, correction)),
+        "apply_variance": (4 * tensor + 4 * code + messages, lambda: kernels.apply_variance_(renewing, refresh, numbers)),
         "sketch_tensors": (tensor + code, lambda: kernels.sketch_tensors_(renewing, 0, step, sketch)),
         "encode": (encode, lambda: kernels.encode_(memory, 0, step, commit=False)),
         "encode at once": (encode + tensor, lambda: kernels.encode_(memory, 0, step, commit=True)),

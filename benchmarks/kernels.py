@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from report import Spread, describe, environment, save, table
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import Coefficients, RefreshNumbers
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize import Kernels, make_kernels
 from lightning_onebit.quantize.layout import plan_buckets
@@ -97,6 +97,7 @@ def renewed_calls(memory: BucketMemory, step: StepInputs, kernels: Kernels) -> d
     numbers[:, Coefficients._fields.index("root_r")] = np.linspace(0.5, 1.0, len(numbers))
     step = replace(step, numbers=numbers)
     messages, correction = renewed.variance_messages(), np.full(len(numbers), 1.5)
+    taken_over = RefreshNumbers(correction, np.full(len(numbers), 0.9), np.full(len(numbers), 1e-8))
     messages.received.fill_(0x3F)
     messages.result.fill_(0x3F)
     numel, chunk_numel = int(layout.numel.sum()), len(renewed.server_error)
@@ -104,7 +105,7 @@ def renewed_calls(memory: BucketMemory, step: StepInputs, kernels: Kernels) -> d
         "encode, renewed": (numel, lambda: kernels.encode_(renewed, 0, step, commit=True)),
         "refresh, encode": (numel, lambda: kernels.encode_variance_(renewed, messages, correction)),
         "refresh, serve": (chunk_numel, lambda: kernels.serve_variance_(renewed, messages)),
-        "refresh, apply": (numel, lambda: kernels.apply_variance_(renewed, messages, correction)),
+        "refresh, apply": (numel, lambda: kernels.apply_variance_(renewed, messages, taken_over)),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 LARGEST_VALUE = 1e30
 """Nothing larger is quantized: scales travel as float32, and what error feedback adds up must stay far below 3e38, or an
@@ -60,3 +61,16 @@ class Coefficients(NamedTuple):
     def square_factor(self) -> float:
         """``sign root_r sqrt(1 - square_decay)``"""
         return self.sign * self.root_r * self.square_root_weight
+
+
+LARGEST_RESCALING = 4.0
+"""u grows no more than so much at a refresh: where v has fallen to less than a 16th, D was not that of these gradients."""
+
+
+class RefreshNumbers(NamedTuple):
+    """What a refresh needs of each parameter; float64 ``[parameters]``, rounded to the dtype of the errors where used."""
+
+    correction: NDArray[np.float64]
+    """``1 / (1 - square_decay^t)``"""
+    beta: NDArray[np.float64]
+    eps: NDArray[np.float64]

@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.optim import Optimizer
 
 from lightning_onebit import refresh_schedule
+from lightning_onebit.coefficients import RefreshNumbers
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import ring_all_reduce_nbytes
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.quantize.memory import BucketMemory
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
@@ -48,8 +49,8 @@ class Method:
     has_error_feedback: bool = True
     steps_per_interval: int | None = None
     """The next refresh of "auto" after this share of the steps so far; ``None``: the library's, 8."""
-    keeps_momentum: bool = False
-    """Whether m = u D goes on at a refresh, instead of u, as in the library."""
+    keeps_momentum: bool = True
+    """Whether m = u D goes on at a refresh, as in the library; else u does."""
     rank: int = 0
     """PowerSGD's."""
     text: str = ""
@@ -78,6 +79,14 @@ METHODS = {
         Method(name="renewed5", kind="compressed", dense_steps=5, variance_refresh="auto", text="renewed, 5 dense steps"),
         Method(name="renewed45", kind="compressed", dense_steps=45, variance_refresh="auto", text="renewed, 45 dense steps"),
         Method(
+            name="renewed_u",
+            kind="compressed",
+            dense_steps=20,
+            variance_refresh="auto",
+            keeps_momentum=False,
+            text="renewed, u goes on",
+        ),
+        Method(
             name="renewed_4",
             kind="compressed",
             dense_steps=20,
@@ -86,21 +95,13 @@ METHODS = {
             text="renewed after step // 4 more",
         ),
         Method(
-            name="renewed_4_m",
+            name="renewed_4_u",
             kind="compressed",
             dense_steps=20,
             variance_refresh="auto",
             steps_per_interval=4,
-            keeps_momentum=True,
-            text="renewed after step // 4 more, momentum goes on",
-        ),
-        Method(
-            name="renewed_m",
-            kind="compressed",
-            dense_steps=20,
-            variance_refresh="auto",
-            keeps_momentum=True,
-            text="renewed, momentum goes on",
+            keeps_momentum=False,
+            text="renewed after step // 4 more, u goes on",
         ),
         Method(name="frozen30", kind="compressed", dense_steps=0.30, text="frozen, 30% dense"),
         Method(
@@ -219,29 +220,13 @@ class Compressing:
         self.method, self.compressed = method, CompressedOptimizer(optimizer, method.config(), communicator, {})
 
     def step(self) -> None:
-        memories = [(each.buckets, memory) for each in self.compressed._sets for memory in each.buckets.memories]
-        before = [memory.decoded_rms((0, memory.layout.num_blocks)) for _, memory in memories]
         if not self.compressed.step():
             raise RuntimeError("A step was skipped: the gradient is not finite.")
-        if self.method.keeps_momentum:
-            for (each, memory), old in zip(memories, before, strict=True):
-                _keep_momentum_(each, memory, old)
         if not self.method.has_error_feedback:
             for each in self.compressed._sets:
                 for memory in each.buckets.memories:
                     memory.error.zero_()
                     memory.server_error.zero_()
-
-
-def _keep_momentum_(buckets: Buckets, memory: BucketMemory, old: Tensor) -> None:
-    """The next step adds beta u: let errors make up for what beta u D_old / D_new is more. On all ranks the same."""
-    new = memory.decoded_rms((0, memory.layout.num_blocks))
-    beta = torch.zeros_like(new)
-    for part in (part for parts in buckets.parts for part in parts):
-        if part.memory is memory:
-            part.of_bucket(beta).fill_(buckets.numbers_of(part.parameter).beta)
-    factor = torch.where((old > 0) & (new > 0), old / new, 1.0)
-    memory.error.add_((beta * buckets.last_average(memory) * (factor - 1))[memory.share_flat])
 
 
 def gradient_of(p: Tensor) -> Tensor:
@@ -262,6 +247,15 @@ def begin(
     return Averaging(params, optimizer, communicator)
 
 
+_refresh_numbers = Buckets.refresh_numbers
+
+
+def _without_beta(buckets: Buckets) -> RefreshNumbers:
+    """Nothing is owed to the next step then."""
+    numbers = _refresh_numbers(buckets)
+    return numbers._replace(beta=np.zeros_like(numbers.beta))
+
+
 @contextmanager
 def patches(method: Method) -> Iterator[None]:
     """What a training needs to be otherwise, for all threads: torch's hook is not made for them."""
@@ -269,4 +263,6 @@ def patches(method: Method) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", one_rank_at_a_time))
         if method.steps_per_interval is not None:
             stack.enter_context(mock.patch.object(refresh_schedule, "STEPS_PER_INTERVAL", method.steps_per_interval))
+        if not method.keeps_momentum:
+            stack.enter_context(mock.patch.object(Buckets, "refresh_numbers", _without_beta))
         yield

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_onebit.coefficients import RefreshNumbers
 from lightning_onebit.comm.compressed_allreduce import error_dtype
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
@@ -229,6 +230,12 @@ class Buckets:
         decays = np.array([self.method.second_moment_decay(group) for group in self.optimizer.param_groups])
         # A parameter that has made no step has v = 0, whatever it is multiplied by.
         return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(self.steps, 1))
+
+    def refresh_numbers(self) -> RefreshNumbers:
+        """What a refresh needs of each parameter."""
+        groups = [self.method.coefficients(group, 1, num_averaged=1) for group in self.optimizer.param_groups]
+        beta, eps = np.array([[each.beta, each.eps] for each in groups])[self.param_group_of].T
+        return RefreshNumbers(self.bias_corrections(), beta, eps)
 
     def _set_momentum_(self, error: Tensor, part: Part, momentum: Tensor, group: Mapping[str, Any]) -> None:
         error.copy_(momentum)

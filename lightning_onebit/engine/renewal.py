@@ -7,7 +7,8 @@ Each rank carries on a second moment of its own, of all coordinates, those that 
 which begins as Adam's v at the switch and is updated in the pass that has g at hand (:mod:`lightning_onebit.quantize`). At a
 **refresh**, after the step's gradient has entered, v = mean_i v_i goes through the exchange that the signs take, as an
 8-bit logarithm, and D = sqrt(v / (1 - beta2^t)) + eps is the same on all ranks from the next step on. What travels in update
-space is divided by D already, so errors, and u, stay as they are whatever D becomes.
+space is divided by D already, so errors stay as they are whatever D becomes. The momentum is u D, and is to stay, too: the
+next step will add beta u, and is owed ``beta u (min(D_old / D_new, 4) - 1)`` more, as an error.
 
 r, one number per tensor, brings one rank's gradients to the scale of the mean's
 (:mod:`lightning_onebit.engine.gradient_statistics`).
@@ -32,11 +33,11 @@ def refresh_(buckets: Buckets, groups: ExchangeGroups) -> None:
         buckets: whose second moments go on.
         groups: the ranks.
     """
-    kernels, correction = buckets.kernels, buckets.bias_corrections()
+    kernels, numbers = buckets.kernels, buckets.refresh_numbers()
     for memory in buckets.memories:  # one after the other: messages of one bucket at a time
         messages = memory.variance_messages() if buckets.is_quantized else None
         if messages is not None:
-            kernels.encode_variance_(memory, messages, correction)
+            kernels.encode_variance_(memory, messages, numbers.correction)
             exchange_(messages, groups, partial(kernels.serve_variance_, memory, messages))
-        kernels.apply_variance_(memory, messages, correction)
+        kernels.apply_variance_(memory, messages, numbers)
         buckets.note_live_(memory, waits=not kernels.reads_flags_on_device)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_onebit.coefficients import RefreshNumbers
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.cpu import CpuKernels
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
@@ -40,7 +41,7 @@ class Kernels(Protocol):
 
     def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None: ...
 
-    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None: ...
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None: ...
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None: ...
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import Coefficients, RefreshNumbers
 from lightning_onebit.config import Scale
 from lightning_onebit.flat import all_finite
 from lightning_onebit.quantize.cpu_sketch import SketchWorkspace, add_span_
@@ -25,7 +25,9 @@ from lightning_onebit.quantize.cpu_variance import (
     add_decoded_rms,
     apply_variance_,
     encode_variance_,
+    numbers_of,
     renew_second_moment_,
+    rescaling_less_one,
     serve_variance_,
 )
 from lightning_onebit.quantize.layout import SPAN_NUMEL
@@ -308,10 +310,17 @@ class CpuKernels:
         """As the reference."""
         serve_variance_(memory, messages, self._memory)
 
-    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None:
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
         """As the reference."""
         assert messages is not None
-        apply_variance_(memory, messages, correction, self._memory)
+        for part in span_views(memory, memory.share):
+            work = self._memory.cut(part.shape)
+            assert part.error is not None
+            change = rescaling_less_one(memory, messages, part, numbers.eps, work)
+            beta, live = part.per_block(numbers_of(part, numbers.beta)), live_bits(memory.live_before, part)
+            self._decode(work.out, last_average(memory, part), live, beta, work)
+            part.error.add_(work.out.mul_(change))
+        apply_variance_(memory, messages, numbers.correction, self._memory)
 
     @cached_property
     def _sketch_workspace(self) -> SketchWorkspace:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_onebit.coefficients import LARGEST_RESCALING
 from lightning_onebit.quantize.logarithm import (
     LARGEST_CODE,
     LARGEST_FLOAT32,
@@ -25,9 +26,18 @@ from lightning_onebit.quantize.workspace import Memory, Workspace
 
 def add_decoded_rms(memory: BucketMemory, part: SpanViews, eps: Numbers, work: Workspace) -> None:
     """``work.reals = rms + eps``, from the code of D. Where an element is not live, any positive number."""
+    _decode_rms(*_codes_of(memory, part), part, eps, work)
+
+
+def _codes_of(memory: BucketMemory, part: SpanViews) -> tuple[Tensor, Tensor]:
+    """D of a span: codes, scales."""
     assert memory.rms_code is not None
     assert memory.rms_scale is not None
-    codes, scales = memory.rms_code[part.flat][: part.shape.numel], memory.rms_scale[part.span.first : part.span.last]
+    return memory.rms_code[part.flat][: part.shape.numel], memory.rms_scale[part.span.first : part.span.last]
+
+
+def _decode_rms(codes: Tensor, scales: Tensor, part: SpanViews, eps: Numbers, work: Workspace) -> None:
+    """``work.reals``: what codes decode to, and eps; for code 0, any positive number."""
     _decode_positive(codes, scales, part, work)
     if work.reals.dtype != torch.float32:
         work.reals.copy_(work.floats)
@@ -86,7 +96,7 @@ def apply_variance_(memory: BucketMemory, messages: Messages, correction: NDArra
         _decode_square(_views(messages, messages.result, 0, part), part, work)
         v_hat.add_(renewed.copy_(work.reals))
         _bound_(v_hat, renewed, work)
-        np.divide(v_hat.numpy(), _of_parameters(part, correction), out=part.second_moment.numpy())
+        np.divide(v_hat.numpy(), part.per_element(numbers_of(part, correction)), out=part.second_moment.numpy())
     assert memory.rms_code is not None
     assert memory.rms_scale is not None
     for chunk in range(memory.layout.num_chunks):
@@ -102,16 +112,32 @@ def _views(messages: Messages, buffer: Tensor, first_chunk: int, part: SpanViews
     return codes[: part.shape.numel], scales
 
 
-def _of_parameters(part: SpanViews, numbers: NDArray[np.float64]) -> Numbers:
-    """Numbers of a span's parameters, spread over its elements, where there are several."""
+def rescaling_less_one(
+    memory: BucketMemory, messages: Messages, part: SpanViews, eps: NDArray[np.float64], work: Workspace
+) -> Tensor:
+    """``min(D_old / D_new, 4) - 1``, in ``work.values``; 0 where an element has no D before or now."""
+    change, eps_of = work.values, numbers_of(part, eps)
+    new = _views(messages, messages.result, 0, part)
+    add_decoded_rms(memory, part, eps_of, work)
+    change.copy_(work.reals)
+    _decode_rms(*new, part, eps_of, work)
+    change.div_(work.reals).clamp_(max=LARGEST_RESCALING).sub_(1.0)
+    for codes, _ in (new, _codes_of(memory, part)):
+        np.equal(codes.numpy(), 0, out=work.bits)
+        np.copyto(change.numpy(), 0, where=work.bits)
+    return change
+
+
+def numbers_of(part: SpanViews, numbers: NDArray[np.float64]) -> Numbers:
+    """Of all parameters' numbers, those of a span's: one, if they are equal."""
     own = numbers[list(part.span.parameters)]
-    return float(own[0]) if (own == own[0]).all() else part.per_element(own)
+    return float(own[0]) if (own == own[0]).all() else own
 
 
 def _corrected_second_moment(out: Tensor, part: SpanViews, correction: NDArray[np.float64]) -> None:
     """v_hat_i."""
     assert part.second_moment is not None
-    factor = _of_parameters(part, correction)
+    factor = part.per_element(numbers_of(part, correction))
     # By torch: numpy would warn of an overflow.
     torch.mul(part.second_moment, factor if isinstance(factor, float) else torch.from_numpy(factor), out=out)
     out.clamp_(max=torch.finfo(out.dtype).max)

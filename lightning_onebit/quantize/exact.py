@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_onebit.coefficients import LARGEST_RESCALING, RefreshNumbers
 from lightning_onebit.quantize.logarithm import square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import unpack_bits
@@ -58,16 +59,19 @@ class ExactKernels:
     def serve_variance_(self, memory: BucketMemory, messages: Messages) -> None:
         """Nothing to serve."""
 
-    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None:
-        """``rms = sqrt(v correction)``, with the rank's own v."""
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
+        """``rms = sqrt(v correction)``, with the rank's own v, and ``u = u min(D_old / D_new, 4)``."""
         assert memory.second_moment is not None
         assert memory.rms is not None
-        layout = memory.layout
+        layout, largest = memory.layout, torch.finfo(memory.dtype).max
         for p, first, last in layout.parameter_blocks():
             flat = slice(int(layout.offset[first]), int(layout.offset[last]))
-            torch.mul(memory.second_moment[flat], float(correction[p]), out=memory.rms[flat])
-        largest = torch.finfo(memory.dtype).max
-        square_root_(memory.rms.clamp_(max=largest), out=memory.rms)
+            rms, eps = memory.rms[flat], float(numbers.eps[p])
+            old = rms.clone()
+            torch.mul(memory.second_moment[flat], float(numbers.correction[p]), out=rms)
+            square_root_(rms.clamp_(max=largest), out=rms)
+            rescaling = ((old + eps) / (rms + eps)).clamp_(max=LARGEST_RESCALING)
+            memory.error[flat].mul_(torch.where((old > 0) & (rms > 0), rescaling, 1.0))
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
         """A single rank has the mean itself."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import LARGEST_RESCALING, Coefficients, RefreshNumbers
 from lightning_onebit.config import Scale
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference_sketch import sketch_tensors_
 from lightning_onebit.quantize.reference_variance import (
     apply_variance_,
@@ -50,7 +50,6 @@ class ReferenceKernels:
     reads_flags_on_device = False
     encode_variance_ = staticmethod(encode_variance_)
     serve_variance_ = staticmethod(serve_variance_)
-    apply_variance_ = staticmethod(apply_variance_)
     sketch_dtype = torch.int64
 
     def __init__(self, *, scale: Scale = "l2", space: str = "update") -> None:
@@ -193,6 +192,31 @@ class ReferenceKernels:
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
         """See :func:`~lightning_onebit.quantize.reference_sketch.sketch_tensors_`."""
         sketch_tensors_(memory, index, step, sketch, self._gradient(memory, index, step))
+
+    def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
+        """Take over v (see :func:`~lightning_onebit.quantize.reference_variance.apply_variance_`), and keep the momentum:
+
+            ``error = error + beta u (min(D_old / D_new, 4) - 1)``
+
+        The momentum is u D. The average u stays as it was sent, alike on all ranks; what the new D makes of it is owed to
+        the next step, which adds ``beta u``. Elements without D, before or now, owe nothing.
+
+        Args:
+            memory: the bucket; ``rms_code``, ``rms_scale``, ``second_moment`` and ``error`` are written.
+            messages: ``sent`` and ``result`` are read.
+            numbers: by parameter.
+        """
+        blocks = memory.share_blocks
+        old = memory.decoded_rms(blocks)
+        apply_variance_(memory, messages, numbers.correction)
+        new = memory.decoded_rms(blocks)
+        eps, beta = (
+            self._by_element(memory, blocks, torch.from_numpy(each)).to(memory.dtype) for each in (numbers.eps, numbers.beta)
+        )
+        has_both = (old > 0) & (new > 0)
+        rescaling = ((old + eps) / torch.where(has_both, new + eps, 1.0)).clamp(max=LARGEST_RESCALING)
+        u = self.decode(memory, memory.result, 0, blocks, memory.live_before, factor=beta)
+        memory.error.add_(u * torch.where(has_both, rescaling - 1, 0.0))
 
     # The quantizer C
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import Coefficients, RefreshNumbers
 from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
@@ -79,6 +79,7 @@ def _compare_variance(device: torch.device) -> None:
         memory = _bucket(where, renews=True)
         pairs.append((kernels, memory, _step(where), memory.variance_messages()))
     correction = np.linspace(1.0, 2.0, len(NUMELS))
+    numbers = RefreshNumbers(correction, np.linspace(0.8, 0.9, len(NUMELS)), np.full(len(NUMELS), 1e-8))
     for name in ("encode", "encode_variance", "serve_variance", "apply_variance"):
         try:
             for kernels, memory, step, messages in pairs:
@@ -92,7 +93,7 @@ def _compare_variance(device: torch.device) -> None:
                 else:
                     messages.result.copy_(messages.sent)
                     messages.result[: messages.wire.chunk_nbytes] = messages.served
-                    kernels.apply_variance_(memory, messages, correction)
+                    kernels.apply_variance_(memory, messages, numbers)
         except Exception as error:
             raise KernelMismatchError(f"Triton's kernel '{name}' fails on {device}: {error!r}") from error
         (_, memory, _, messages), (_, expected, _, expected_messages) = pairs

@@ -124,9 +124,10 @@ class BucketTables:
         return on_device
 
     def by_member(self, numbers: NDArray[np.float64]) -> Tensor:
-        """Numbers of all parameters: those of the bucket's, sent; float64 ``[parameters of the bucket]``."""
-        on_device = torch.empty(len(self.members), dtype=torch.float64, device=self.blocks.device)
-        send_(on_device, np.ascontiguousarray(numbers[self.members], dtype=np.float64))
+        """Numbers of all parameters, ``[parameters, ...]``: those of the bucket's, sent; float64."""
+        own = np.ascontiguousarray(numbers[self.members], dtype=np.float64)
+        on_device = torch.empty(own.shape, dtype=torch.float64, device=self.blocks.device)
+        send_(on_device, own)
         return on_device
 
     def has(self, step: StepInputs) -> bool:

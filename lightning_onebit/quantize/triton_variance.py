@@ -12,14 +12,28 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from lightning_onebit import coefficients
+from lightning_onebit.coefficients import RefreshNumbers
 from lightning_onebit.quantize import logarithm
 from lightning_onebit.quantize.layout import SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, Messages
-from lightning_onebit.quantize.triton_blocks import divide, load_flat, square_root, store_flat, tile
+from lightning_onebit.quantize.triton_blocks import (
+    decode,
+    divide,
+    load_flat,
+    load_live,
+    load_message,
+    square_root,
+    store_flat,
+    tile,
+    unpack,
+)
 from lightning_onebit.quantize.triton_tables import (
     BLOCK_COLUMNS,
     NUMEL,
     OFFSET,
+    SCALE,
+    SIGN,
     SLOT,
     SQUARE_DECAY,
     block_kernel,
@@ -29,6 +43,7 @@ from lightning_onebit.quantize.triton_tables import (
 )
 
 LOG_STEP = tl.constexpr(logarithm.LOG_STEP)
+LARGEST_RESCALING = tl.constexpr(coefficients.LARGEST_RESCALING)
 LARGEST_CODE = tl.constexpr(logarithm.LARGEST_CODE)
 SMALLEST_NORMAL_BITS = tl.constexpr(logarithm.SMALLEST_NORMAL_BITS)
 LARGEST_FLOAT32 = tl.constexpr(logarithm.LARGEST_FLOAT32)
@@ -60,14 +75,15 @@ def serve_variance_(memory: BucketMemory, messages: Messages) -> None:
     )  # fmt: skip
 
 
-def apply_variance_(memory: BucketMemory, messages: Messages | None, correction: NDArray[np.float64]) -> None:
+def apply_variance_(memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
     """As the reference."""
     assert messages is not None
     tables = tables_of(memory)
     launch(
         _apply_variance_kernel, memory.layout.num_blocks, memory,
-        tables.blocks, tables.code_places, tables.by_member(correction), memory.second_moment, memory.rms_code,
-        memory.rms_scale, messages.sent, messages.result,
+        tables.blocks, tables.code_places, tables.by_member(np.stack(numbers, axis=1)),
+        memory.second_moment, memory.error, memory.rms_code, memory.rms_scale, memory.result, memory.live_before,
+        messages.sent, messages.result,
         *memory.share_blocks, memory.share_flat.start, memory.share.start * messages.wire.chunk_nbytes,
     )  # fmt: skip
 
@@ -84,8 +100,8 @@ def _encode_variance_kernel(
 ):  # fmt: skip
     row, numel, offset, scale, code = _place(blocks, code_places, first_block + tl.program_id(0))
     _, element, _, byte_exists = tile(numel, BYTES)
-    v_hat = _corrected(second_moment, offset - share_start, corrections, row, element, byte_exists)
-    codes, value = _code(v_hat)
+    correction = tl.load(corrections + tl.load(row + SLOT))
+    codes, value = _code(_corrected(second_moment, offset - share_start, correction, element, byte_exists))
     _store_message(sent, scale - share_byte // SCALE_BYTES, code - share_byte, element, byte_exists, codes, value)
 
 
@@ -111,25 +127,42 @@ def _serve_variance_kernel(
 
 @block_kernel(PLACES)
 def _apply_variance_kernel(
-    blocks, code_places, corrections, second_moment, rms_code, rms_scale, sent, result,
+    blocks, code_places, numbers, second_moment, error, rms_code, rms_scale, average, live_before, sent, result,
     share_first, share_last, share_start, share_byte, BYTES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = second_moment.dtype.element_ty
     block = tl.program_id(0)
     row, numel, offset, scale, code = _place(blocks, code_places, block)
-    _, element, exists, byte_exists = tile(numel, BYTES)
-    mask = tl.broadcast_to(byte_exists[:, None], element.shape)
+    byte, element, exists, byte_exists = tile(numel, BYTES)
     codes, value = _load_message(result, scale, code, element, byte_exists)
-    tl.store(tl.multiple_of(rms_code + offset, 8) + element, codes.to(tl.uint8), mask=mask)
-    tl.store(rms_scale + block, value)
     if (block >= share_first) & (block < share_last):
-        renewed = decode_logarithm(codes, value).to(dtype)
-        renewed *= renewed
-        v_hat = _corrected(second_moment, offset - share_start, corrections, row, element, byte_exists)
+        place = offset - share_start
+        own_numbers = numbers + 3 * tl.load(row + SLOT)
+        correction, beta = tl.load(own_numbers), tl.load(own_numbers + 1).to(dtype)
+        eps = tl.load(own_numbers + 2).to(dtype)
+        rms = decode_logarithm(codes, value).to(dtype)
+
+        renewed = rms * rms
+        v_hat = _corrected(second_moment, place, correction, element, byte_exists)
         own = _load_square(sent, scale - share_byte // SCALE_BYTES, code - share_byte, element, byte_exists, dtype)
         v_hat = _bounded(v_hat - own + renewed, renewed)
-        v = divide(v_hat, tl.zeros(element.shape, dtype) + tl.load(corrections + tl.load(row + SLOT)).to(dtype))
-        store_flat(second_moment, offset - share_start, element, exists, byte_exists, v)
+        v = divide(v_hat, tl.zeros(element.shape, dtype) + correction.to(dtype))
+        store_flat(second_moment, place, element, exists, byte_exists, v)
+
+        # error = error + beta u (min(D_old / D_new, 4) - 1)
+        old = load_decoded_rms(rms_code, rms_scale, block, offset, element, byte_exists).to(dtype)
+        has_both = (old > 0) & (rms > 0)
+        rescaling = tl.minimum(divide(old + eps, tl.where(has_both, rms + eps, 1.0)), LARGEST_RESCALING)
+        packed, scale_of_u = load_message(average, tl.load(row + SIGN), tl.load(row + SCALE), byte, byte_exists)
+        alive_before = load_live(live_before, offset, byte, exists, byte_exists)
+        u = decode(unpack(packed), scale_of_u.to(dtype) * beta, alive_before)
+        owed = u * tl.where(has_both, rescaling - 1.0, 0.0)
+        e = load_flat(error, place, element, byte_exists)
+        store_flat(error, place, element, exists, byte_exists, e + owed)
+    tl.debug_barrier()  # all of the block have read the old scale
+    mask = tl.broadcast_to(byte_exists[:, None], element.shape)
+    tl.store(tl.multiple_of(rms_code + offset, 8) + element, codes.to(tl.uint8), mask=mask)
+    tl.store(rms_scale + block, value)
 
 
 @triton.jit
@@ -188,11 +221,10 @@ def _finite(v):
 
 
 @triton.jit
-def _corrected(second_moment, place, corrections, row, element, byte_exists):
+def _corrected(second_moment, place, correction, element, byte_exists):
     """v_hat_i."""
     dtype: tl.constexpr = second_moment.dtype.element_ty
-    correction = tl.load(corrections + tl.load(row + SLOT)).to(dtype)
-    return _finite(load_flat(second_moment, place, element, byte_exists) * correction)
+    return _finite(load_flat(second_moment, place, element, byte_exists) * correction.to(dtype))
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from buckets import (
     random_memory,
     random_step,
     refresh_,
+    refresh_numbers,
     seeded,
 )
 
@@ -269,12 +270,12 @@ def test_a_refresh(block_size, dtype):
             kernels.serve_variance_(own, messages)
             messages.result.copy_(messages.sent)
             messages.result[: messages.wire.chunk_nbytes] = messages.served
-            kernels.apply_variance_(own, messages, np.array([correction, 1.0, 2.0, 1.5]))
+            kernels.apply_variance_(own, messages, refresh_numbers([correction, 1.0, 2.0, 1.5]))
         outcomes.append((own, messages))
     (own, messages), (expected, expected_messages) = outcomes
     for name in ("sent", "served", "result"):
         assert_same_bits(getattr(messages, name), getattr(expected_messages, name), name)
-    for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+    for name in ("error", "second_moment", "second_moment_residual", "rms_code", "rms_scale"):
         assert_same_bits(getattr(own, name), getattr(expected, name), name)
     assert not torch.equal(own.rms_code.cpu(), memory.rms_code)
 
@@ -293,7 +294,7 @@ def test_a_refresh_of_a_share_of_the_bucket():
         refresh_(kernels, memories, np.linspace(1.0, 2.0, 5), num_nodes=2)
         outcomes.append(memories)
     for own, expected in zip(*outcomes, strict=True):
-        for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+        for name in ("error", "second_moment", "second_moment_residual", "rms_code", "rms_scale"):
             assert_same_bits(getattr(own, name), getattr(expected, name), name)
 
 
@@ -528,7 +529,7 @@ def test_one_launch_each_whatever_the_number_of_tensors(no_kernels, tensors, ran
             messages, correction = memory.variance_messages(), np.ones(len(numels))
             TritonKernels().encode_variance_(memory, messages, correction)
             TritonKernels().serve_variance_(memory, messages)
-            TritonKernels().apply_variance_(memory, messages, correction)
+            TritonKernels().apply_variance_(memory, messages, refresh_numbers(correction))
             gather_(torch.zeros(layout.flat_numel, device=DEVICE), memory, step)
             scale_(memory, step, torch.ones((), device=DEVICE))
             sketch_(torch.zeros(4, 64, device=DEVICE), memory, step, draws, places)
@@ -742,7 +743,7 @@ def test_no_call_waits_for_the_gpu():
         run_step(TritonKernels(), renewing, step, early=False)
         TritonKernels().encode_variance_(renewing, messages, correction)
         TritonKernels().serve_variance_(renewing, messages)
-        TritonKernels().apply_variance_(renewing, messages, correction)
+        TritonKernels().apply_variance_(renewing, messages, refresh_numbers(correction))
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from lightning_onebit.coefficients import Coefficients
+from lightning_onebit.coefficients import Coefficients, RefreshNumbers
 from lightning_onebit.quantize.layout import plan_buckets
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
@@ -207,5 +207,11 @@ def refresh_(kernels, memories, correction, num_nodes=None):
     result = torch.cat([each.served for each in messages])
     for memory, each in zip(memories, messages, strict=True):
         each.result.copy_(result)
-        kernels.apply_variance_(memory, each, correction)
+        kernels.apply_variance_(memory, each, refresh_numbers(correction))
     return messages
+
+
+def refresh_numbers(correction):
+    """With betas and eps that differ."""
+    number = np.arange(len(correction))
+    return RefreshNumbers(np.asarray(correction), 0.9 - 0.1 * (number % 3), 1e-8 * (1.0 + number % 2))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 import triton
-from buckets import ADAM, copy_of_memory, random_layouts, random_memory, random_step
+from buckets import ADAM, copy_of_memory, random_layouts, random_memory, random_step, refresh_numbers
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -74,7 +74,7 @@ def launched(dtype=torch.float32, *, space="update", commit=False, masked=False,
         messages, correction = memory.variance_messages(), np.ones(len(NUMELS))
         kernels.encode_variance_(memory, messages, correction)
         kernels.serve_variance_(memory, messages)
-        kernels.apply_variance_(memory, messages, correction)
+        kernels.apply_variance_(memory, messages, refresh_numbers(correction))
     return launches
 
 

@@ -200,4 +200,10 @@ class RenewedAdamModel(AdamModel):
         self.residual = c - v
         for each, its_code in zip(self.v_i, own, strict=True):
             each[:] = np.clip(each / correction - its_code + v, v / 2, 2 * v) * correction
+        old, had_d = self.D, self.live
         self.set_d(v)
+        rescaling = np.where(had_d & self.live, np.minimum(old / self.D, 4), 1.0)
+        if self.compression:  # what the next step adds, beta u, is not what it should be by now: owed by every worker
+            self.compression.worker_errors += self.beta1 * self.u * (rescaling - 1)
+        else:
+            self.u = self.u * rescaling

@@ -19,6 +19,7 @@ from buckets import (
     random_memory,
     random_step,
     refresh_,
+    refresh_numbers,
 )
 
 from lightning_onebit.quantize.cpu import CpuKernels
@@ -352,7 +353,7 @@ def assert_refreshes_are_equal(layout, ranks, *, dtype=torch.float32, num_nodes=
             messages = refresh_(kernels, own, correction**shrink, num_nodes)
         outcomes.append((own, messages))
     for ours, expected, one, other in zip(*(each for pair in zip(*outcomes, strict=True) for each in pair), strict=True):
-        for name in ("second_moment", "second_moment_residual", "rms_code", "rms_scale"):
+        for name in ("error", "second_moment", "second_moment_residual", "rms_code", "rms_scale"):
             assert_same_bits(getattr(ours, name), getattr(expected, name), name)
         for name in ("sent", "served", "result"):
             assert_same_bits(getattr(one, name), getattr(other, name), name)
@@ -451,11 +452,11 @@ def copy_(memory, values, *, into_memory, flat=None):
             (here if into_memory else there).copy_(there if into_memory else here)
 
 
-def keep_nothing(memory, messages, correction):
+def keep_nothing(memory, messages, numbers):
     """A mutation: v_i becomes what was decoded."""
-    ReferenceKernels().apply_variance_(memory, messages, correction)
+    ReferenceKernels().apply_variance_(memory, messages, numbers)
     flat = memory.decoded_rms((0, memory.layout.num_blocks))[memory.share_flat]
-    memory.second_moment.copy_(flat.square() / float(correction[0]))
+    memory.second_moment.copy_(flat.square() / float(numbers.correction[0]))
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0])
@@ -526,7 +527,7 @@ def test_one_rank_has_exactly_adams_second_moment(dtype):
             p.grad = gradient.clone()
         kernels.encode_(memory, 0, step, commit=True)
         adam.step()
-        kernels.apply_variance_(memory, None, np.full(2, 1 / (1 - 0.99**t)))
+        kernels.apply_variance_(memory, None, refresh_numbers(np.full(2, 1 / (1 - 0.99**t))))
     for p, offset in zip(params, (0, 40), strict=True):
         v = adam.state[p]["exp_avg_sq"]
         torch.testing.assert_close(memory.second_moment[offset : offset + len(v)], v, rtol=1e-5, atol=0)
