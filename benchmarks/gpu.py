@@ -454,6 +454,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     import numpy as np
     import torch
 
+    from lightning_onebit.coefficients import RefreshNumbers
     from lightning_onebit.quantize.tensor_sketch import TensorSketch
     from lightning_onebit.quantize.triton import TritonKernels
     from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_

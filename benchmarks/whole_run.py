@@ -1,0 +1,177 @@
+"""What a whole run sends, from its first dense step to its last: a GPT of 7.1 million parameters, 4 nodes.
+
+    python benchmarks/whole_run.py --steps 1000 --marks 250 500 --out benchmarks/results/whole_run.json
+
+Defaults throughout, with a DivergenceGuard: when to switch is the criterion's decision, on real text. Bytes are counted on
+the links, with all headers; a step of DDP is counted in the same run, and sends the same at every step. Windows are few and
+short, as bytes do not depend on them: so this says nothing of time, nor of the loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lab import LOOPBACK, LabError, check_requirements, exit_on_sigterm, make_lab, sent_bytes
+from lightning.pytorch.strategies import DDPStrategy
+from report import describe, environment, save, size, table
+
+from lightning_onebit import DivergenceGuard, OneBitDDPStrategy, Phase
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from gpt_stdlib import GPT, StdlibSources
+
+DDP_STEPS = 10
+FLOAT32_NBYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One node after so many steps."""
+
+    step: int
+    link_bytes: int | None
+    """``None`` on loopback."""
+    payload_bytes: dict[str, int]
+    dense_steps: int
+
+
+class Marks(pl.Callback):
+    """Notes what was sent so far."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+        self.marks: list[Mark] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.before = sent_bytes()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step not in self.steps:
+            return
+        now, payload, dense_steps = sent_bytes(), {}, trainer.global_step
+        if isinstance(trainer.strategy, OneBitDDPStrategy):
+            warmup, compressed = (trainer.strategy.comm_stats[phase] for phase in (Phase.WARMUP, Phase.COMPRESSED))
+            beside = compressed.refresh_bytes_sent + compressed.sketch_bytes_sent
+            payload = {
+                "dense": warmup.bytes_sent,
+                "refreshes": compressed.refresh_bytes_sent,
+                "sketches": compressed.sketch_bytes_sent,
+                "signs": compressed.bytes_sent - beside,
+            }
+            dense_steps = warmup.steps
+        sent = None if now is None or self.before is None else now - self.before
+        self.marks.append(Mark(step=trainer.global_step, link_bytes=sent, payload_bytes=payload, dense_steps=dense_steps))
+
+
+def train(name: str, settings: argparse.Namespace) -> tuple[int, list[Mark], float]:
+    """Train; runs on every node. Returns the number of parameters, what was sent, and seconds."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    pl.seed_everything(0, verbose=False)
+    model = GPT(context=settings.context, d_model=settings.d_model, layers=settings.layers)
+    timeout = timedelta(seconds=120)
+    if name == "ddp":
+        steps, callbacks = DDP_STEPS, []
+        strategy: DDPStrategy = DDPStrategy(timeout=timeout)
+    else:
+        steps, callbacks = settings.steps, [DivergenceGuard()]
+        strategy = OneBitDDPStrategy(timeout=timeout)
+    marks = Marks({steps} if name == "ddp" else {*settings.marks, steps})
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=1,
+        num_nodes=settings.nodes,
+        max_steps=steps,
+        callbacks=[*callbacks, marks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    start = time.perf_counter()
+    trainer.fit(model, datamodule=StdlibSources(context=settings.context, batch_size=settings.batch_size))
+    return sum(p.numel() for p in model.parameters()), marks.marks, time.perf_counter() - start
+
+
+def main() -> int:
+    settings = parse_arguments()
+    exit_on_sigterm()
+    document: dict[str, Any] = {"environment": environment(), "results": []}
+    print(describe(document["environment"]), flush=True)
+    try:
+        if settings.rate != LOOPBACK:
+            check_requirements()
+        with make_lab(nodes=settings.nodes, rate=settings.rate) as network:
+            (parameters, dense, _), *_ = network.call(train, "ddp", settings, timeout_seconds=settings.timeout)
+            [mark] = dense
+            counted = mark.link_bytes is not None
+            # Ring all-reduce; what it has beside gradients, DDP sends once.
+            per_step = 2 * (settings.nodes - 1) / settings.nodes * FLOAT32_NBYTES * parameters
+            if mark.link_bytes is not None:
+                per_step = mark.link_bytes / DDP_STEPS
+            print(f"{parameters} parameters; a step of DDP sends {size(per_step)} per node", flush=True)
+            ranks = network.call(train, "onebit_ddp", settings, timeout_seconds=settings.timeout)
+    except LabError as error:
+        print(f"whole_run: {error}", file=sys.stderr)
+        return 1
+    rows = []
+    for marks in zip(*(marks for _, marks, _ in ranks), strict=True):
+        sent = [sum(m.payload_bytes.values()) if m.link_bytes is None else m.link_bytes for m in marks]
+        mean, step, payload = sum(sent) / len(sent), marks[0].step, marks[0].payload_bytes
+        ratio = step * per_step / mean
+        rows.append(
+            [f"{step}", f"{marks[0].dense_steps}", size(step * per_step), size(mean), f"{ratio:.1f}"]
+            + [size(payload[what]) for what in ("dense", "signs", "refreshes", "sketches")]
+        )
+        document["results"].append({"marks": [asdict(m) for m in marks], "ddp_bytes_per_step": per_step, "ratio": ratio})
+    if settings.out is not None:
+        save(settings.out, document | {"settings": {k: str(v) for k, v in vars(settings).items()}})
+    header = ["steps", "dense", "DDP sends", "sent", "times less", "payload: dense", "signs", "refreshes", "sketches"]
+    print(f"\n{table(header, rows)}\n\n{seconds(ranks)} s; per node, DDP and sent", end=" ")
+    print("as counted on the links" if counted else "as payload", "(payload: of rank 0, without headers).")
+    return 0
+
+
+def seconds(ranks: list[tuple[int, list[Mark], float]]) -> str:
+    return f"{max(each for _, _, each in ranks):.0f}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/whole_run.py",
+        description="Bytes of a whole run with the default settings. Rates other than loopback need root and iproute2.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="length of the run")
+    parser.add_argument("--marks", type=int, nargs="*", default=[], help="steps at which to note what was sent, too")
+    parser.add_argument("--nodes", type=int, default=4, help="nodes, with one process each")
+    parser.add_argument("--rate", default="unshaped", help="of each node's link, or loopback, which needs no root")
+    parser.add_argument("--d-model", type=int, default=256, help="width of the GPT")
+    parser.add_argument("--layers", type=int, default=8, help="its blocks")
+    parser.add_argument("--context", type=int, default=16, help="words per window")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows per step and node")
+    parser.add_argument("--timeout", type=float, default=7200.0, metavar="S", help="a training that takes longer has failed")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there as JSON")
+    settings = parser.parse_args()
+    if settings.steps < 1 or settings.nodes < 2 or not all(0 < mark <= settings.steps for mark in settings.marks):
+        parser.error("--steps must be at least 1, --nodes at least 2, --marks within the run")
+    return settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())
