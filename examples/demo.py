@@ -52,7 +52,9 @@ def fit(strategy: str, settings: argparse.Namespace) -> None:
 
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = GPT(context=settings.context, d_model=settings.d_model, lr=settings.lr)
-    data = StdlibSources(context=settings.context, batch_size=settings.batch_size)
+    data = StdlibSources(
+        context=settings.context, batch_size=settings.batch_size, validation_windows=settings.validation_windows
+    )
     recorder = Recorder(strategy, settings)
     watchers = [CommMonitor(), PhaseSwitch(criterion(settings.steps))] if strategy == "onebit_ddp" else []
 
@@ -319,6 +321,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--steps", type=int, default=800, help=f"optimizer steps of each run, a multiple of {VALIDATIONS}")
     parser.add_argument("--batch-size", type=int, default=8, help=f"windows per rank and step; there are {RANKS} ranks")
     parser.add_argument("--context", type=int, default=64, help="words per window")
+    parser.add_argument("--validation-windows", type=int, default=512, help=f"for each of {VALIDATIONS} validations")
     parser.add_argument("--d-model", type=int, default=128, help="width of the GPT")
     parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the parameters and of the order of the text")

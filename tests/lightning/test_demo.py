@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--steps", "40", "--batch-size", "2", "--context", "16", "--d-model", "16"]
+SMALL = ["--steps=40", "--batch-size=2", "--context=16", "--d-model=16", "--validation-windows=64"]
 
 
 @pytest.mark.timeout(320)  # two processes at a time beside another test, on a slow machine
