@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (2 minutes)'
+	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (5 minutes)'
 	@echo 'make test    run the tests, with the versions of constraints.txt'
 	@echo 'make test-oldest, test-newest'
 	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'

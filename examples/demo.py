@@ -297,12 +297,12 @@ def draw(dense: Record, onebit: Record, path: Path) -> None:
         for axes in (loss, sent):
             axes.axvline(switch, color="#444444", linestyle="--", linewidth=1.2)
         loss.annotate(
-            f"step {switch}: second moment frozen,\nfrom here on 1 bit per parameter",
-            (switch, 0.98),
+            f"step {switch}: from here on\nsigns and block scales",
+            (switch, 0.03),
             xycoords=loss.get_xaxis_transform(),
             xytext=(6, 0),
             textcoords="offset points",
-            va="top",
+            va="bottom",
             color="#444444",
         )
     figure.savefig(path)
