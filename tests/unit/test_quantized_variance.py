@@ -193,6 +193,31 @@ def test_a_refresh_is_that_of_the_model(dtype, ranks, dead, block_size):
 
 @every_kind
 @every_dtype
+@pytest.mark.parametrize("numels", [[130, 9, 64], [3000]], ids=str)
+def test_a_refresh_keeps_the_momentum(kind, dtype, numels):
+    """u D: beta u is added at the next step, and what the new D makes of it is owed to that, up to four-fold."""
+    [layout] = random_layouts(numels, block_size=64, num_chunks=2)
+    memories = [random_memory(layout, chunk=rank, masked=True, renews=True, dtype=dtype) for rank in range(2)]
+    kernels, numbers = kernels_of(kind, 64, dtype), refresh_numbers(np.full(len(numels), 1.5))
+    parameter_of = torch.from_numpy(layout.parameter)[memories[0].block_of((0, layout.num_blocks))]
+    beta, eps = (torch.from_numpy(each)[parameter_of] for each in (numbers.beta, numbers.eps))
+    whole = (0, layout.num_blocks)
+    before = [(memory.error.double().clone(), memory.decoded_rms(whole).double()) for memory in memories]
+    refresh_(kernels, memories, numbers.correction)
+    for memory, (error, old) in zip(memories, before, strict=True):
+        new = memory.decoded_rms(whole).double()
+        u = ReferenceKernels().decode(memory, memory.result, 0, whole, memory.live_before).double()
+        has_both = (old > 0) & (new > 0)
+        rescaling = torch.where(has_both, (old + eps) / (new + eps), 1.0)
+        assert rescaling.max() > 4
+        assert rescaling.min() < 0.25
+        owed = beta * u * (rescaling.clamp(max=4) - 1)
+        assert ((owed != 0) == (has_both & (u != 0) & (rescaling != 1))).all()
+        torch.testing.assert_close(memory.error.double(), error + owed, rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+@every_dtype
 def test_huge_and_vanishing_moments_stay_finite(kind, dtype):
     """A v that was infinite would stay so for ever; one that is gone on all ranks is 0."""
     numels, largest = [64, 64], torch.finfo(dtype).max
