@@ -5,7 +5,7 @@
 On CPU what is measured is the resident memory of rank 0 between two batches, as the kernel counts it, after returning
 free memory to it; with ``--accelerator cuda`` what torch has allocated. Two sizes of the model are run, and the difference
 over the difference in parameters is what a parameter takes: parameter, gradient, DDP's bucket, state. The bound is
-what dense Adam takes plus 4 / n bytes for n ranks, plus 5%.
+what dense Adam takes plus, for n ranks, 8 / n + 1 bytes (without refreshes, 4 / n), plus 5%.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ MODES = {
     "deferred": {"overlap": False},
     "overlapped": {"overlap": True},
     "deferred, gradient_as_bucket_view": {"overlap": False, "gradient_as_bucket_view": True},
+    "deferred, variance_refresh=None": {"overlap": False, "variance_refresh": None},
 }
 
 
@@ -125,17 +126,12 @@ def main() -> int:
     try:
         for nodes in settings.nodes:
             for mode, options in MODES.items():
-                with Loopback(nodes=nodes) as network:
-                    small, large = (
-                        network.call(train, layers, options, nodes, settings.accelerator, timeout_seconds=settings.timeout)[
-                            0
-                        ]
-                        for layers in settings.layers
-                    )
+                small, large = (run(layers, options, nodes, settings) for layers in settings.layers)
                 parameters = large.parameters - small.parameters
                 dense = (large.dense_bytes - small.dense_bytes) / parameters
                 compressed = (large.compressed_bytes - small.compressed_bytes) / parameters
-                bound = (dense + 4 / nodes) * 1.05
+                more = 8 / nodes + 1 if options.get("variance_refresh", "auto") else 4 / nodes
+                bound = (dense + more) * 1.05
                 rows.append((f"{nodes}", mode, f"{dense:.2f}", f"{compressed:.2f}", f"{bound:.2f}"))
                 results.append(
                     {
