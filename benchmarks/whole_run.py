@@ -1,6 +1,6 @@
 """What a whole run sends, from its first dense step to its last: a GPT of 7.1 million parameters, 4 nodes.
 
-    python benchmarks/whole_run.py --steps 1000 --marks 250 500 --out benchmarks/results/whole_run.json
+    python benchmarks/whole_run.py --steps 1000 --marks 100 250 500 --out benchmarks/results/whole_run.txt
 
 Defaults throughout, with a DivergenceGuard: when to switch is the criterion's decision, on real text. Bytes are counted on
 the links, with all headers; a step of DDP is counted in the same run, and sends the same at every step. Windows are few and
@@ -10,6 +10,7 @@ short, as bytes do not depend on them: so this says nothing of time, nor of the 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -26,12 +27,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from report import describe, environment, save, size, table
 
 from lightning_onebit import DivergenceGuard, OneBitDDPStrategy, Phase
+from lightning_onebit.comm.stats import ring_all_reduce_nbytes
+from lightning_onebit.config import FLOAT32_NBYTES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from gpt_stdlib import GPT, StdlibSources
 
 DDP_STEPS = 10
-FLOAT32_NBYTES = 4
+LONG_RUN = 10_000
+"""Steps of the run that the last interval is extended to: computed, not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,47 +112,73 @@ def train(name: str, settings: argparse.Namespace) -> tuple[int, list[Mark], flo
     return sum(p.numel() for p in model.parameters()), marks.marks, time.perf_counter() - start
 
 
+def measure(settings: argparse.Namespace) -> dict[str, Any]:
+    """DDP for a few steps, then the whole run; ready for JSON."""
+    with make_lab(nodes=settings.nodes, rate=settings.rate) as network:
+        (parameters, [dense], _), *_ = network.call(train, "ddp", settings, timeout_seconds=settings.timeout)
+        ranks = network.call(train, "onebit_ddp", settings, timeout_seconds=settings.timeout)
+    per_step = ring_all_reduce_nbytes(FLOAT32_NBYTES * parameters, settings.nodes)
+    if dense.link_bytes is not None:
+        per_step = dense.link_bytes / DDP_STEPS
+    return {
+        "parameters": parameters,
+        "seconds": max(seconds for _, _, seconds in ranks),
+        "ddp_bytes_per_step": per_step,
+        "counted": "as payload" if dense.link_bytes is None else "on the links, with all headers",
+        "marks": [[asdict(mark) for mark in marks] for marks in zip(*(marks for _, marks, _ in ranks), strict=True)],
+    }
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """A table, and what the last interval says of a longer run."""
+    ddp, rows, steps, sent = document["ddp_bytes_per_step"], [], [], []
+    for nodes in document["marks"]:
+        counts = [sum(m["payload_bytes"].values()) if m["link_bytes"] is None else m["link_bytes"] for m in nodes]
+        first = nodes[0]
+        steps.append(first["step"])
+        sent.append(sum(counts) / len(counts))
+        rows.append(
+            [f"{steps[-1]}", f"{first['dense_steps']}", size(steps[-1] * ddp), size(sent[-1])]
+            + [f"{steps[-1] * ddp / sent[-1]:.1f}"]
+            + [size(first["payload_bytes"][what]) for what in ("dense", "signs", "refreshes", "sketches")]
+        )
+    header = ["steps", "dense", "DDP sends", "sent", "times less", "payload: dense", "signs", "refreshes", "sketches"]
+    parts = [
+        describe(document["environment"]),
+        f"{document['parameters']} parameters; a step of DDP sends {size(ddp)} per node; bytes per node, counted"
+        f" {document['counted']} (payload: of rank 0, without headers); {document['seconds']:.0f} s",
+        table(header, rows),
+    ]
+    if len(steps) > 1:
+        rate = (sent[-1] - sent[-2]) / (steps[-1] - steps[-2])
+        long = LONG_RUN * ddp / (sent[-1] + (LONG_RUN - steps[-1]) * rate)
+        parts.append(
+            f"Steps {steps[-2]} to {steps[-1]} sent {ddp / rate:.1f} times less. At that rate a run of {LONG_RUN} steps"
+            f" would send {long:.1f} times less (computed, not run)."
+        )
+    return "\n\n".join(parts)
+
+
 def main() -> int:
     settings = parse_arguments()
+    if settings.report is not None:
+        print(as_text(json.loads(settings.report.read_text(encoding="utf-8"))))
+        return 0
     exit_on_sigterm()
-    document: dict[str, Any] = {"environment": environment(), "results": []}
-    print(describe(document["environment"]), flush=True)
+    facts = environment()
     try:
         if settings.rate != LOOPBACK:
             check_requirements()
-        with make_lab(nodes=settings.nodes, rate=settings.rate) as network:
-            (parameters, dense, _), *_ = network.call(train, "ddp", settings, timeout_seconds=settings.timeout)
-            [mark] = dense
-            counted = mark.link_bytes is not None
-            # Ring all-reduce; what it has beside gradients, DDP sends once.
-            per_step = 2 * (settings.nodes - 1) / settings.nodes * FLOAT32_NBYTES * parameters
-            if mark.link_bytes is not None:
-                per_step = mark.link_bytes / DDP_STEPS
-            print(f"{parameters} parameters; a step of DDP sends {size(per_step)} per node", flush=True)
-            ranks = network.call(train, "onebit_ddp", settings, timeout_seconds=settings.timeout)
+        document = {"environment": facts, **measure(settings)}
     except LabError as error:
         print(f"whole_run: {error}", file=sys.stderr)
         return 1
-    rows = []
-    for marks in zip(*(marks for _, marks, _ in ranks), strict=True):
-        sent = [sum(m.payload_bytes.values()) if m.link_bytes is None else m.link_bytes for m in marks]
-        mean, step, payload = sum(sent) / len(sent), marks[0].step, marks[0].payload_bytes
-        ratio = step * per_step / mean
-        rows.append(
-            [f"{step}", f"{marks[0].dense_steps}", size(step * per_step), size(mean), f"{ratio:.1f}"]
-            + [size(payload[what]) for what in ("dense", "signs", "refreshes", "sketches")]
-        )
-        document["results"].append({"marks": [asdict(m) for m in marks], "ddp_bytes_per_step": per_step, "ratio": ratio})
+    text = as_text(document)
+    print(text)
     if settings.out is not None:
-        save(settings.out, document | {"settings": {k: str(v) for k, v in vars(settings).items()}})
-    header = ["steps", "dense", "DDP sends", "sent", "times less", "payload: dense", "signs", "refreshes", "sketches"]
-    print(f"\n{table(header, rows)}\n\n{seconds(ranks)} s; per node, DDP and sent", end=" ")
-    print("as counted on the links" if counted else "as payload", "(payload: of rank 0, without headers).")
+        settings.out.write_text(text + "\n", encoding="utf-8")
+        save(settings.out.with_suffix(".json"), document)
     return 0
-
-
-def seconds(ranks: list[tuple[int, list[Mark], float]]) -> str:
-    return f"{max(each for _, _, each in ranks):.0f}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -166,7 +196,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=16, help="words per window")
     parser.add_argument("--batch-size", type=int, default=1, help="windows per step and node")
     parser.add_argument("--timeout", type=float, default=7200.0, metavar="S", help="a training that takes longer has failed")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a .txt; what was counted goes beside it, as JSON")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="run nothing; print what that says")
     settings = parser.parse_args()
     if settings.steps < 1 or settings.nodes < 2 or not all(0 < mark <= settings.steps for mark in settings.marks):
         parser.error("--steps must be at least 1, --nodes at least 2, --marks within the run")

@@ -286,7 +286,9 @@ class Buckets:
     def stock_state(self, rms_of: Callable[[Part], Tensor] | None = None) -> dict[int, dict[str, Any]]:
         """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
 
-        Beside what it returns, it takes memory for one bucket and one parameter at a time.
+        Beside what it returns, it takes memory for one bucket and one parameter at a time. The momentum is u D. After a
+        refresh, until the next step, that is with the new D: what is owed then (see :mod:`lightning_onebit.engine.renewal`)
+        is among the errors.
 
         Args:
             rms_of: where sqrt(v_hat) of a part is from, if not from here.

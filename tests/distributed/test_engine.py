@@ -555,7 +555,8 @@ def test_the_momentum_is_freed_bucket_by_bucket(monkeypatch):
 
 def tensor_bytes():
     """Bytes of all tensors that are alive."""
-    gc.collect()
+    while gc.collect():  # what one pass frees may be the last to hold something else
+        pass
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if is_tensor(t)}
     return sum(storages.values())
 
@@ -588,7 +589,7 @@ def test_memory_per_parameter(variance_refresh, more):
 
     slopes = run_ranks(world_size, fn)
     dense = slopes[0][0]
-    assert dense == pytest.approx(8.0, rel=0.01)  # with what is freed meanwhile
+    assert dense == pytest.approx(8.0)
     assert max(ours for _, ours in slopes) <= (dense + more(world_size)) * 1.05
 
 

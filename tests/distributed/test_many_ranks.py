@@ -194,7 +194,7 @@ def late_gradients(step, world_size, sign):
 
 
 @pytest.mark.parametrize("variance_refresh", VARIANCE_REFRESHES)
-@pytest.mark.parametrize("world_size", [2, 32])
+@pytest.mark.parametrize("world_size", [2, 8, 32])
 def test_late_coordinates_train_on_all_ranks_at_the_speed_of_adam(world_size, variance_refresh):
     """Invariant 5, beta2 = 0.999, D frozen or renewed; the reference is Adam itself, unfrozen, on the mean gradient.
 

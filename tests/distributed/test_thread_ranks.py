@@ -232,5 +232,5 @@ def test_a_rank_that_ends_early_or_hangs_is_named():
             time.sleep(1.5)
         communicator.all_reduce_max_(torch.zeros(3))
 
-    with pytest.raises(TimeoutError, match=r"ranks \[1(, 2)?\] did not call it|Ranks .* did not end within 0.5 s"):
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not call it|Ranks .* did not end within 0.5 s"):
         run_threads(3, hangs, timeout=0.5)

@@ -27,11 +27,10 @@ def test_dcgan_digits(tmp_path):
     shown = dict(re.findall(r"^ *(\S.*?)  +(\S.*)$", done.stdout[done.stdout.index("steps of each optimizer") :], re.M))
     assert shown["steps of each optimizer"] == "40"
     assert shown["switch to the compressed phase"] == "after step 8"
-    # Signs are 32 times less, and DDP sends the gradients of both networks for each of the two steps; but in so short a run
-    # the second moment is renewed every few steps.
-    assert 8 < float(shown["times less than ddp"]) < 64
+    # 32 times less, and DDP sends the gradients of both networks for each of the two steps.
+    assert 50 < float(shown["times less than ddp"]) < 64
     sent, dense = (float(shown[row].split()[0]) for row in ("sent per rank [2]", "ddp would have sent [3]"))
-    assert 0.2 * dense < sent < 0.3 * dense
+    assert 0.2 * dense < sent < 0.25 * dense
     assert float(shown["at the end"]) < 0.7 * float(shown["distance of generated from held-out digits [1]: at the start"])
     lines = re.findall(r"^step +(\d+)  (\w+)", done.stdout, re.M)
     assert lines == [(str(step), "dense" if step < 8 else "compressed") for step in range(4, 41, 4)]
@@ -41,6 +40,7 @@ def test_fabric_gpt(tmp_path):
     done = run("fabric_gpt.py", "--steps", "20", "--batch-size", "1", "--output", "out/gpt.ckpt", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 20 (compressed): loss" in done.stdout
-    assert float(re.search(r"a compressed step sends (\S+) times less", done.stdout)[1]) > 3  # renewed often as yet
+    # In so short a run D is renewed every few steps, a byte per parameter each time.
+    assert float(re.search(r"a compressed step sends (\S+) times less", done.stdout)[1]) > 3.5
     saved = torch.load(tmp_path / "out" / "gpt.ckpt", weights_only=True)
     assert (saved["step"], saved["optimizer"][CHECKPOINT_KEY]["version"]) == (20, 2)

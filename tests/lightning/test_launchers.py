@@ -66,13 +66,14 @@ def test_torchrun_with_two_nodes(tmp_path):
 CELLS = """
 from trainers import *
 from lightning_onebit import *
-model = Classifier()
+model = Classifier(hidden=128)
 before = [p.detach().clone() for p in model.parameters()]
 callbacks = [PhaseSwitch(FixedStep(4)), CommMonitor(1)]
 trainer = make_trainer("STRATEGY", 2, callbacks=callbacks)
 trainer.fit(model, data(10, 2))
 moved = [bool((p != old).any()) for p, old in zip(model.parameters(), before)]
-print("FITTED", all(moved), bool(trainer.callback_metrics["less_sent"] > 0))
+# A byte for D's renewal beside the bit, as that is due at each step of so short a run
+print("FITTED", all(moved), bool(2 < trainer.callback_metrics["less_sent"] < 3.6))
 _ = make_trainer("onebit_ddp_fork", 2).validate(model, data(4, 2))
 Classifier.training_step = lambda *_: 1 / 0
 try: make_trainer("STRATEGY", 2).fit(Classifier(), data(10, 2))

@@ -261,7 +261,7 @@ class _World:
     def __init__(self, size, timeout):
         self.size, self.timeout = size, timeout
         self.lock = threading.RLock()
-        self.turn = _Turn()
+        self.turn = _Turn(patience=min(1.0, timeout / 4))  # so that of a rank that hangs not the next ones are blamed
         self.failure = None
         self.finished = set()
         self._meetings = {}
@@ -304,15 +304,14 @@ class _Turn:
     arithmetic. A rank that has its turn may wait for something else, such as a thread of its own: that ends the turns.
     """
 
-    PATIENCE_SECONDS = 1.0
-
-    def __init__(self):
+    def __init__(self, patience):
+        self._patience = patience
         self._lock = threading.Lock()
         self._own = threading.local()
         self._ended = False
 
     def take(self):
-        deadline = time.monotonic() + self.PATIENCE_SECONDS
+        deadline = time.monotonic() + self._patience
         self._own.has_it = False
         while not (self._ended or self._own.has_it):
             self._own.has_it = self._lock.acquire(timeout=0.05)
