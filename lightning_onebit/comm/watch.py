@@ -28,6 +28,8 @@ PATIENCE_SECONDS = 5.0
 """How long a rank may be at one place before it says so."""
 LOOK_SECONDS = 1.0
 """Between two looks at the notes of the others; and how long others have, to read ours, before this rank ends."""
+MEETING_SECONDS = 0.02
+"""Between two looks whether all have come to a meeting."""
 PLACES = 64
 """How many a rank remembers."""
 CAUSES = (
@@ -88,6 +90,22 @@ class Watch:
                     return
             if self.verdict is not None:
                 raise RuntimeError(self.verdict)
+
+    def meet(self, place: str) -> None:
+        """Come to ``place``, and wait for all others there: by the store, as a collective could meet another one of theirs.
+
+        Raises:
+            RuntimeError: if another rank is at another place.
+        """
+        self.passing(place)
+        with self._lock:
+            key = f"{self._prefix}/meeting at {self._count}"
+        arrived = self._store.add(key, 1)
+        while arrived < self._world_size:
+            if self.verdict is not None:
+                raise RuntimeError(self.verdict)
+            time.sleep(MEETING_SECONDS)
+            arrived = self._store.add(key, 0)
 
     def look(self, timeout_seconds: float = 2.0) -> None:
         """Have the thread look at the notes of the others now, and wait for it, if it comes back in time."""
@@ -200,6 +218,12 @@ def passing(place: str) -> None:
     """This rank comes to ``place``, as all others do; nothing if nobody watches."""
     if _watch is not None:
         _watch.passing(place)
+
+
+def meet(place: str) -> None:
+    """Come to ``place``, and wait for all others there, without a collective; see :meth:`Watch.meet`."""
+    if _watch is not None:
+        _watch.meet(place)
 
 
 def others_say() -> list[str]:

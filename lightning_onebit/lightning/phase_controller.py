@@ -27,7 +27,7 @@ from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
-from lightning_onebit.comm.watch import start_watch, stop_watch
+from lightning_onebit.comm.watch import meet, start_watch, stop_watch
 from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
@@ -374,7 +374,7 @@ class PhaseController:
         """Go back to warm-up if user code has removed state, so that a second moment is missing. Alike on all ranks.
 
         Raises:
-            RuntimeError: if gradients of the compressed phase are waiting for their step.
+            RuntimeError: if gradients of the compressed phase are waiting for their step; or if a rank is alone with it.
         """
         replaced = [optimizer for optimizer, c in self.compressed.items() if c.state_was_replaced]
         if self.is_pending:
@@ -386,6 +386,7 @@ class PhaseController:
         if self.has_waiting_gradients:
             raise RuntimeError(REPLACED_TOO_LATE)
         kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced or self.optimizers.compressed)
+        meet(f"the way back to warm-up, as the state of {kinds} was reset or replaced")
         self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
         self._keep_errors(self.compressed)
         self._give_back_()

@@ -109,7 +109,31 @@ def has_fewer_batches_in_warmup(rank):
     by_trainer(rank, model=Classifier(), batches=(20, FREEZE - 1), strategy="onebit_ddp")
 
 
+class ClearsState(Classifier):
+    """Removes the optimizer's state, on rank 1 only."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == FAULT and self.global_rank == 1:
+            self.trainer.optimizers[0].state.clear()
+
+
+def clears_state(rank):
+    by_trainer(rank, model=ClearsState(), batches=(20, 20), strategy="onebit_ddp")
+
+
+def clears_state_while_overlapping(rank):
+    by_trainer(rank, model=ClearsState(), batches=(20, 20), strategy=OneBitDDPStrategy(overlap=True))
+
+
 def leaves_out_a_step_with_fabric(rank):
+    train_with_fabric(rank, leaves_out=lambda index: index == FAULT and rank == 1)
+
+
+def clears_state_with_fabric(rank):
+    train_with_fabric(rank, clears=lambda index: index == FAULT and rank == 1)
+
+
+def train_with_fabric(rank, *, leaves_out=lambda index: False, clears=lambda index: False):
     strategy = OneBitDDPFabricStrategy(criterion=FixedStep(FREEZE), timeout=timedelta(seconds=60))
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
@@ -118,9 +142,11 @@ def leaves_out_a_step_with_fabric(rank):
     try:
         for index, batch in enumerate(data(20)):
             fabric.backward(model.training_step(batch, index))
-            if index != FAULT or rank == 0:
+            if not leaves_out(index):
                 optimizer.step()
             optimizer.zero_grad()
+            if clears(index):
+                optimizer.state.clear()
         watch._end_watch()  # as at the exit of a process
         time.sleep(3)  # rank 0, which has the store, may be the one that has finished
     finally:
@@ -134,6 +160,9 @@ def leaves_out_a_step_with_fabric(rank):
         (has_fewer_batches, 1.0),
         (has_fewer_batches_in_warmup, 1.0),
         (leaves_out_a_step_with_fabric, 1.0),
+        (clears_state, 1.0),
+        (clears_state_while_overlapping, 1.0),
+        (clears_state_with_fabric, 1.0),
     ],
 )
 def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds):
@@ -156,6 +185,8 @@ def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds)
             assert f"rank {rank}" in message
             assert f"rank {1 - rank} (phase {phase}, after " in message, message
     assert any("The ranks have parted" in message and "strategy.grad_norm()" in message for message in messages), messages
+    if "clears_state" in scenario.__name__:
+        assert any("the way back to warm-up, as the state of Adam was reset" in message for message in messages), messages
 
 
 def test_the_norm_of_the_mean_gradient_is_the_same_on_all_ranks_in_both_phases():
