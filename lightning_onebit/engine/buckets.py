@@ -264,7 +264,7 @@ class Buckets:
         rms = memory.rms if memory.rms_code is None else memory.rms_code
         assert rms is not None
         live = rms != 0
-        if waits and bool((live | ~torch.from_numpy(memory.layout.exists).to(self.device)).all()):
+        if waits and bool((live | ~torch.from_numpy(memory.layout.exists()).to(self.device)).all()):
             memory.live = None
         else:
             memory.live = pack_bits(live)
@@ -482,7 +482,7 @@ class Buckets:
         for i, entry in enumerate(collected):
             joined = {name: torch.cat(values) for name, values in entry.items()}
             for name in ("live", "live_before"):
-                if name in joined and bool(unpack_bits(joined[name])[: self.params[i].numel()].all()):
+                if name in joined and _all_set(joined[name], self.params[i].numel()):
                     del joined[name]
             shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
             if self.common_share[1, i]:
@@ -506,10 +506,7 @@ class Buckets:
         same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
         for memory, parts in zip(self.memories, self.parts, strict=True):
             if memory.has_rms:
-                rms = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
-                for part in parts:
-                    part.of_bucket(rms).copy_(self.saved_rms(shared, block_size, part))
-                memory.set_rms_(rms)
+                self._restore_rms_(memory, parts, shared, block_size)
             if memory.second_moment is not None:
                 memory.second_moment.zero_()
             for name in ("live", "live_before"):
@@ -526,7 +523,7 @@ class Buckets:
                 memory.live_before = memory.live
                 continue
             memory.error.fill_(-0.0)  # to which everything, zeros with their signs as well, adds to itself
-            memory.error[~torch.from_numpy(memory.layout.exists[memory.share_flat])] = 0.0
+            memory.error[~torch.from_numpy(memory.layout.exists(memory.share_blocks))] = 0.0
             if self.is_quantized:
                 for part in parts:
                     entry, average = shared[part.parameter], part.average
@@ -534,13 +531,32 @@ class Buckets:
                     average.signs.copy_(entry["signs"][part.start // 8 :][: sign_nbytes(part.numel)])
                     average.scales.copy_(entry["scales"][first : first + part.blocks[1] - part.blocks[0]])
 
+    def _restore_rms_(
+        self, memory: BucketMemory, parts: Sequence[Part], shared: Mapping[int, Mapping[str, Tensor]], block_size: int
+    ) -> None:
+        entries = [shared[part.parameter] for part in parts]
+        if memory.rms_code is not None and block_size == self.config.block_size and all("rms_code" in e for e in entries):
+            assert memory.rms_scale is not None
+            memory.rms_code.zero_()
+            for part, entry in zip(parts, entries, strict=True):
+                first, (start, stop) = part.start // block_size, part.blocks
+                part.of_bucket(memory.rms_code).copy_(part.of_parameter(entry["rms_code"]))
+                memory.rms_scale[start:stop].copy_(entry["rms_scale"][first : first + stop - start])
+            return
+        rms = torch.zeros(memory.layout.flat_numel, dtype=self.dtype, device=self.device)
+        for part in parts:
+            part.of_bucket(rms).copy_(self.saved_rms(shared, block_size, part))
+        memory.set_rms_(rms)
+
     def saved_rms(self, shared: Mapping[int, Mapping[str, Tensor]], block_size: int, part: Part) -> Tensor:
         """sqrt(v_hat) of a part as :meth:`shared_state` has it, on the CPU: the same bits when it is coded again."""
         entry = shared[part.parameter]
         if "rms_code" not in entry:
             return part.of_parameter(entry["rms"])
-        blocks = torch.arange(part.start, part.start + part.numel) // block_size
-        return decode_logarithm(part.of_parameter(entry["rms_code"]), entry["rms_scale"][blocks])
+        first, last = part.start // block_size, num_blocks(part.start + part.numel, block_size)  # which may begin before
+        codes = entry["rms_code"][first * block_size : last * block_size]
+        scales = np.repeat(entry["rms_scale"][first:last].numpy(), block_size)[: len(codes)]
+        return decode_logarithm(codes, torch.from_numpy(scales))[part.start - first * block_size :][: part.numel]
 
     def _check_shared_state(self, entry: Any, numel: int, block_size: int) -> None:
         if not isinstance(entry, Mapping):
@@ -595,6 +611,12 @@ def _parts(memory: BucketMemory) -> Iterator[Part]:
             numel=int(layout.numel[first:last].sum()),
             flat=int(layout.offset[first]),
         )
+
+
+def _all_set(mask: Tensor, numel: int) -> bool:
+    """Whether the first ``numel`` bits are set."""
+    whole = numel // BITS_PER_BYTE
+    return bool((mask[:whole] == 255).all()) and bool(unpack_bits(mask[whole:])[: numel - whole * BITS_PER_BYTE].all())
 
 
 def _second_moment(part: Part) -> Tensor | None:

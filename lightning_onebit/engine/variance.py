@@ -416,5 +416,5 @@ def _not_live(memory: BucketMemory, live: Tensor | None = None) -> Tensor:
         if memory.live is None:
             return torch.zeros(0, dtype=torch.int64, device=memory.device)
         live = unpack_bits(memory.live)
-    exists = torch.from_numpy(memory.layout.exists).to(memory.device)
+    exists = torch.from_numpy(memory.layout.exists()).to(memory.device)
     return (exists & ~live).nonzero().view(-1)

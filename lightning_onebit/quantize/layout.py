@@ -153,13 +153,14 @@ class BucketLayout:
             element_byte=chunk * chunk_nbytes + SCALE_NBYTES * blocks[chunk] + first_byte[:-1] - first_byte[first_block],
         )
 
-    @property
-    def exists(self) -> NDArray[np.bool_]:
-        """Which elements of flat memory are no padding, ``[flat_numel]``."""
-        steps = np.zeros(self.flat_numel + 1, dtype=np.int8)
-        np.add.at(steps, self.offset[:-1], 1)
-        np.add.at(steps, self.offset[:-1] + self.numel, -1)
-        return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+    def exists(self, blocks: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+        """Which elements of blocks [first, last), or of all flat memory, are no padding."""
+        first, last = blocks or (0, self.num_blocks)
+        start, stops = self.offset[first], self.offset[first:last] + self.numel[first:last]
+        exists = np.ones(int(self.offset[last] - start), dtype=bool)
+        for block in np.flatnonzero(stops < self.offset[first + 1 : last + 1]).tolist():  # few: the last of a parameter
+            exists[stops[block] - start : self.offset[first + block + 1] - start] = False
+        return exists
 
     @property
     def chunk_nbytes(self) -> int:

@@ -18,6 +18,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 FLOAT32_MANTISSA_BITS = 23
@@ -36,15 +37,15 @@ def encode_logarithm(x: Tensor, scale: Tensor) -> Tensor:
         x: float32, finite, at least 0.
         scale: float32, that of each element's block: no smaller than ``x``. Broadcast with it.
     """
-    steps = (bits_of(scale) - bits_of(x) + LOG_STEP // 2) // LOG_STEP
-    codes = (LARGEST_CODE - steps).clamp_(min=1)
-    return torch.where(x > 0, codes, 0).to(torch.uint8)
+    codes = bits_of(scale) - bits_of(x)
+    codes.add_(LOG_STEP // 2).floor_divide_(LOG_STEP).neg_().add_(LARGEST_CODE).clamp_(min=1)
+    return codes.to(torch.uint8).mul_(x > 0)
 
 
 def decode_logarithm(codes: Tensor, scale: Tensor) -> Tensor:
     """Inverse of :func:`encode_logarithm`: float32."""
-    bits = bits_of(scale) - (LARGEST_CODE - codes.to(torch.int32)) * LOG_STEP
-    return torch.where(codes > 0, bits.clamp_(min=SMALLEST_NORMAL_BITS).view(torch.float32), 0.0)
+    bits = codes.to(torch.int32).sub_(LARGEST_CODE).mul_(LOG_STEP).add_(bits_of(scale))
+    return bits.clamp_(min=SMALLEST_NORMAL_BITS).view(torch.float32).masked_fill_(codes == 0, 0.0)
 
 
 def bits_of(x: Tensor) -> Tensor:
@@ -71,12 +72,14 @@ def square_root_(values: Tensor, out: Tensor) -> None:
         torch.sqrt(values, out=out)
 
 
-def largest_of_blocks(x: Tensor, block_of: Tensor, num_blocks: int) -> Tensor:
+def largest_of_blocks(x: Tensor, padded: NDArray[np.int64]) -> Tensor:
     """Scales, ``[blocks]``: the largest ``x`` of each block, 0 for a block of zeros.
 
     Args:
         x: at least 0, ``[elements]``.
-        block_of: the block of each, int64 ``[elements]``.
-        num_blocks: how many there are.
+        padded: elements of each block, one after the other in ``x``; at least one.
     """
-    return torch.zeros(num_blocks, dtype=x.dtype, device=x.device).scatter_reduce_(0, block_of, x, "amax")
+    if x.device.type == "cpu":
+        starts = np.cumsum(padded) - padded
+        return torch.from_numpy(np.maximum.reduceat(x.numpy(), starts)) if len(starts) else x.new_empty(0)
+    return torch.segment_reduce(x, "max", lengths=torch.from_numpy(padded).to(x.device))

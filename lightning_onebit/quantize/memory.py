@@ -133,10 +133,20 @@ class Messages:
         element = torch.arange(int(ends[0]), int(ends[-1])) + first.repeat_interleave(ends.diff())
         return scale.to(self.device), element.to(self.device)
 
+    def spread(self, by_block: Tensor, blocks: tuple[int, int]) -> Tensor:
+        """What blocks [first, last) have, ``[blocks]`` on this device, for every element of theirs, padding included."""
+        padded = self.padded(blocks)
+        if self.device.type == "cpu":  # torch would make an index of 8 bytes per element first
+            return torch.from_numpy(np.repeat(by_block.numpy(), padded))
+        return by_block.repeat_interleave(torch.from_numpy(padded).to(self.device), output_size=int(padded.sum()))
+
     def block_of(self, blocks: tuple[int, int]) -> Tensor:
         """Of every element of blocks [first, last) in flat memory, its block, counted from the first: int64."""
-        padded = torch.from_numpy(self.layout.offset[blocks[0] : blocks[1] + 1]).diff()
-        return torch.arange(blocks[1] - blocks[0]).repeat_interleave(padded).to(self.device)
+        return self.spread(torch.arange(blocks[1] - blocks[0], device=self.device), blocks)
+
+    def padded(self, blocks: tuple[int, int]) -> NDArray[np.int64]:
+        """Elements of blocks [first, last), their padding included."""
+        return np.diff(self.layout.offset[blocks[0] : blocks[1] + 1])
 
 
 class BucketMemory(Messages):
@@ -217,7 +227,7 @@ class BucketMemory(Messages):
         if self.rms_code is None or self.rms_scale is None:
             assert self.rms is not None
             return self.rms[places].clone()
-        scale = self.rms_scale[slice(*blocks)][self.block_of(blocks)]
+        scale = self.spread(self.rms_scale[slice(*blocks)], blocks)
         return decode_logarithm(self.rms_code[places], scale).to(self.dtype)
 
     def set_rms_(self, flat: Tensor) -> None:
@@ -231,9 +241,9 @@ class BucketMemory(Messages):
             assert self.rms is not None
             self.rms.copy_(flat)
             return
-        rms, block_of = flat.clamp(max=LARGEST_FLOAT32).float(), self.block_of((0, self.layout.num_blocks))
-        self.rms_scale.copy_(largest_of_blocks(rms, block_of, self.layout.num_blocks))
-        self.rms_code.copy_(encode_logarithm(rms, self.rms_scale[block_of]))
+        rms, blocks = flat.clamp(max=LARGEST_FLOAT32).float(), (0, self.layout.num_blocks)
+        self.rms_scale.copy_(largest_of_blocks(rms, self.padded(blocks)))
+        self.rms_code.copy_(encode_logarithm(rms, self.spread(self.rms_scale, blocks)))
 
     def variance_messages(self) -> Messages:
         """New messages for a refresh of the second moment."""

@@ -125,7 +125,7 @@ class ReferenceKernels:
         if commit:
             last_signs, last_scales = self._read(memory, memory.result, 0, memory.chunk_blocks)
             active = step.is_active[torch.from_numpy(memory.layout.parameter[slice(*memory.chunk_blocks)])]
-            signs = torch.where(active[memory.block_of(memory.chunk_blocks)], signs, last_signs)
+            signs = torch.where(memory.spread(active, memory.chunk_blocks), signs, last_signs)
             scales = torch.where(active, scales, last_scales)
         self._write(memory, memory.served, memory.chunk, memory.chunk_blocks, signs, scales)
         if commit:
@@ -186,7 +186,7 @@ class ReferenceKernels:
         signs, scales = self._read(memory, memory.result, 0, blocks)
         last_signs, last_scales = self._read(memory, memory.result_before, 0, blocks)
         active = step.is_active[torch.from_numpy(memory.layout.parameter)]
-        signs = torch.where(active[memory.block_of(blocks)], signs, last_signs)
+        signs = torch.where(memory.spread(active, blocks), signs, last_signs)
         self._write(memory, memory.result, 0, blocks, signs, torch.where(active, scales, last_scales))
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:
@@ -251,14 +251,14 @@ class ReferenceKernels:
             factor: a number, or one per element.
         """
         signs, scales = self._read(memory, messages, first_chunk, blocks)
-        magnitude = scales.to(memory.dtype)[memory.block_of(blocks)] * factor
+        magnitude = memory.spread(scales.to(memory.dtype), blocks) * factor
         return torch.where(self._live(memory, blocks, live), torch.where(signs, magnitude, -magnitude), -0.0)
 
     # Places
 
     def _by_element(self, memory: BucketMemory, blocks: tuple[int, int], by_parameter: Tensor) -> Tensor:
         parameter = torch.from_numpy(memory.layout.parameter[blocks[0] : blocks[1]])
-        return by_parameter[parameter].to(memory.device)[memory.block_of(blocks)]
+        return memory.spread(by_parameter[parameter].to(memory.device), blocks)
 
     def _numbers(self, memory: BucketMemory, blocks: tuple[int, int], step: StepInputs) -> Coefficients:
         """The numbers of every element, tensors in the dtype of the errors."""
@@ -268,9 +268,7 @@ class ReferenceKernels:
     def _live(self, memory: BucketMemory, blocks: tuple[int, int], live: Tensor | None) -> Tensor:
         """Which elements take part in their block: no padding."""
         start, stop = int(memory.layout.offset[blocks[0]]), int(memory.layout.offset[blocks[1]])
-        place = torch.arange(start, stop, device=memory.device)
-        ends = torch.from_numpy(memory.layout.offset[:-1] + memory.layout.numel)[blocks[0] : blocks[1]].to(memory.device)
-        exists = place < ends[memory.block_of(blocks)]
+        exists = torch.from_numpy(memory.layout.exists(blocks)).to(memory.device)
         return exists if live is None else exists & unpack_bits(live)[start:stop]
 
     def _gradient(self, memory: BucketMemory, index: int, step: StepInputs) -> Tensor:

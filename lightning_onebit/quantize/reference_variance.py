@@ -124,10 +124,11 @@ def _bounded(v: Tensor, agreed: Tensor) -> Tensor:
 
 def _code(v: Tensor, memory: BucketMemory, blocks: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales of ``sqrt(v)``, of blocks [first, last) in flat memory, and the square of what they decode to."""
-    rms, block_of = root_as_float32(v), memory.block_of(blocks)
-    scales = largest_of_blocks(rms, block_of, blocks[1] - blocks[0])
-    codes = encode_logarithm(rms, scales[block_of])
-    return codes, scales, decode_logarithm(codes, scales[block_of]).to(v.dtype).square()
+    rms = root_as_float32(v)
+    scales = largest_of_blocks(rms, memory.padded(blocks))
+    of_elements = memory.spread(scales, blocks)
+    codes = encode_logarithm(rms, of_elements)
+    return codes, scales, decode_logarithm(codes, of_elements).to(v.dtype).square()
 
 
 def _decoded_square(
@@ -135,10 +136,10 @@ def _decoded_square(
 ) -> Tensor:
     """v_hat of blocks [first, last) in flat memory, from codes in ``buffer``, in the dtype of errors."""
     codes, scales = messages.read(buffer, first_chunk, blocks)
-    return decode_logarithm(codes, scales[memory.block_of(blocks)]).to(memory.dtype).square()
+    return decode_logarithm(codes, memory.spread(scales, blocks)).to(memory.dtype).square()
 
 
 def _by_element(memory: BucketMemory, blocks: tuple[int, int], by_parameter: NDArray[np.float64]) -> Tensor:
     """Numbers of parameters, rounded to the dtype of errors, spread over blocks [first, last) in flat memory."""
     by_block = torch.from_numpy(by_parameter[memory.layout.parameter[slice(*blocks)]]).to(memory.dtype)
-    return by_block.to(memory.device)[memory.block_of(blocks)]
+    return memory.spread(by_block.to(memory.device), blocks)

@@ -92,7 +92,7 @@ def _renewed(number, each):
     """What is kept of a set where D is renewed. Masks are compared by what they say: without a wait there is always one."""
     state = {f"statistics of {number}": torch.from_numpy(each.statistics.statistics)}
     for index, memory in enumerate(each.buckets.memories):
-        everything = torch.from_numpy(np.packbits(memory.layout.exists, bitorder="little"))
+        everything = torch.from_numpy(np.packbits(memory.layout.exists(), bitorder="little"))
         for name in ("rms_code", "rms_scale", "second_moment", "second_moment_residual"):
             state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
         for name in ("live", "live_before"):

@@ -132,7 +132,7 @@ def test_memory_holds_the_blocks_end_to_end_with_padding_only_after_the_last_of_
             exists += [True] * block.numel + [False] * gap
             place += padded(block.numel)
         assert layout.flat_numel == layout.offset[-1] == place > 0
-        assert layout.exists.tolist() == exists
+        assert layout.exists().tolist() == exists
 
 
 @on_many_layouts

@@ -177,7 +177,7 @@ def _not_live(memories, parameters):
     found = 0
     for memory in memories:
         of_block = memory.block_of((0, memory.layout.num_blocks))
-        element = torch.from_numpy(memory.layout.exists) & torch.isin(
+        element = torch.from_numpy(memory.layout.exists()) & torch.isin(
             torch.from_numpy(memory.layout.parameter)[of_block], torch.tensor(parameters)
         )
         found += int((element & (memory.rms_code == 0)).sum())
@@ -191,7 +191,7 @@ def test_the_mean_of_a_node_takes_the_place_of_gradients():
     memory = random_memory(layout, share=range(2, 4), chunk=3, masked=True, renews=True)
     step = random_step(numels, missing=[0, 2])
     shared = randn(layout.flat_numel_of(memory.share), 3, torch.float32)
-    step.share_gradients[0] = torch.where(torch.from_numpy(layout.exists)[memory.share_flat], shared, 0.0)
+    step.share_gradients[0] = torch.where(torch.from_numpy(layout.exists())[memory.share_flat], shared, 0.0)
     actual, expected = (sketched([memory], step, kernels=kernels) for kernels in ("cpu", "reference"))
     assert_close(actual, expected)
     assert expected.sums[2].sum() == (memory.rms_code[memory.share_flat] != 0).sum()
