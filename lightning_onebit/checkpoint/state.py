@@ -40,7 +40,7 @@ from lightning_onebit.methods import parameters_of
 CHECKPOINT_KEY = "lightning_onebit"
 PATH = "path"
 """Added to the entry when it is loaded: where from."""
-VERSION = 2
+VERSION = 3
 
 _HEADER: dict[str, type | tuple[type, ...]] = {
     "phase": str,

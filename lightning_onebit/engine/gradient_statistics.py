@@ -8,7 +8,9 @@ sketch (:mod:`lightning_onebit.quantize.tensor_sketch`).
     r = E ||mean_i a_i||^2 / E mean_i ||a_i||^2        in [1/n, 1]
 
 The clamp is in it so that the few coordinates with large gradients, or with a tiny D, do not decide. Second moments that go
-on need it (:mod:`lightning_onebit.engine.renewal`).
+on need it (:mod:`lightning_onebit.engine.renewal`). It is the average of a few quotients of single steps. Of the sums of
+many, those of the first steps would be most, when D is too small: on a DCGAN, whose r falls from 0.95 to 0.3, D stayed a
+fifth too large so. What a quotient scatters, v averages out, as it is linear in r; what it lags, v would keep.
 
 **rho** = ||mean_i a_i||^2 per element that takes part: 1 where D is the scale of the mean gradient, 16 where gradients are
 four times as large as D says. It is learned where D is never renewed as well, so that its drift is seen.
@@ -30,8 +32,10 @@ from lightning_onebit.quantize.memory import StepInputs
 from lightning_onebit.quantize.tensor_sketch import TensorSketch, used_columns
 from lightning_onebit.refresh_schedule import SKETCH_STEPS
 
+R_WINDOW = 2
+"""Estimates that r is averaged over."""
 SHORTEST_WINDOW = 4
-"""Estimates that r is at least averaged over; more where v has a long memory, but a quarter of it: r must not lag."""
+"""Estimates that the others are at least averaged over; more where v has a long memory, but a quarter of it."""
 
 
 class GradientStatistics:
@@ -45,9 +49,9 @@ class GradientStatistics:
     def __init__(self, buckets: Buckets, groups: ExchangeGroups) -> None:
         self._buckets, self._groups = buckets, groups
         self.statistics = np.zeros((len(buckets.params), 5))
-        """By parameter: averages of ||mean_i a_i||^2, of mean_i ||a_i||^2, of the squared mean per element that takes part,
-        of the share of clamped elements, and over how many estimates. Float32 numbers: the order in which buckets were
-        added up is not in them. The same on all ranks."""
+        """By parameter: the average of r; how many elements took part in the last estimate; averages of the squared mean per
+        element that takes part, and of the share of clamped elements; and how many estimates there were. Float32 numbers:
+        the order in which buckets were added up is not in them. The same on all ranks."""
         self.last_ratio = np.full(len(buckets.params), np.nan)
         """By parameter, the squared mean per element by the last estimate alone. NaN: not known."""
         self._columns: Tensor | None = None
@@ -55,9 +59,7 @@ class GradientStatistics:
     @property
     def root_r(self) -> NDArray[np.float64]:
         """sqrt(r) by parameter: sqrt(1/n) until there is an estimate."""
-        of_mean, mean = self.statistics[:, 0], self.statistics[:, 1]
-        least = 1.0 / self._groups.topology.num_nodes
-        r = np.divide(of_mean, mean, out=np.full_like(mean, least), where=mean > 0)
+        r, least = self.statistics[:, 0], 1.0 / self._groups.topology.num_nodes
         return np.sqrt(np.clip(r, least, 1.0).astype(np.float32)).astype(np.float64)
 
     def learn_(self, step: StepInputs, number: int) -> None:
@@ -105,10 +107,16 @@ class GradientStatistics:
         here = squares > 0  # a tensor without a gradient teaches nothing
         statistics = self.statistics
         statistics[here, 4] += 1
-        weight = np.maximum(1.0 / np.maximum(statistics[:, 4], 1), 1.0 / self._windows())
-        elements = np.maximum(live, 1)
+        elements, quotient = np.maximum(live, 1), of_mean / np.where(here, squares, 1)
         self.last_ratio[here] = (of_mean / elements)[here]
-        for column, value in enumerate((of_mean, squares, of_mean / elements, clamped / elements)):
+        windows = self._windows()
+        for column, value, window in (
+            (0, quotient, R_WINDOW),
+            (1, elements, 1),
+            (2, of_mean / elements, windows),
+            (3, clamped / elements, windows),
+        ):
+            weight = np.maximum(1.0 / np.maximum(statistics[:, 4], 1), 1.0 / window)
             new = statistics[:, column] + weight * (value - statistics[:, column])
             statistics[here, column] = new.astype(np.float32)[here]
 
@@ -116,8 +124,7 @@ class GradientStatistics:
     def drift(self) -> list[tuple[float, float, float, float, int]]:
         """By parameter: of a :class:`~lightning_onebit.freeze.drift.Drift` ``ratio`` and ``clamped``; how many elements take
         part; ``last_ratio``, ``estimates``."""
-        of_mean, _, ratio, clamped, estimates = self.statistics.T
-        elements = np.divide(of_mean, ratio, out=np.zeros_like(ratio), where=ratio > 0)
+        _, elements, ratio, clamped, estimates = self.statistics.T
         rows = zip(ratio, clamped, elements, self.last_ratio, estimates, strict=True)
         return [(float(r), float(c), float(n), float(last), int(k)) for r, c, n, last, k in rows]
 
@@ -147,14 +154,13 @@ class GradientStatistics:
             *statistics, old_n = saved.tolist()
             self.statistics[i] = statistics
             if old_n != n:
-                of_mean, mean = statistics[:2]
-                r = of_mean / mean if mean else 0.0
+                r = statistics[0]
                 s = min(max((r - 1 / old_n) / (1 - 1 / old_n), 0.0), 1.0) if old_n > 1 else 0.0
-                self.statistics[i, :2] = (s + (1 - s) / n) * mean, mean
+                self.statistics[i, 0] = s + (1 - s) / n
                 self.statistics[i, 4] = 0
 
     def _windows(self) -> NDArray[np.float64]:
-        """Estimates that r is averaged over, by parameter."""
+        """Estimates that the ratio and the clamped share are averaged over, by parameter."""
         buckets = self._buckets
         steps = [1.0 / (1.0 - buckets.method.second_moment_decay(group)) for group in buckets.optimizer.param_groups]
         windows = np.maximum(SHORTEST_WINDOW, np.array(steps) / (4 * SKETCH_STEPS))

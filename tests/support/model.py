@@ -142,7 +142,7 @@ class RenewedAdamModel(AdamModel):
         self.residual = np.zeros_like(self.v)
         self.set_d(self.coded(self.v / correction))
         self.u = np.where(self.live, self.m / self.D, 0.0)
-        self.of_mean = self.mean = 0.0
+        self.quotient = 0.0
         self.num_estimates, self.next_refresh = 0, 1
         while self.next_refresh <= self.t:
             self.next_refresh += max(1, min(64, self.next_refresh // 8))
@@ -153,7 +153,7 @@ class RenewedAdamModel(AdamModel):
 
     @property
     def r(self):
-        return np.clip(self.of_mean / self.mean if self.mean else 0.0, 1 / self.world_size, 1.0)
+        return np.clip(self.quotient, 1 / self.world_size, 1.0)
 
     def collect(self, grads):
         raise AssertionError("second moments are updated by compressed_step")
@@ -185,11 +185,10 @@ class RenewedAdamModel(AdamModel):
         return due
 
     def estimate_r(self, a):
-        """Of the preconditioned, clamped gradients of this step; averages over a quarter of what v averages over."""
+        """Of the preconditioned, clamped gradients of this step: a quotient, averaged over four."""
         self.num_estimates += 1
-        weight = max(1 / self.num_estimates, min(1 / 4, 64 * (1 - self.beta2)))
-        self.of_mean += weight * (np.sum(np.mean(a, axis=0) ** 2) - self.of_mean)
-        self.mean += weight * (np.mean([np.sum(each**2) for each in a]) - self.mean)
+        quotient = np.sum(np.mean(a, axis=0) ** 2) / np.mean([np.sum(each**2) for each in a])
+        self.quotient += max(1 / self.num_estimates, 1 / 4) * (quotient - self.quotient)
 
     def refresh(self):
         correction = 1 - self.beta2**self.t
