@@ -174,9 +174,13 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
         return str(self.precision.precision) not in ("32-true", "64-true")
 
-    def freeze_variance(self) -> None:
-        """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps."""
-        self._phases.freeze_variance()
+    def freeze_variance(self, reason: str = "") -> None:
+        """Freeze the second moment and compress from the next optimizer step on. Call on all ranks, between two steps.
+
+        Args:
+            reason: why now, for :meth:`report`.
+        """
+        self._phases.freeze_variance(reason)
 
     def refresh_variance(self) -> None:
         """Renew the frozen second moment now. Call on all ranks, between a step and the next backward; errors as there."""
@@ -215,6 +219,13 @@ class OneBitDDPFabricStrategy(DDPStrategy):
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
         return self._phases.broadcast_decision(decision)
+
+    def report(self) -> str:
+        """What this rank has sent and how long its steps took, by phase, beside plain DDP: a table, and what it says.
+
+        Of the run so far, or since it was resumed. Not collective.
+        """
+        return self._phases.report()
 
     def __repr__(self) -> str:
         return repr(self._phases)

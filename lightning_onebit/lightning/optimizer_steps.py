@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.flat import all_finite
 from lightning_onebit.lightning.compressible import listed
 from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
+from lightning_onebit.lightning.report import no_steps
 from lightning_onebit.methods import counted_steps, parameters_of
 from lightning_onebit.phase import Phase
 
@@ -48,6 +50,8 @@ class OptimizerSteps:
         """Whether an exception came within a compressed step, when some parameters may be those of the next one."""
         self.scales_losses = False
         """Whether a loss scaler decides which steps are made."""
+        self.ends = no_steps()
+        """When steps of the first optimizer ended, by phase."""
         self._precision: Precision | None = None
         self._names = names
         self._max_skipped_steps = max_skipped_steps
@@ -73,6 +77,7 @@ class OptimizerSteps:
         self._skipped.clear()
         self.made.clear()
         self.averaged.clear()
+        self.ends = no_steps()
 
     @property
     def skipped(self) -> int:
@@ -125,6 +130,8 @@ class OptimizerSteps:
                 self._count_skipped(optimizer, skipped)
         if compressed is None:
             self.counters.steps += 1  # the engine counts compressed ones
+        if optimizer is next(iter(self.made), None):  # with several, each steps as often
+            self.ends[self.phase].append(time.perf_counter())
 
     def _count_skipped(self, optimizer: Optimizer, skipped: SkippedSteps) -> None:
         """No step was made. In warm-up only a loss scaler refuses one, for averaged gradients."""

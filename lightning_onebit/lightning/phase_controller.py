@@ -38,7 +38,9 @@ from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
+from lightning_onebit.lightning.outlook import dense_training
 from lightning_onebit.lightning.process_groups import make_process_groups
+from lightning_onebit.lightning.report import report
 from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
@@ -106,6 +108,8 @@ class PhaseController:
         """Parameters that had a state when the compressed phase began."""
         self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
+        self._switches: list[tuple[int, str]] = []
+        """Optimizer steps after which the compressed phase began in this run, and why."""
 
     @property
     def phase(self) -> Phase:
@@ -185,7 +189,7 @@ class PhaseController:
 
     # The switch
 
-    def freeze_variance(self) -> None:
+    def freeze_variance(self, reason: str = "") -> None:
         """Freeze the second moment and compress from the next optimizer step on. Collective; see the strategies."""
         if self.phase is Phase.COMPRESSED:
             return
@@ -200,6 +204,7 @@ class PhaseController:
         with agreement(Communicator(), self._strategy.root_device, about="the second moments to be frozen"):
             for optimizer in self.optimizers.compressed:
                 check_second_moments(optimizer, self.names)
+        self._switches.append((self.optimizer_steps, reason))
         self.enter_compressed_phase()
 
     def enter_compressed_phase(self) -> None:
@@ -554,6 +559,7 @@ class PhaseController:
         self.optimizers = CompressibleOptimizers()
         self._models.clear()
         self._agreed_after = None
+        self._switches.clear()
         self.comm_stats = CommStats()
         self._set_phase(Phase.WARMUP)
 
@@ -606,6 +612,11 @@ class PhaseController:
         if difference is not None:
             raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
         self._agreed_after = self.optimizer_steps
+
+    def report(self) -> str:
+        """See the strategies."""
+        warmup = dense_training(self._strategy.config.warmup_precision)
+        return report(self.comm_stats, self.steps.ends, self._switches, warmup=warmup)
 
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -174,17 +174,20 @@ class OneBitDDPStrategy(DDPStrategy):
         """Whether gradients come from numbers of 16 bits or fewer, by the precision of the run."""
         return str(self.precision_plugin.precision) not in ("32-true", "64-true")
 
-    def freeze_variance(self) -> None:
+    def freeze_variance(self, reason: str = "") -> None:
         """Freeze the second moment and compress from the next optimizer step on.
 
         Call on all ranks, between two batches. Without effect in the compressed phase. With one process nothing is
         quantized: training goes on as exact Adam with a frozen second moment, or as exact SGD.
 
+        Args:
+            reason: why now, for :meth:`report`.
+
         Raises:
             ValueError: if a second moment is infinite or NaN.
             RuntimeError: outside a running training, or before every optimizer that has a second moment has made a step.
         """
-        self._phases.freeze_variance()
+        self._phases.freeze_variance(reason)
 
     def refresh_variance(self) -> None:
         """Renew the frozen second moment now, from the gradients that all ranks have had: valid from the next step on.
@@ -254,6 +257,13 @@ class OneBitDDPStrategy(DDPStrategy):
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""
         return self._phases.broadcast_decision(decision)
+
+    def report(self) -> str:
+        """What this rank has sent and how long its steps took, by phase, beside plain DDP: a table, and what it says.
+
+        Of the run so far, or since it was resumed. Rank 0 prints it at the end of every ``fit``. Not collective.
+        """
+        return self._phases.report()
 
     def __repr__(self) -> str:
         return repr(self._phases)
@@ -508,6 +518,8 @@ class OneBitDDPStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         passing("the end of training")
+        if self.world_size > 1 and self.comm_stats.steps:
+            rank_zero_info(f"{type(self).__name__}: what this run sent, and how long it took, on rank 0:\n{self.report()}")
 
     @property
     def _trainer(self) -> pl.Trainer | None:

@@ -94,7 +94,7 @@ def test_drift_is_logged_and_warned_of_once_with_names():
     assert "variance_refresh='auto'" in said[0]
     assert not others_said
     assert not quiet
-    assert [step for step, _ in rows] == [40, 80, 120, 160]
+    assert [step for step, _ in rows] == [39, 79, 119, 159]
     first, *_, last = (metrics for _, metrics in rows)
     for name in ("drift_max", "drift_min", "clamped_share", "error_over_update", "refresh_mib", "sketch_mib"):
         assert f"onebit/{name}" in first, name

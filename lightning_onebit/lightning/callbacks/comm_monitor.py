@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +27,9 @@ class CommMonitor(Callback):
     ``onebit/sent_mib``                       MiB sent by rank 0 since the last entry
     ``onebit/dense_equivalent_mib``           MiB that dense float32 DDP would have sent meanwhile
     ``onebit/compression_ratio``              their quotient
+    ``onebit/total_sent_mib``                 MiB sent by rank 0 since training began, before it was resumed as well
+    ``onebit/total_dense_equivalent_mib``     likewise
+    ``onebit/step_seconds``                   seconds of a step since the last entry, pauses included
     ``onebit/seconds_waited``                 seconds rank 0 spent in compressed exchanges meanwhile
     ``onebit/refresh_mib``                    of ``sent_mib``, what renewed second moments
     ``onebit/sketch_mib``                     of ``sent_mib``, what told norms; the rest is signs, their scales, and a few
@@ -37,6 +41,8 @@ class CommMonitor(Callback):
     ``onebit/error_over_update``              norm of rank 0's worker error over that of the update, in the last step
     ========================================  =====================================================================
 
+    Entries go into the rows of Lightning's own, whenever it logs, and one at the end of training for what is left.
+
     The last four are logged in the compressed phase, with several ranks. rho and clamped share are averages over the last
     estimates, one each 16 optimizer steps (see ``strategy.variance_drift()``, which has them by tensor), and there are none
     before the first and without a second moment; tensors that are less than 1% of the elements and of the squared update
@@ -44,7 +50,8 @@ class CommMonitor(Callback):
     value above 10 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped elements.
 
     Args:
-        every_n_steps: batches between entries; ``None``: the Trainer's ``log_every_n_steps``.
+        every_n_steps: steps between entries; ``None``: the Trainer's ``log_every_n_steps``. As Lightning counts them: over
+            all epochs, and batches that only accumulate gradients do not count.
         progress_bar: whether to show the ratio as ``less_sent`` in the progress bar.
 
     Raises:
@@ -57,24 +64,61 @@ class CommMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.progress_bar = progress_bar
         self._last: tuple[float, ...] = (0, 0, 0.0, 0, 0)
+        self._last_entry = (0, 0.0)
+        """Lightning's number of the step of the last entry, and when it was made."""
+        self._earlier = (0, 0)
+        """Bytes sent, and dense-equivalent, before this run was resumed."""
+        self._stats = CommStats()
         self._spoken_of = 0.0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy_of(trainer)
+        if stage == "fit":  # a checkpoint is loaded after this
+            self._earlier = (0, 0)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (strategy := strategy_of(trainer)) is not None:
-            self._last = _counted(strategy.comm_stats)
+            self._stats = strategy.comm_stats
+            self._last = _counted(self._stats)
+            self._last_entry = _steps_before(trainer), time.perf_counter()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every or (strategy := strategy_of(trainer)) is None:
-            return
+        step = _steps_before(trainer)
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (step + 1) % every == 0:
+            ratio = self._make_entry(trainer, step)
+            if self.progress_bar and ratio is not None:
+                pl_module.log("less_sent", ratio, prog_bar=True, logger=False)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every_n_steps or trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._make_entry(trainer, _steps_before(trainer) - 1)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        sent, dense = self._total()
+        return {"bytes_sent": sent, "dense_equivalent_bytes": dense}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = state_dict["bytes_sent"], state_dict["dense_equivalent_bytes"]
+
+    def _total(self) -> tuple[int, int]:
+        """Bytes sent, and dense-equivalent, since training began."""
+        return self._earlier[0] + self._stats.bytes_sent, self._earlier[1] + self._stats.dense_equivalent_bytes
+
+    def _make_entry(self, trainer: pl.Trainer, step: int) -> float | None:
+        """Make an entry, unless there is one of this step, Lightning's number. Returns how many times less was sent."""
+        (last_step, since), seconds = self._last_entry, time.perf_counter()
+        if step < last_step or (strategy := strategy_of(trainer)) is None:
+            return None
+        self._last_entry = step + 1, seconds
         now = _counted(strategy.comm_stats)
         sent, dense, waited, refreshes, sketches = (new - old for new, old in zip(now, self._last, strict=True))
         self._last = now
@@ -84,6 +128,9 @@ class CommMonitor(Callback):
             "onebit/sent_mib": sent / MEBIBYTE,
             "onebit/dense_equivalent_mib": dense / MEBIBYTE,
             "onebit/compression_ratio": ratio,
+            "onebit/total_sent_mib": self._total()[0] / MEBIBYTE,
+            "onebit/total_dense_equivalent_mib": self._total()[1] / MEBIBYTE,
+            "onebit/step_seconds": (seconds - since) / (step + 1 - last_step),
             "onebit/seconds_waited": waited,
             "onebit/refresh_mib": refreshes / MEBIBYTE,
             "onebit/sketch_mib": sketches / MEBIBYTE,
@@ -91,9 +138,8 @@ class CommMonitor(Callback):
         if strategy.is_global_zero:
             metrics |= {f"onebit/{name}": value for name, value in self._quality(strategy).items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        if self.progress_bar:
-            pl_module.log("less_sent", ratio, prog_bar=True, logger=False)
+            logger.log_metrics(metrics, step=step)
+        return ratio
 
     def _quality(self, strategy: TwoPhaseStrategy) -> dict[str, float]:
         """What is known of drift and errors; warns of large errors."""
@@ -108,6 +154,11 @@ class CommMonitor(Callback):
                     " gradient clipping, or a lower learning rate."
                 )
         return quality
+
+
+def _steps_before(trainer: pl.Trainer) -> int:
+    """Steps before the present batch, as Lightning numbers its rows: its own LearningRateMonitor asks for it so."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _counted(stats: CommStats) -> tuple[float, ...]:

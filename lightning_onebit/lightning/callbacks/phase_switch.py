@@ -185,7 +185,7 @@ class PhaseSwitch(Callback):
                 steps = f"{strategy.optimizer_steps}{of_each(strategy.compressed_optimizers)}"
                 announce(f"{type(self).__name__}: {what} after step {steps}{anew}: {verdict.reason}.")
             self._history = []
-            strategy.freeze_variance()
+            strategy.freeze_variance("" if verdict is None else verdict.reason)
 
     def _needs_no_warmup(self, strategy: TwoPhaseStrategy) -> bool:
         optimizers = strategy.compressed_optimizers
@@ -199,7 +199,7 @@ class PhaseSwitch(Callback):
                 f"{type(self).__name__}: {kinds} has no second moment that must settle first: compressing from step"
                 f" {strategy.optimizer_steps + 1} on. HINT: PhaseSwitch(criterion=FixedStep(n)) makes n dense steps before."
             )
-            strategy.freeze_variance()
+            strategy.freeze_variance(f"{kinds} has no second moment that must settle first")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

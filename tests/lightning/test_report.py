@@ -1,0 +1,178 @@
+"""What a run says of itself: the report at its end, measured seconds, and the rows that CommMonitor logs."""
+
+import time
+
+import lightning.pytorch as pl
+import pytest
+from lightning.fabric import Fabric
+from ranks import run_trainers
+from test_strategy import Messages
+from trainers import Classifier, adam, data, fit
+
+from lightning_onebit import CommMonitor, FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.config import MEBIBYTE
+from lightning_onebit.lightning.report import step_time
+
+DENSE_STEPS = 12
+
+
+class Sleeps(Classifier):
+    """Takes so long in either phase, and a second more for the first step of each."""
+
+    def __init__(self, *, dense, compressed, first=0.0):
+        super().__init__(hidden=128)
+        self.seconds = {Phase.WARMUP: dense, Phase.COMPRESSED: compressed}
+        self.first = first
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(self.seconds[self.trainer.strategy.phase] + self.first * (batch_idx in (0, DENSE_STEPS)))
+        return super().training_step(batch, batch_idx)
+
+
+def report_of(model, *, batches=30, **options):
+    with Messages() as messages:
+        trainer, _ = fit(
+            OneBitDDPStrategy(), 2, batches=batches, callbacks=[PhaseSwitch(FixedStep(DENSE_STEPS))], model=model
+        )
+    return trainer, [text for text in messages.texts if "what this run sent" in text]
+
+
+def test_the_report_tells_bytes_and_seconds_by_phase_and_a_slow_first_step_changes_nothing():
+    def fn(rank):
+        trainer, reports = report_of(Sleeps(dense=0.06, compressed=0.02, first=0.5))
+        return reports, trainer.strategy.report(), trainer.strategy.comm_stats
+
+    (reports, text, stats), (of_other, *_) = run_trainers(2, fn)
+    assert not of_other
+    assert len(reports) == 1
+    assert reports[0].endswith(text)
+    header, warmup, compressed, whole, *said = text.splitlines()
+    assert header.split()[:2] == ["steps", "MiB"]
+    for line, name, counters in (
+        (warmup, "warmup", stats[Phase.WARMUP]),
+        (compressed, "compressed", stats[Phase.COMPRESSED]),
+        (whole.replace("whole run", "whole"), "whole", stats),
+    ):
+        words = line.split()
+        dense = counters.dense_equivalent_bytes / MEBIBYTE
+        assert words[:2] == [name, str(counters.steps)]
+        assert words[2:5] == [f"{counters.bytes_sent / MEBIBYTE:.1f}", f"{dense:.1f}", f"{dense / 2:.1f}"]
+    assert [stats[phase].steps for phase in Phase] == [DENSE_STEPS, 30 - DENSE_STEPS]
+    medians = [float(line.split()[5]) for line in (warmup, compressed)]
+    assert 60 < medians[0] < 400  # of the first steps, 560 and 520
+    assert 20 < medians[1] < 400
+    assert (
+        said[0] == f"Compressed after optimizer step {DENSE_STEPS}: {DENSE_STEPS} of {DENSE_STEPS} warm-up steps are done."
+    )
+    assert f"{stats.dense_equivalent_bytes / stats.bytes_sent:.1f} times fewer bytes" in said[1]
+    speedup = float(said[2].removeprefix("Speed-up: ").split(",")[0])
+    assert speedup == pytest.approx(medians[0] / medians[1], rel=0.01)
+
+
+def test_what_did_not_pay_is_said_with_what_to_do():
+    def fn(rank):
+        return report_of(Sleeps(dense=0.01, compressed=0.05))[0].strategy.report()
+
+    for text in run_trainers(2, fn):
+        *_, said = text.splitlines()
+        assert said.startswith("Speed-up: none. Steps are ")
+        assert "stay with strategy='ddp' here" in said
+
+
+def test_too_few_steps_are_not_measured():
+    def fn(rank):
+        short = fit("onebit_ddp", 2, batches=30, callbacks=[PhaseSwitch(FixedStep(9))])[0].strategy.report()
+        never = fit("onebit_ddp", 2, batches=5, callbacks=[PhaseSwitch(FixedStep(9))])[0].strategy.report()
+        return short, never
+
+    for short, never in run_trainers(2, fn):
+        assert "not measured, as the warm-up had fewer than 11 steps" in short
+        assert "Speed-up" not in never
+        assert "Compressed after" not in never
+
+
+def test_the_first_steps_of_a_phase_are_not_timed_and_a_pause_is_one_among_many():
+    assert step_time([0, 50, 60, *(61 + i for i in range(7))]) is None
+    assert step_time([0, 50, 60, *(61 + i for i in range(8))]).median == 1
+    assert step_time([0, 50, 60, *(61 + i for i in range(8)), 500, *(502 + i for i in range(8))]).median == 1
+
+
+def test_fabric_reports_when_asked():
+    def fn(rank):
+        strategy = OneBitDDPFabricStrategy(criterion=FixedStep(DENSE_STEPS))
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+        module = Classifier()
+        model, optimizer = fabric.setup(module, adam(module))
+        model.mark_forward_method("training_step")
+        module.log = lambda *_: None
+        for index, batch in enumerate(data(30)):
+            fabric.backward(model.training_step(batch, index))
+            optimizer.step()
+            optimizer.zero_grad()
+        text = strategy.report()
+        strategy.teardown()
+        return text
+
+    for text in run_trainers(2, fn):
+        lines = text.splitlines()
+        assert lines[1].split()[:2] == ["warmup", str(DENSE_STEPS)]
+        assert lines[2].split()[:2] == ["compressed", str(30 - DENSE_STEPS)]
+        assert any(line.startswith("Speed-up: ") for line in lines)
+
+
+# CommMonitor
+
+
+class Rows(pl.loggers.CSVLogger):
+    """Keeps what is logged, and by which step."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+def steps_of(rows, name):
+    return [step for step, metrics in rows if name in metrics]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_are_lightnings_own_over_epochs_shorter_than_the_interval(tmp_path, accumulate):
+    """28 steps in 4 epochs of 7, an entry each 10: those of Lightning, and one for the rest."""
+
+    def fn(rank):
+        logger = Rows(tmp_path / str(rank))
+        callbacks = [PhaseSwitch(FixedStep(12)), CommMonitor()]
+        options = {"max_epochs": 4, "log_every_n_steps": 10, "accumulate_grad_batches": accumulate, "logger": logger}
+        trainer, _ = fit("onebit_ddp", 2, batches=7 * accumulate, callbacks=callbacks, **options)
+        return logger.rows, trainer.strategy.comm_stats.bytes_sent
+
+    for rows, sent in run_trainers(2, fn):
+        assert sorted(set(steps_of(rows, "train_loss")) | {27}) == steps_of(rows, "onebit/sent_mib") == [9, 19, 27]
+        assert sum(metrics.get("onebit/sent_mib", 0.0) for _, metrics in rows) == pytest.approx(sent / MEBIBYTE, abs=1e-4)
+        assert all(metrics["onebit/step_seconds"] > 0 for _, metrics in rows if "onebit/sent_mib" in metrics)
+
+
+def test_totals_go_on_after_a_resume(tmp_path):
+    def fn(rank):
+        def go(epochs, ckpt_path=None):
+            logger = Rows(tmp_path / str(rank))
+            callbacks = [PhaseSwitch(FixedStep(12)), CommMonitor(4)]
+            trainer, _ = fit(
+                "onebit_ddp", 2, batches=10, callbacks=callbacks, max_epochs=epochs, logger=logger, ckpt_path=ckpt_path
+            )
+            return trainer, [metrics for _, metrics in logger.rows if "onebit/sent_mib" in metrics]
+
+        trainer, first = go(2)
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+        _, again = go(3, tmp_path / "model.ckpt")
+        return first[-1], again
+
+    for last, again in run_trainers(2, fn):
+        for kind in ("sent", "dense_equivalent"):
+            total = last[f"onebit/total_{kind}_mib"] + sum(metrics[f"onebit/{kind}_mib"] for metrics in again)
+            assert again[-1][f"onebit/total_{kind}_mib"] == pytest.approx(total, abs=1e-4)
+            assert total > last[f"onebit/total_{kind}_mib"] + 0.01
