@@ -31,7 +31,6 @@ from lightning_onebit.quantize.layout import BITS_PER_BYTE, num_blocks, plan_buc
 from lightning_onebit.quantize.logarithm import decode_logarithm, square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Encoded
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
-from lightning_onebit.refresh_schedule import COLLECTING_STEPS
 
 
 @dataclass(frozen=True)
@@ -247,14 +246,14 @@ class Buckets:
         return self.collects_since is not None
 
     @property
-    def has_collected(self) -> bool:
-        """Whether a second moment has been collected for as long as it is to be."""
-        return self.collects_since is not None and int((self.steps - self.collects_since).max()) >= COLLECTING_STEPS
+    def collected_steps(self) -> NDArray[np.int64]:
+        """By parameter, for how many of its steps a second moment has been collected; 0 if none is."""
+        return np.zeros_like(self.steps) if self.collects_since is None else self.steps - self.collects_since
 
     def bias_corrections(self) -> NDArray[np.float64]:
         """By parameter, v_hat / v = 1 / (1 - beta2^t) with the steps t that v has seen."""
         decays = np.array([self.method.second_moment_decay(group) for group in self.optimizer.param_groups])
-        seen = self.steps if self.collects_since is None else self.steps - self.collects_since
+        seen = self.collected_steps if self.is_collecting else self.steps
         # A parameter that has made no step has v = 0, whatever it is multiplied by.
         return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(seen, 1))
 
@@ -524,8 +523,8 @@ class Buckets:
             shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
             if self.common_share[1, i]:
                 shared[i]["common_share"] = self.common_share[:, i].clone()
-            if self.collects_since is not None:
-                shared[i]["collected"] = torch.tensor(int(self.steps[i] - self.collects_since[i]))
+            if self.is_collecting:
+                shared[i]["collected"] = torch.tensor(int(self.collected_steps[i]))
         return shared
 
     def restore_(self, shared: Mapping[int, Mapping[str, Tensor]], *, block_size: int) -> None:

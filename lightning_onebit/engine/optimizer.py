@@ -43,7 +43,7 @@ from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.methods import method_for, parameters_of
-from lightning_onebit.refresh_schedule import SKETCH_STEPS, is_refresh_due
+from lightning_onebit.refresh_schedule import COLLECTING_STEPS, SKETCH_STEPS, is_refresh_due
 
 
 class CompressedOptimizer:
@@ -298,12 +298,14 @@ class CompressedOptimizer:
             elif each in sketched:
                 with record_function("onebit::sketch"), counters.counting_sketches():
                     each.learn_(number)
+        collected_steps = max((int(each.buckets.collected_steps.max(initial=0)) for each in self._sets), default=0)
+        for each in self._sets:
             with record_function("onebit::refresh"), counters.counting_refreshes():
-                due = each.buckets.renews and is_refresh_due(number, self._config.variance_refresh)
-                if due or each.buckets.has_collected:
-                    each.refresh_(self._groups)
                 if late_is_due and each.late:
                     each.refresh_late_(self._groups)
+                is_due = each.buckets.renews and is_refresh_due(number, self._config.variance_refresh)
+                if is_due or (each.buckets.is_collecting and collected_steps >= COLLECTING_STEPS):
+                    each.refresh_(self._groups)
 
     def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
         """Whether the gradients of a bucket are looked at again at the end of the step."""

@@ -179,7 +179,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         self._phases.freeze_variance()
 
     def refresh_variance(self) -> None:
-        """Renew the frozen second moment now or, with ``variance_refresh=None``, from the gradients of the 16 steps that follow.
+        """Renew the frozen second moment: now or, with ``variance_refresh=None``, from the gradients of the next 16 steps.
 
         Call on all ranks, between a step and the next backward. All else, errors too, as
         :meth:`OneBitDDPStrategy.refresh_variance <lightning_onebit.OneBitDDPStrategy.refresh_variance>`.
