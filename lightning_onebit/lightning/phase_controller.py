@@ -283,7 +283,8 @@ class PhaseController:
         if any(compressed.is_collecting for compressed in self.compressed.values()):
             rank_zero_info(
                 f"{type(self._strategy).__name__}: with variance_refresh=None no second moment goes on: one is collected"
-                f" from now on{', anew' if anew else ''}, and renews the frozen one after {COLLECTING_STEPS} optimizer steps."
+                f" from now on{', anew' if anew else ''}, and renews the frozen one after {COLLECTING_STEPS} optimizer"
+                " steps."
             )
 
     def _check_refresh(self) -> None:
