@@ -176,8 +176,8 @@ ASKED = FREEZE + 3
 
 @pytest.mark.parametrize(
     ("ranks", "nodes", "options"),
-    [(2, 1, {"bucket_cap_mb": 0.002}), (2, 1, {"overlap": True}), (4, 2, {}), (1, 1, {})],
-    ids=["flat", "overlap", "nodes", "alone"],
+    [(2, 1, {"bucket_cap_mb": 0.002}), (2, 1, {"overlap": True}), (4, 2, {})],
+    ids=["flat", "overlap", "nodes"],
 )
 def test_resuming_while_a_second_moment_is_collected_is_bitwise(tmp_path, ranks, nodes, options):
     """At the request, in the middle, right before the refresh, and when it is over."""
@@ -189,9 +189,11 @@ def test_resuming_while_a_second_moment_is_collected_is_bitwise(tmp_path, ranks,
 
     results = run_trainers(ranks, fn, num_nodes=nodes)
     assert all(same_params([result], [results[0]]) for result in results)
-    if ranks > 1:
-        without = run_trainers(ranks, lambda rank: run(ranks, strategy=options, model=Late, num_nodes=nodes)[1].params[-1])
-        assert not same_params(results[:1], without[:1])
+    states = [torch.load(tmp_path / f"{batch}.ckpt")[CHECKPOINT_KEY]["optimizers"][0] for batch in (13, 28, 29)]
+    for i in range(1, 6):  # the first has late coordinates
+        at_request, before, after = (state[str(i)]["rms"] for state in states)
+        assert torch.equal(at_request, before)
+        assert not (after == before).any()
 
 
 @pytest.mark.parametrize(
@@ -294,17 +296,21 @@ def test_resuming_on_nodes_is_bitwise(tmp_path):
     assert all(same_params([result], [results[0]]) for result in results)
 
 
-def test_resuming_alone_is_bitwise(tmp_path):
-    """One process that goes on with a frozen second moment: nothing is quantized, and the momentum is dense."""
+@pytest.mark.parametrize("collects", [False, True])
+def test_resuming_alone_is_bitwise(tmp_path, collects):
+    """One process that goes on with a second moment that is renewed, or frozen and being collected for a refresh that was
+    asked for: nothing is quantized, and the momentum is dense."""
+    strategy = {"variance_refresh": None if collects else "auto"}
     first, second, third = tmp_path / "2.ckpt", tmp_path / "1.ckpt", tmp_path / "again.ckpt"
-    run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(first, 15)]) and None)
+    run_trainers(2, lambda rank: run(2, strategy=strategy, callbacks=[SaveAt(first, 13)]) and None)
 
     def fn(rank):
         last, last_resumed = Everything(), Everything()
-        full = run(1, ckpt_path=first, callbacks=[SaveAt(second, 20), last])[1]
-        resumed = run(1, ckpt_path=second, callbacks=[last_resumed, SaveAt(third, 25)])[1]
+        asks = [RefreshAfter(14)] if collects else []
+        full = run(1, strategy=strategy, ckpt_path=first, callbacks=[*asks, SaveAt(second, 20), last])[1]
+        resumed = run(1, strategy=strategy, ckpt_path=second, callbacks=[last_resumed, SaveAt(third, 25)])[1]
         assert set(full.phases) == {COMPRESSED}
-        assert same_params(resumed.params, full.params[5:])
+        assert same_params(resumed.params, full.params[7:])
         assert all(same_bits(a, b) for a, b in zip(last_resumed.state, last.state, strict=True))
 
     run_trainers(1, fn)
