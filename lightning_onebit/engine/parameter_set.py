@@ -157,6 +157,8 @@ class ParameterSet:
 
     def refresh_(self, groups: ExchangeGroups) -> None:
         """Renew D from second moments that go on or were collected, and let all coordinates take part. Collective."""
+        if self.buckets.is_collecting:
+            self.statistics.forget_drift_()
         refresh_(self.buckets, groups)
         for late in self.late:
             late.note_live_(int(self.buckets.steps.max(initial=0)))
