@@ -308,6 +308,8 @@ class CheckpointManager:
         Communicator().all_reduce_max_(codes)
         unusable = [f"rank {rank} ({PROBLEMS[code - 1]})" for rank, code in enumerate(codes.tolist()) if code]
         if unusable:
+            for compressed in self._phases.compressed.values():
+                compressed.collect_anew_()
             where = "a place that is not known, as it was not loaded from its path" if parts is None else parts.folder
             rank_zero_warn(
                 f"The checkpoint's parts of {', '.join(unusable)} cannot be used: what they held of error feedback, and of"

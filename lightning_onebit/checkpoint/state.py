@@ -8,13 +8,16 @@ to go on bit for bit is in two places:
   late. Tensors, dicts, lists, strings and numbers only: it loads with ``weights_only=True``.
 * **In a part per rank** beside it (:mod:`~lightning_onebit.checkpoint.parts`), what this rank alone knows: its worker
   errors, the server errors of its chunks, its own second moment v_i with what its chunks have not passed on of it, or those
-  of late coordinates where D is never renewed, and gradients that wait for a step. No rank ever holds those of another.
+  of late coordinates where D is never renewed, what is collected there for a refresh that was asked for, and gradients that
+  wait for a step. No rank ever holds those of another.
   In a warm-up that was resumed, it is the errors that wait for the next compressed phase.
 
 With as many ranks as before, everyone goes on where it stopped. Otherwise the means of the worker errors and of the second
 moments, and all server errors, are the same afterwards: nodes take over what some of the old ones had, weighted, and all
 look for the server errors of their chunks. A part that cannot be used is one warning: its errors start at zero, its second
-moment as v of the last refresh. A run may go on with another ``variance_refresh``: then v_i begins so as well.
+moment as v of the last refresh. A run may go on with another ``variance_refresh``: then v_i begins so as well. What
+was being collected goes on where all have their parts and are as many; otherwise that begins anew on all ranks, and with
+another ``variance_refresh`` it is over.
 """
 
 from __future__ import annotations
@@ -96,6 +99,7 @@ class PartContent:
             "server": compressed.server_errors(),
             "second_moment": compressed.second_moments(),
             "residual": compressed.second_moment_residuals(),
+            "collected": compressed.collected(),
         }
         self._add(compressed.optimizer, own, late=compressed.late_second_moments())
 
@@ -236,6 +240,8 @@ def load_errors(
                 c.add_late_second_moments_(places, values * weight)
                 moments = [ElementRange(each.start, each.values * weight) for each in content.second_moment]
                 c.add_second_moments_(moments, [])
+                if same:
+                    c.add_collected_(content.collected)
             c.add_second_moments_([], content.residual)
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
@@ -253,6 +259,8 @@ def load_errors(
                 load(rank)
     for c in compressed:
         c.complete_second_moments_()
+        if not same:
+            c.collect_anew_()
     return problems
 
 
@@ -361,6 +369,7 @@ class _Content:
     server: list[ElementRange]
     """Those that touch this rank's chunks."""
     second_moment: list[ElementRange]
+    collected: list[ElementRange]
     residual: list[ElementRange]
     """Those that touch this rank's chunks."""
     late: tuple[Tensor, Tensor]
@@ -399,6 +408,7 @@ def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Conten
             worker=read("worker"),
             server=read("server", targets=chunks),
             second_moment=read("second_moment"),
+            collected=read("collected"),
             residual=read("residual", targets=chunks),
             late=(torch.from_numpy(places), torch.from_numpy(values)),
             same_chunks=[[c.start, c.values.numel()] for c in chunks] == [error[:2] for error in entry["server"]],

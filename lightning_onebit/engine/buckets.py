@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -110,6 +111,8 @@ class Buckets:
         self.is_quantized = self.topology.world_size > 1
         self.renews = config.renews_variance and method.has_second_moment
         """Whether second moments go on, so that D can be renewed."""
+        self.collects_since: NDArray[np.int64] | None = None
+        """:attr:`steps` when a second moment began to be collected; ``None``: none is. Where they go on, none ever is."""
         self.keeps_before = keeps_before or not self.is_quantized  # a single rank knows it anyway
         in_group = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.param_group_of = [in_group[p] for p in self.params]
@@ -225,11 +228,34 @@ class Buckets:
             self._second_moment = parameter, flat_view(v_hat)
         return self._second_moment[1]
 
-    def bias_corrections(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """By parameter, v_hat / v = 1 / (1 - beta2^t)."""
+    # Where second moments do not go on, one may be collected for a refresh: see :mod:`lightning_onebit.engine.renewal`
+
+    def collect_(self) -> None:
+        """Begin to collect a second moment, or begin anew."""
+        for memory in self.memories:
+            memory.collect_()
+        self.collects_since = self.steps.copy()
+
+    @property
+    def can_collect(self) -> bool:
+        """Whether there is a D that is frozen for good, and could be another without a change of what errors mean."""
+        return self.method.has_second_moment and not self.renews and self.config.space == "update"
+
+    @property
+    def is_collecting(self) -> bool:
+        return self.collects_since is not None
+
+    @property
+    def collected_steps(self) -> NDArray[np.int64]:
+        """By parameter, for how many of its steps a second moment has been collected; 0 if none is."""
+        return np.zeros_like(self.steps) if self.collects_since is None else self.steps - self.collects_since
+
+    def bias_corrections(self) -> NDArray[np.float64]:
+        """By parameter, v_hat / v = 1 / (1 - beta2^t) with the steps t that v has seen."""
         decays = np.array([self.method.second_moment_decay(group) for group in self.optimizer.param_groups])
+        seen = self.collected_steps if self.is_collecting else self.steps
         # A parameter that has made no step has v = 0, whatever it is multiplied by.
-        return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(self.steps, 1))
+        return 1.0 / (1.0 - decays[self.param_group_of] ** np.maximum(seen, 1))
 
     def refresh_numbers(self) -> RefreshNumbers:
         """What a refresh needs of each parameter."""
@@ -430,6 +456,15 @@ class Buckets:
         """What this rank's chunks have not passed on of v, merged where neighbours; none where D stays."""
         return self._merged(_residual) if self.renews and self.is_quantized else []
 
+    def collected(self) -> list[ElementRange]:
+        """v_i of this rank's share as far as it is collected, merged where neighbours."""
+        return self._merged(_second_moment) if self.is_collecting else []
+
+    def add_collected_(self, collected: Sequence[ElementRange]) -> None:
+        """Take over :meth:`collected`, after :meth:`restore_`."""
+        if self.is_collecting:
+            self._add_(_second_moment, collected)
+
     def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
         """Add what an earlier run had of them, after :meth:`restore_`, which sets them to zero."""
         if self.renews:
@@ -458,6 +493,7 @@ class Buckets:
           ``rms_code`` and ``rms_scale``: its 8-bit logarithm, uint8 ``[numel]``, float32 ``[blocks]``. Only if there is a D.
         * ``step``: int64, 0-d.
         * ``common_share``: numerator and denominator of s, float64 ``[2]``; only if it is known.
+        * ``collected``: steps that a second moment has been collected for, int64, 0-d; only if one is.
         * ``signs``, ``scales``: the last average; uint8 ``[ceil(numel / 8)]``, float32 ``[blocks]``. With one rank: none.
         * ``live``, ``live_before``: as signs: where an element takes part in its block, and did in the last average; only
           if not all do.
@@ -487,6 +523,8 @@ class Buckets:
             shared[i] = {"step": torch.tensor(int(self.steps[i])), **joined}
             if self.common_share[1, i]:
                 shared[i]["common_share"] = self.common_share[:, i].clone()
+            if self.is_collecting:
+                shared[i]["collected"] = torch.tensor(int(self.collected_steps[i]))
         return shared
 
     def restore_(self, shared: Mapping[int, Mapping[str, Tensor]], *, block_size: int) -> None:
@@ -502,6 +540,11 @@ class Buckets:
             self._check_shared_state(shared[i], p.numel(), block_size)
             self.steps[i] = int(shared[i]["step"])
             self.common_share[:, i] = shared[i].get("common_share", torch.zeros(2))
+        if any("collected" in shared[i] for i in range(len(self.params))) and self.can_collect:
+            self.collect_()
+            self.collects_since = self.steps - np.array(
+                [int(shared[i].get("collected", 0)) for i in range(len(self.params))]
+            )
         was_quantized = any("signs" in shared[i] for i in range(len(self.params)))
         same_blocks = was_quantized == self.is_quantized and block_size == self.config.block_size
         for memory, parts in zip(self.memories, self.parts, strict=True):
@@ -564,6 +607,8 @@ class Buckets:
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"step": (torch.int64, ())}
         if "common_share" in entry:
             expected["common_share"] = (torch.float64, (2,))
+        if "collected" in entry:
+            expected["collected"] = (torch.int64, ())
         if self.method.has_second_moment and numel:  # a parameter without elements is in no bucket
             if "rms_code" in entry:
                 expected["rms_code"] = (torch.uint8, (numel,))
@@ -582,6 +627,8 @@ class Buckets:
                 raise ValueError(
                     f"`{name}` of a parameter of {numel} elements must be {dtype} {list(shape)}, not {value!r:.80}"
                 )
+        if "collected" in entry and not 0 <= int(entry["collected"]) <= int(entry["step"]):
+            raise ValueError(f"`collected` is {int(entry['collected'])} of {int(entry['step'])} steps")
         for name in ("rms", "rms_scale", "scales"):
             if name in expected and not bool((entry[name].isfinite() & (entry[name] >= 0)).all()):
                 raise ValueError(f"`{name}` holds infinite, NaN or negative values")

@@ -120,6 +120,11 @@ class GradientStatistics:
             new = statistics[:, column] + weight * (value - statistics[:, column])
             statistics[here, column] = new.astype(np.float32)[here]
 
+    def forget_drift_(self) -> None:
+        """D is another one, not made little by little: how well it fits is not known until the next estimate. r stays."""
+        self.statistics[:, 2:] = 0.0
+        self.last_ratio[:] = np.nan
+
     @property
     def drift(self) -> list[tuple[float, float, float, float, int]]:
         """By parameter: of a :class:`~lightning_onebit.freeze.drift.Drift` ``ratio`` and ``clamped``; how many elements take

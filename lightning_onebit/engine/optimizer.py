@@ -39,12 +39,11 @@ from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_n
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
 from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
-from lightning_onebit.engine.renewal import refresh_
 from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.methods import method_for, parameters_of
-from lightning_onebit.refresh_schedule import SKETCH_STEPS, is_refresh_due
+from lightning_onebit.refresh_schedule import COLLECTING_STEPS, SKETCH_STEPS, is_refresh_due
 
 
 class CompressedOptimizer:
@@ -299,11 +298,14 @@ class CompressedOptimizer:
             elif each in sketched:
                 with record_function("onebit::sketch"), counters.counting_sketches():
                     each.learn_(number)
+        collected_steps = max((int(each.buckets.collected_steps.max(initial=0)) for each in self._sets), default=0)
+        for each in self._sets:
             with record_function("onebit::refresh"), counters.counting_refreshes():
-                if each.buckets.renews and is_refresh_due(number, self._config.variance_refresh):
-                    refresh_(each.buckets, self._groups)
-                elif late_is_due and each.late:
+                if late_is_due and each.late:
                     each.refresh_late_(self._groups)
+                is_due = each.buckets.renews and is_refresh_due(number, self._config.variance_refresh)
+                if is_due or (each.buckets.is_collecting and collected_steps >= COLLECTING_STEPS):
+                    each.refresh_(self._groups)
 
     def _looks_back(self, each: ParameterSet, index: int, outcome: Outcome) -> bool:
         """Whether the gradients of a bucket are looked at again at the end of the step."""
@@ -509,11 +511,21 @@ class CompressedOptimizer:
 
     @torch.no_grad()
     def refresh_variance_(self) -> None:
-        """Renew D from the second moments of all ranks, where these go on: valid from the next step on. Collective."""
+        """Renew D from the second moments of all ranks, where these go on: valid from the next step on. Collective.
+
+        Where they do not, in update space, begin to collect them (or begin anew): D is renewed at the end of the 16th step.
+        """
         with record_function("onebit::refresh"), self.communicator.counters.counting_refreshes():
             for each in self._sets:
                 if each.buckets.renews:
-                    refresh_(each.buckets, self._groups)
+                    each.refresh_(self._groups)
+                elif each.buckets.can_collect:
+                    each.buckets.collect_()
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether second moments are being collected for a refresh."""
+        return any(each.buckets.is_collecting for each in self._sets)
 
     # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
 
@@ -554,6 +566,21 @@ class CompressedOptimizer:
     def second_moment_residuals(self) -> list[ElementRange]:
         """What this rank's chunks have not passed on of v."""
         return [each for each_set in self._sets for each in each_set.buckets.second_moment_residuals()]
+
+    def collected(self) -> list[ElementRange]:
+        """v_i of this rank as far as it is collected for a refresh that was asked for."""
+        return [each for each_set in self._sets for each in each_set.buckets.collected()]
+
+    def add_collected_(self, collected: Sequence[ElementRange]) -> None:
+        """Take over that of an earlier run. After :meth:`restore_`."""
+        for each in self._sets:
+            each.buckets.add_collected_(collected)
+
+    def collect_anew_(self) -> None:
+        """If second moments are being collected, begin with zero again: not all ranks have what they had."""
+        for each in self._sets:
+            if each.buckets.is_collecting:
+                each.buckets.collect_()
 
     def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
         """Add those of an earlier run, in the same places. After :meth:`restore_`, which sets them to zero."""

@@ -17,6 +17,7 @@ from lightning_onebit.comm.hierarchical import NodeAverage
 from lightning_onebit.consistency.step import Outcome
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.gradient_statistics import GradientStatistics
+from lightning_onebit.engine.renewal import refresh_
 from lightning_onebit.engine.variance import LateCoordinates, refresh_late_
 from lightning_onebit.flat import flat_gradient, flat_view
 from lightning_onebit.quantize.memory import StepInputs
@@ -55,8 +56,9 @@ class ParameterSet:
 
     @property
     def is_sketched_often(self) -> bool:
-        """Whether that is to be at every step: at first, where D is renewed, which needs r."""
-        return self.is_sketched and self.buckets.renews and self.statistics.statistics[:, 4].max() < SKETCH_STEPS
+        """Whether that is to be at every step: at first, where a second moment goes on or is collected, which needs r."""
+        needs_r = self.buckets.renews or self.buckets.is_collecting
+        return self.is_sketched and needs_r and self.statistics.statistics[:, 4].max() < SKETCH_STEPS
 
     def find_late(self) -> list[LateCoordinates]:
         """By bucket, the coordinates that are not live yet; none where all second moments go on."""
@@ -97,7 +99,7 @@ class ParameterSet:
                 " HINT: set it when the optimizer is created."
             )
         numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
-        if buckets.renews:
+        if buckets.renews or buckets.is_collecting:
             numbers[:, Coefficients._fields.index("root_r")] = self.statistics.root_r
         return numbers
 
@@ -152,6 +154,14 @@ class ParameterSet:
                 coordinates.collect_(index, self._step)
         for index in range(len(self.buckets.memories)):
             self.buckets.note_average_(index, None if self._step is None else self._step.active)
+
+    def refresh_(self, groups: ExchangeGroups) -> None:
+        """Renew D from second moments that go on or were collected, and let all coordinates take part. Collective."""
+        if self.buckets.is_collecting:
+            self.statistics.forget_drift_()
+        refresh_(self.buckets, groups)
+        for late in self.late:
+            late.note_live_(int(self.buckets.steps.max(initial=0)))
 
     def refresh_late_(self, groups: ExchangeGroups) -> None:
         """Let late coordinates take part. Collective."""

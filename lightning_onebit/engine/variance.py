@@ -179,6 +179,12 @@ class LateCoordinates:
             self.live_since = torch.where(has_v & (self.live_since == NEVER), number, self.live_since)
         self._drop_established_(number)
 
+    def note_live_(self, number: int) -> None:
+        """After a refresh of all coordinates at the end of step ``number``: note which of these take part since then."""
+        if len(self):
+            new = (self.live_since == NEVER) & self._live_bits()[self.places.long()]
+            self.live_since = torch.where(new, number, self.live_since)
+
     def _live_bits(self) -> Tensor:
         if self.memory.live is None:
             return torch.ones(self.memory.layout.flat_numel, dtype=torch.bool, device=self.memory.device)

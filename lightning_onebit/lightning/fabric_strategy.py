@@ -183,7 +183,11 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         self._phases.freeze_variance(reason)
 
     def refresh_variance(self) -> None:
-        """Renew the frozen second moment now. Call on all ranks, between a step and the next backward; errors as there."""
+        """Renew the frozen second moment: now or, with ``variance_refresh=None``, from the gradients of the next 16 steps.
+
+        Call on all ranks, between a step and the next backward. All else, errors too, as
+        :meth:`OneBitDDPStrategy.refresh_variance <lightning_onebit.OneBitDDPStrategy.refresh_variance>`.
+        """
         self._phases.refresh_variance()
 
     def variance_drift(self) -> dict[str, Drift]:

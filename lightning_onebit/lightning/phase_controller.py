@@ -46,7 +46,7 @@ from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
 from lightning_onebit.quantize.tensor_sketch import WIDTH
-from lightning_onebit.refresh_schedule import SKETCH_STEPS, longest_interval
+from lightning_onebit.refresh_schedule import COLLECTING_STEPS, SKETCH_STEPS, longest_interval
 
 REPLACED_TOO_LATE = (
     "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
@@ -282,8 +282,15 @@ class PhaseController:
             self._check_refresh()
         self.take_over_replaced_state()
         self.begin_compressing()
+        anew = any(compressed.is_collecting for compressed in self.compressed.values())
         for compressed in self.compressed.values():
             compressed.refresh_variance_()
+        if any(compressed.is_collecting for compressed in self.compressed.values()):
+            rank_zero_info(
+                f"{type(self._strategy).__name__}: with variance_refresh=None no second moment goes on: one is collected"
+                f" from now on{', anew' if anew else ''}, and renews the frozen one after {COLLECTING_STEPS} optimizer"
+                " steps."
+            )
 
     def _check_refresh(self) -> None:
         if self.phase is Phase.WARMUP:
@@ -295,11 +302,11 @@ class PhaseController:
             raise RuntimeError(
                 "refresh_variance() was called, but the optimizers have no second moment. HINT: leave it out."
             )
-        if not self._strategy.config.renews_variance:
+        if self._strategy.config.space == "momentum":
             raise RuntimeError(
-                "refresh_variance() was called where no rank carries a second moment on, so there is nothing to renew D"
-                " from. HINT: variance_refresh='auto', or a number of steps, in update space; a checkpoint of this run can"
-                " be resumed with it."
+                "refresh_variance() was called with space='momentum', where momentum travels before it is divided by D:"
+                " errors would change their meaning with D. HINT: space='update', the default; or `resume_warmup()`, and"
+                " freeze again later."
             )
         if self.has_waiting_gradients or any(c.has_begun_a_step for c in self.compressed.values()):
             raise RuntimeError(

@@ -190,14 +190,23 @@ class OneBitDDPStrategy(DDPStrategy):
         self._phases.freeze_variance(reason)
 
     def refresh_variance(self) -> None:
-        """Renew the frozen second moment now, from the gradients that all ranks have had: valid from the next step on.
+        """Renew the frozen second moment once, from the gradients of all ranks, where a change of scale is known.
 
-        Beside the refreshes of ``variance_refresh``, where a change of scale is known: some steps after another loss weight,
-        say. Call on all ranks, in the compressed phase, between a step and the next backward.
+        Call on all ranks, in the compressed phase, between a step and the next backward.
+
+        Beside the refreshes of ``variance_refresh``, v_i of every rank has all gradients so far, the latest most: D is
+        renewed now, valid from the next step on. Best some steps after the change.
+
+        With ``variance_refresh=None`` no rank has a v_i: the gradients of the next 16 steps of an optimizer are collected, 4
+        bytes per parameter (over L with nodes of L ranks), and renew D after them, for good. Call it when the change has
+        come. Nothing of before is in it: a coordinate with one gradient in these 16 steps gets a D as if it had always one
+        in 16; without any, it keeps its own. A call meanwhile begins anew. A checkpoint holds what is collected; on another
+        number of ranks, or without the part of one, that begins anew, with another ``variance_refresh`` it is over. So it is
+        after :meth:`resume_warmup`, and where the optimizer's state is replaced.
 
         Raises:
             RuntimeError: on all ranks, in warm-up, while gradients wait for a step, without a second moment, or with
-                ``variance_refresh=None``, where no rank carries one on.
+                ``space="momentum"``.
         """
         self._phases.refresh_variance()
 

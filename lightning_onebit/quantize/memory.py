@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -185,10 +185,9 @@ class BucketMemory(Messages):
             parameter_numels = numels.tolist()
         self.parameter_numels = parameter_numels
         self.dtype = dtype
-
-        def reals(numel: int) -> Tensor:
-            return torch.zeros(numel, dtype=dtype, device=device)
-
+        self.kept_views: dict[str, dict[Any, Any]] = {}
+        """Views that kernels have made of the tensors here and keep: to be made anew where one takes another's place."""
+        reals = self._reals
         own = range(0) if chunk is None else range(chunk, chunk + 1)
         self.error = reals(layout.flat_numel_of(share))
         """Worker error of the share. Of a single rank, which has none: u itself."""
@@ -204,17 +203,24 @@ class BucketMemory(Messages):
         self.rms_scale: Tensor | None = None
         """Their scales, float32 ``[blocks]``."""
         self.second_moment = reals(layout.flat_numel_of(share)) if renews else None
-        """v_i of the share: this rank's own second moment, or its node's."""
+        """v_i of the share: this rank's own second moment, or its node's. Also there while one is collected."""
         self.second_moment_residual: Tensor | None = None
         """Of the chunk: what the last code of the second moment has left out, in units of v_hat."""
         if is_coded:
-            self.rms_code = torch.zeros(layout.flat_numel, dtype=torch.uint8, device=device)
-            self.rms_scale = torch.zeros(layout.num_blocks, dtype=torch.float32, device=device)
-            self.second_moment_residual = reals(layout.flat_numel_of(own))
+            self._make_codes_()
         self.live: Tensor | None = None
         """uint8 ``[flat_numel / 8]``: bit set where an element takes part in its block. ``None`` if all do."""
         self.live_before: Tensor | None = None
         """The same at the time of the last average."""
+
+    def _reals(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.dtype, device=self.device)
+
+    def _make_codes_(self) -> None:
+        assert self.chunk is not None
+        self.rms_code = torch.zeros(self.layout.flat_numel, dtype=torch.uint8, device=self.device)
+        self.rms_scale = torch.zeros(self.layout.num_blocks, dtype=torch.float32, device=self.device)
+        self.second_moment_residual = self._reals(self.layout.flat_numel_of(range(self.chunk, self.chunk + 1)))
 
     @property
     def has_rms(self) -> bool:
@@ -244,6 +250,38 @@ class BucketMemory(Messages):
         rms, blocks = flat.clamp(max=LARGEST_FLOAT32).float(), (0, self.layout.num_blocks)
         self.rms_scale.copy_(largest_of_blocks(rms, self.padded(blocks)))
         self.rms_code.copy_(encode_logarithm(rms, self.spread(self.rms_scale, blocks)))
+
+    # A second moment that is collected for a while, where none goes on
+
+    def collect_(self) -> None:
+        """From now on, steps add their gradients to a second moment, of zero at first; D stays as it is."""
+        assert self.rms is not None
+        self.second_moment = self._reals(self.layout.flat_numel_of(self.share))
+        self.kept_views.clear()
+
+    def begin_refresh_(self) -> Tensor:
+        """Make D ready to be replaced by what was collected: coded, where that is exchanged.
+
+        Returns:
+            sqrt(v_hat) as it was: for :meth:`end_refresh_`.
+        """
+        assert self.rms is not None
+        before = self.rms
+        if self.chunk is None:
+            self.rms = before.clone()
+        else:
+            self.rms = None
+            self._make_codes_()
+            self.set_rms_(before)
+        self.kept_views.clear()
+        return before
+
+    def end_refresh_(self, before: Tensor) -> None:
+        """Keep the new D, as numbers; where it is 0, as no rank had a gradient, that of ``before``. Free all else."""
+        renewed = self.decoded_rms((0, self.layout.num_blocks))
+        self.rms = torch.where(renewed == 0, before, renewed)
+        self.rms_code = self.rms_scale = self.second_moment = self.second_moment_residual = None
+        self.kept_views.clear()
 
     def variance_messages(self) -> Messages:
         """New messages for a refresh of the second moment."""

@@ -71,7 +71,7 @@ class SpanViews:
 
 def span_views(memory: BucketMemory, chunks: range) -> list[SpanViews]:
     """The spans of neighbouring chunks, made at the first call."""
-    cache: dict[range, list[SpanViews]] = memory.__dict__.setdefault("_span_views", {})
+    cache: dict[range, list[SpanViews]] = memory.kept_views.setdefault("spans", {})
     if chunks not in cache:
         spans = memory.layout.spans(chunks, memory.parameter_numels)
         cache[chunks] = [_make_views(memory, span) for span in spans]
@@ -119,7 +119,7 @@ def _make_views(memory: BucketMemory, span: Span) -> SpanViews:
 
 def parts_of(memory: BucketMemory, view: SpanViews) -> list[SpanViews]:
     """A packed span cut into its parameters, made at the first call."""
-    cache: dict[Span, list[SpanViews]] = memory.__dict__.setdefault("_parts_of_spans", {})
+    cache: dict[Span, list[SpanViews]] = memory.kept_views.setdefault("parts of spans", {})
     if view.span not in cache:
         parameter, first, parts = memory.layout.parameter, view.span.first, []
         for block in range(view.span.first + 1, view.span.last + 1):

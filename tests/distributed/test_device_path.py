@@ -49,7 +49,7 @@ def make(kind, dtypes, **options):
 
 
 def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,), local_world_size=1, overlap=False,
-          change=None, clip=None, late=False, options=None, config=None):  # fmt: skip
+          change=None, clip=None, late=False, options=None, config=None, refresh_at=None):  # fmt: skip
     """What a run leaves on one rank: by name, all tensors that its future depends on."""
     params, optimizer = make(kind, dtypes, **(options or {}))
     groups = exchange_groups(communicator, local_world_size)
@@ -67,6 +67,8 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
                     p.grad[rows] = 0.0
         if change is not None:
             change(communicator.rank, step, params, optimizer)
+        if step == refresh_at:
+            compressed.refresh_variance_()
         if clip is not None:
             norms.append(compressed.clip_grad_norm_(clip))
         if overlap:
@@ -76,25 +78,34 @@ def train(communicator, steps, *, kind=torch.optim.AdamW, dtypes=(torch.float32,
     state = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
     for number, each in enumerate(compressed._sets):
         for index, memory in enumerate(each.buckets.memories):
-            for name in ("error", "server_error", "rms", "live", "live_before", "result"):
+            for name in ("error", "server_error", "rms", "second_moment", "live", "live_before", "result"):
                 if getattr(memory, name) is not None:
                     state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
             if each.late:
                 state[f"second moments {index} of {number}"] = each.late[index].second_moment
         if each.buckets.renews:
             state |= _renewed(number, each)
+        if each.buckets.renews or refresh_at is not None:
+            state |= _masks(number, each)
     if exchanger is not None:
         exchanger.close()
     return made, state, {i: dict(s) for i, s in optimizer.state_dict()["state"].items()}, norms
 
 
 def _renewed(number, each):
-    """What is kept of a set where D is renewed. Masks are compared by what they say: without a wait there is always one."""
+    """What is kept of a set where D is renewed."""
     state = {f"statistics of {number}": torch.from_numpy(each.statistics.statistics)}
     for index, memory in enumerate(each.buckets.memories):
-        everything = torch.from_numpy(np.packbits(memory.layout.exists(), bitorder="little"))
         for name in ("rms_code", "rms_scale", "second_moment", "second_moment_residual"):
             state[f"{name} of bucket {index} of set {number}"] = getattr(memory, name)
+    return state
+
+
+def _masks(number, each):
+    """By what they say: after a refresh without a wait there always is one."""
+    state = {}
+    for index, memory in enumerate(each.buckets.memories):
+        everything = torch.from_numpy(np.packbits(memory.layout.exists(), bitorder="little"))
         for name in ("live", "live_before"):
             mask = getattr(memory, name)
             state[f"{name} of bucket {index} of set {number}"] = everything if mask is None else mask & everything
@@ -179,6 +190,26 @@ def test_renewed_variance(monkeypatch, arguments):
 
 def test_renewed_variance_by_interpreted_kernels(monkeypatch):
     run_both(monkeypatch, 2, 3, config={"variance_refresh": "auto"}, dtypes=(torch.float32,))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"local_world_size": 2}], ids=["flat", "nodes"])
+def test_a_refresh_on_request(monkeypatch, arguments):
+    """Collected from step 1 on, but for one that does not count, and renewed after step 17; and by interpreted kernels."""
+    from lightning_onebit.engine import optimizer
+
+    def change(rank, step, params, _):
+        if (rank, step) == (1, 3):
+            params[1].grad[0] = math.inf
+
+    more = {"config": {"variance_refresh": None}, "change": change, "refresh_at": 1}
+    world_size = 4 if arguments else 2
+    without_masks = run_both(monkeypatch, world_size, 17, LateReferenceKernels, **more, **arguments)
+    assert any("second_moment" in name for name in without_masks[0][0][1])
+    monkeypatch.setattr(optimizer, "COLLECTING_STEPS", 2)
+    results = run_both(monkeypatch, world_size, 5 if arguments else 4, None, **more, **arguments)
+    made, state, *_ = results[0][0]
+    assert made[:4] == [True, True, True, False]
+    assert not any("second_moment" in name for name in state)
 
 
 def test_nodes_average_first(monkeypatch):

@@ -46,6 +46,17 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class RefreshAfter(pl.Callback):
+    """Asks for a refresh after a number of batches."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx + 1 == self.batch:
+            trainer.strategy.refresh_variance()
+
+
 def run(world_size, *, strategy=None, model=Stepwise, **kwargs):
     callbacks = [PhaseSwitch(FixedStep(FREEZE)), *kwargs.pop("callbacks", [])]
     own = OneBitDDPStrategy(**(strategy or {}))
@@ -113,7 +124,9 @@ def same_bits(first, second):
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
-def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, num_nodes=1, strategy=None, **kwargs):
+def check_bitwise_resumes(
+    rank, tmp_path, world_size, saves, make_model=Late, num_nodes=1, strategy=None, refresh_after=None, **kwargs
+):
     """One run that saves after some batches, and runs that resume there: parameters, phases and all state are the same."""
     options = {"world_size": world_size, "num_nodes": num_nodes, "batches": BATCHES, **kwargs}
     engine.REFRESH_STEPS = REFRESH
@@ -122,7 +135,7 @@ def check_bitwise_resumes(rank, tmp_path, world_size, saves, make_model=Late, nu
         last = Everything()
         own = OneBitDDPStrategy(**(strategy or {}))
         switch = PhaseSwitch(FixedStep(FREEZE))
-        callbacks = [switch, last, *callbacks]
+        callbacks = [switch, last, RefreshAfter(refresh_after), *callbacks]
         _, recorder = fit(own, callbacks=callbacks, model=make_model(), ckpt_path=ckpt_path, **options)
         return recorder, last.state
 
@@ -155,6 +168,83 @@ def test_resuming_is_bitwise(tmp_path, world_size, saves, options):
     """In both phases, across the switch, with several buckets, and with late coordinates before, at and after a refresh."""
     results = run_trainers(world_size, check_bitwise_resumes, tmp_path, world_size, saves, Late, 1, options)
     assert all(same_params([result], [results[0]]) for result in results)
+
+
+ASKED = FREEZE + 3
+"""A refresh that is asked for then is there after batch 29, the last but one."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "options"),
+    [(2, 1, {"bucket_cap_mb": 0.002}), (2, 1, {"overlap": True}), (4, 2, {})],
+    ids=["flat", "overlap", "nodes"],
+)
+def test_resuming_while_a_second_moment_is_collected_is_bitwise(tmp_path, ranks, nodes, options):
+    """At the request, in the middle, right before the refresh, and when it is over."""
+    options = {"variance_refresh": None, "block_size": 64, **options}
+
+    def fn(rank):
+        saves = (ASKED, ASKED + 1, ASKED + 9, ASKED + 15, ASKED + 16)
+        return check_bitwise_resumes(rank, tmp_path, ranks, saves, Late, nodes, options, refresh_after=ASKED)
+
+    results = run_trainers(ranks, fn, num_nodes=nodes)
+    assert all(same_params([result], [results[0]]) for result in results)
+    states = [torch.load(tmp_path / f"{batch}.ckpt")[CHECKPOINT_KEY]["optimizers"][0] for batch in (13, 28, 29)]
+    for i in range(1, 6):  # the first has late coordinates
+        at_request, before, after = (state[str(i)]["rms"] for state in states)
+        assert torch.equal(at_request, before)
+        assert not (after == before).any()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "new", "loses"),
+    [
+        (None, None, 2, False),
+        (None, None, 2, True),
+        (None, None, 3, False),
+        (None, None, 1, False),
+        (None, "auto", 2, False),
+        ("auto", None, 2, False),
+    ],
+    ids=["the same", "a part is lost", "more ranks", "alone", "auto", "from auto"],
+)
+def test_what_is_collected_after_a_resume_elsewhere(tmp_path, before, after, new, loses):
+    """Of other ranks, or without the part of one, it begins anew on all; with other settings it is over."""
+    path, batch = tmp_path / "saved.ckpt", ASKED + 5
+    goes_on, begins_anew = (after is None and before is None) and not loses and new == 2, before is None and after is None
+
+    def first(rank):
+        run(2, strategy={"variance_refresh": before}, callbacks=[RefreshAfter(ASKED), SaveAt(path, batch)])
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            (compressed,) = trainer.strategy._phases.compressed.values()
+            (each,) = compressed._sets
+            self.steps, self.v = set(each.buckets.collected_steps.tolist()), dense_errors(compressed)["collected"]
+            self.is_collecting, self.is_d = compressed.is_collecting, None
+            if each.buckets.renews:
+                memory, corrections = each.buckets.memories[0], each.buckets.bias_corrections()
+                d = memory.decoded_rms((0, memory.layout.num_blocks)).square() / corrections[0]
+                self.is_d = torch.allclose(memory.second_moment, d[memory.share_flat])
+
+    def second(rank):
+        look, recorded = Look(), {"strategy": {"variance_refresh": after}, "ckpt_path": path}
+        recorder = run(new, callbacks=[look], **recorded)[1]
+        assert set(recorder.phases) == {COMPRESSED}
+        assert all(torch.isfinite(p).all() for p in recorder.params[-1])
+        return look.steps, look.v, look.is_collecting, look.is_d, recorder.params
+
+    run_trainers(2, first)
+    if loses:
+        next(iter(Path(f"{path}.onebit").iterdir())).unlink()
+    results = run_trainers(new, second)
+    for steps, v, is_collecting, is_d, params in results:
+        assert is_collecting == (goes_on or begins_anew)
+        assert steps == ({5} if goes_on else {0})
+        assert v.any() == goes_on
+        assert is_d in (None, True)
+        assert (is_d is None) == (after is None)
+        assert same_params(params, results[0][4])
 
 
 def test_checkpoint_is_an_ordinary_one(tmp_path):
@@ -206,17 +296,21 @@ def test_resuming_on_nodes_is_bitwise(tmp_path):
     assert all(same_params([result], [results[0]]) for result in results)
 
 
-def test_resuming_alone_is_bitwise(tmp_path):
-    """One process that goes on with a frozen second moment: nothing is quantized, and the momentum is dense."""
+@pytest.mark.parametrize("collects", [False, True])
+def test_resuming_alone_is_bitwise(tmp_path, collects):
+    """One process that goes on with a second moment that is renewed, or frozen and being collected for a refresh that was
+    asked for: nothing is quantized, and the momentum is dense."""
+    strategy = {"variance_refresh": None if collects else "auto"}
     first, second, third = tmp_path / "2.ckpt", tmp_path / "1.ckpt", tmp_path / "again.ckpt"
-    run_trainers(2, lambda rank: run(2, callbacks=[SaveAt(first, 15)]) and None)
+    run_trainers(2, lambda rank: run(2, strategy=strategy, callbacks=[SaveAt(first, 13)]) and None)
 
     def fn(rank):
         last, last_resumed = Everything(), Everything()
-        full = run(1, ckpt_path=first, callbacks=[SaveAt(second, 20), last])[1]
-        resumed = run(1, ckpt_path=second, callbacks=[last_resumed, SaveAt(third, 25)])[1]
+        asks = [RefreshAfter(14)] if collects else []
+        full = run(1, strategy=strategy, ckpt_path=first, callbacks=[*asks, SaveAt(second, 20), last])[1]
+        resumed = run(1, strategy=strategy, ckpt_path=second, callbacks=[last_resumed, SaveAt(third, 25)])[1]
         assert set(full.phases) == {COMPRESSED}
-        assert same_params(resumed.params, full.params[5:])
+        assert same_params(resumed.params, full.params[7:])
         assert all(same_bits(a, b) for a, b in zip(last_resumed.state, last.state, strict=True))
 
     run_trainers(1, fn)
@@ -230,6 +324,7 @@ ERRORS = {
     "server": CompressedOptimizer.server_errors,
     "v_i": CompressedOptimizer.second_moments,
     "residual": CompressedOptimizer.second_moment_residuals,
+    "collected": CompressedOptimizer.collected,
 }
 
 
@@ -407,7 +502,7 @@ def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(
 
     (errors, params, said), (others, other_params, nothing) = run_trainers(2, fn)
     assert same_params(params, other_params)
-    assert all(errors[name].any() for name in ERRORS)
+    assert all(errors[name].any() for name in ERRORS if name != "collected")
     assert others.pop("v_i").all()  # begins as v
     assert not any(error.any() for error in others.values())
     assert len(said) == 1

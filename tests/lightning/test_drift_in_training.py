@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from ranks import run_trainers
+from test_strategy import Messages
 from trainers import Classifier, fit
 
 from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
@@ -123,14 +124,43 @@ def test_with_refreshes_d_follows_and_a_refresh_can_be_asked_for():
     assert not torch.equal(before, after)
 
 
-def test_without_refreshes_one_that_is_asked_for_is_refused():
+def test_without_refreshes_one_that_is_asked_for_comes_after_16_steps():
+    """Gradients have become 16 times as large after the freeze; the frozen second moment fits again then. In momentum space
+    it is refused, with the reason."""
+
     class Ask(pl.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == WARMUP_STEPS + 5:
-                with pytest.raises(RuntimeError, match="variance_refresh='auto'"):
+        def __init__(self):
+            self.history = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx + 1 == GROWS_AT:
+                trainer.strategy.refresh_variance()
+                trainer.strategy.check_ranks_agree()
+            if GROWS_AT <= batch_idx + 1 <= GROWS_AT + 17:
+                (compressed,) = trainer.strategy._phases.compressed.values()
+                rms = [m.rms.clone() for each in compressed._sets for m in each.buckets.memories]
+                self.history.append(torch.cat(rms))
+
+    class Refused(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx + 1 == WARMUP_STEPS + 1:
+                with pytest.raises(RuntimeError, match=r"space='momentum', where .* change their meaning.*space='update'"):
                     trainer.strategy.refresh_variance()
 
     def fn(rank):
-        fit(OneBitDDPStrategy(variance_refresh=None), 2, batches=30, callbacks=[PhaseSwitch(FixedStep(20)), Ask()])
+        ask = Ask()
+        with Messages() as messages:
+            rows, _, _, stats = train(Growing(), ask)
+        assert messages.count("collected from now on, and renews the frozen one after 16 optimizer steps") == (rank == 0)
+        assert stats.refresh_bytes_sent > 0
+        strategy = OneBitDDPStrategy(variance_refresh=None, space="momentum")
+        fit(strategy, 2, batches=WARMUP_STEPS + 2, callbacks=[PhaseSwitch(FixedStep(WARMUP_STEPS)), Refused()])
+        return ask.history, rows
 
-    run_trainers(2, fn)
+    (history, rows), (others, _) = run_trainers(2, fn)
+    assert all(torch.equal(a, b) for a, b in zip(history, others, strict=True))
+    assert all(torch.equal(each, history[0]) for each in history[1:16])
+    assert torch.equal(history[16], history[17])
+    assert 10 < (history[16] / history[0]).nanmedian() < 25
+    last = rows[-1][1]
+    assert 0.3 < last["onebit/drift_min"] <= last["onebit/drift_max"] < 3  # 50 and more without

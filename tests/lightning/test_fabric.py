@@ -312,6 +312,47 @@ def test_resuming_in_the_compressed_phase_is_bitwise(tmp_path):
     torch.load(tmp_path / "12.ckpt", weights_only=True)
 
 
+def test_resuming_while_a_second_moment_is_collected_is_bitwise(tmp_path):
+    """For a refresh that was asked for with ``variance_refresh=None``; with two optimizers."""
+
+    def two(module):
+        return [torch.optim.Adam(module.body.parameters(), lr=1e-2), torch.optim.AdamW(module.head.parameters(), lr=1e-2)]
+
+    def second_moments(loop):
+        states = [optimizer.state_dict()["state"] for optimizer in loop.optimizers]
+        return [entry["exp_avg_sq"] / (1 - 0.999 ** float(entry["step"])) for state in states for entry in state.values()]
+
+    def fn(rank):
+        path, asked = tmp_path / "saved.ckpt", FREEZE - 2
+        loop = Loop(ours(asked, variance_refresh=None), two)
+        with pytest.raises(RuntimeError, match="in warm-up"):
+            loop.strategy.refresh_variance()
+        loop.run(asked)
+        frozen = second_moments(loop)
+        loop.strategy.refresh_variance()
+        loop.run(10)
+        saved = {f"optimizer {i}": optimizer for i, optimizer in enumerate(loop.optimizers)}
+        loop.fabric.save(path, {"model": loop.model, "batch": loop.batch, **saved})
+        loop.run(asked + 15)
+        assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(second_moments(loop), frozen, strict=True))
+        loop.run(asked + 16)
+        renewed = second_moments(loop)
+        assert not any(torch.allclose(a, b, rtol=1e-2) for a, b in zip(renewed, frozen, strict=True))
+        loop.run()
+
+        resumed = Loop(ours(asked, variance_refresh=None), two)
+        state = {f"optimizer {i}": optimizer for i, optimizer in enumerate(resumed.optimizers)}
+        resumed.fabric.load(path, {"model": resumed.model, "batch": 0, **state})
+        resumed.batch = 10
+        resumed.run()
+        assert same_params(resumed.params, loop.params[10:])
+        return loop.params, renewed
+
+    (params, renewed), (others, other_renewed) = run_trainers(2, fn)
+    assert same_params(params, others)
+    assert all(torch.equal(a, b) for a, b in zip(renewed, other_renewed, strict=True))
+
+
 def test_a_checkpoint_of_the_warmup_leaves_the_compressed_phase(tmp_path):
     def fn(rank):
         loop = Loop(ours()).run(3)
