@@ -16,7 +16,7 @@ from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import MEBIBYTE
 from lightning_onebit.phase import Phase
 
-SETTLING_STEPS = 3
+UNTIMED_STEPS = 3
 """At the beginning of a phase, steps that are not timed: buckets are made, memory is allocated."""
 FEWEST_STEPS = 8
 """Timed, from which on a median is told."""
@@ -45,8 +45,8 @@ def step_time(ends: Sequence[float]) -> StepTime | None:
 
     A pause, for validation say, is one long step among many, of which median and quartiles take no notice.
     """
-    settled = list(ends)[SETTLING_STEPS - 1 :]
-    seconds = [end - begin for begin, end in itertools.pairwise(settled)]
+    timed = list(ends)[UNTIMED_STEPS - 1 :]
+    seconds = [end - begin for begin, end in itertools.pairwise(timed)]
     return StepTime(*statistics.quantiles(seconds, n=4)) if len(seconds) >= FEWEST_STEPS else None
 
 
@@ -84,7 +84,7 @@ def _mebibytes(sent: int, dense: int) -> tuple[str, str, str]:
 
 def _milliseconds(seconds: StepTime | None) -> str:
     if seconds is None:
-        return f"not told: fewer than {SETTLING_STEPS + FEWEST_STEPS} steps"
+        return f"not told: fewer than {UNTIMED_STEPS + FEWEST_STEPS} steps"
     return f"{1000 * seconds.median:.1f} [{1000 * seconds.lower:.1f}-{1000 * seconds.upper:.1f}]"
 
 
@@ -114,7 +114,7 @@ def _time_saved(stats: CommStats, times: Mapping[Phase, StepTime | None], warmup
     if dense is None or compressed is None:
         which = "warm-up" if dense is None else "compressed phase"
         return (
-            f"Speed-up: not measured, as the {which} had fewer than {SETTLING_STEPS + FEWEST_STEPS} steps here. HINT:"
+            f"Speed-up: not measured, as the {which} had fewer than {UNTIMED_STEPS + FEWEST_STEPS} steps here. HINT:"
             " PhaseSwitch(criterion=FixedStep(n)) makes n dense steps first."
         )
     speedup, waited = dense.median / compressed.median, counters.seconds_waited / counters.steps

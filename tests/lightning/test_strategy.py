@@ -269,7 +269,8 @@ def test_forced_switch_warns_with_the_reason():
             _, recorder = fit(strategy, 2, batches=15, callbacks=[switch])
         assert recorder.phases.index(COMPRESSED) == 9
         if rank == 0:
-            assert messages.count("the second moment after step 10: max_steps is reached at step 10 although the second moment may still move") == 1
+            said = "after step 10: max_steps is reached at step 10 although the second moment may still move"
+            assert messages.count(f"freezing the second moment {said}") == 1
 
     run_trainers(2, fn)
 
