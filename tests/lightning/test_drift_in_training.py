@@ -164,3 +164,34 @@ def test_without_refreshes_one_that_is_asked_for_comes_after_16_steps():
     assert 10 < (history[16] / history[0]).nanmedian() < 25
     last = rows[-1][1]
     assert 0.3 < last["onebit/drift_min"] <= last["onebit/drift_max"] < 3  # 50 and more without
+
+
+@pytest.mark.parametrize("ends_by", ["replaced state", "warm-up"])
+def test_what_is_collected_is_over_with_the_state_that_it_was_for(ends_by):
+    """Training goes on, alike on all ranks, and another refresh can be asked for."""
+
+    class End(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            strategy, (optimizer,) = trainer.strategy, trainer.optimizers
+            if batch_idx + 1 in (10, 25):
+                strategy.refresh_variance()
+            if batch_idx + 1 in (15, 40):
+                (compressed,) = strategy._phases.compressed.values()
+                assert compressed.is_collecting
+            if batch_idx + 1 == 15:
+                if ends_by == "warm-up":
+                    strategy.resume_warmup()
+                else:
+                    optimizer.load_state_dict(optimizer.state_dict())
+            if batch_idx + 1 == 20 and ends_by == "warm-up":
+                strategy.freeze_variance()
+            if batch_idx + 1 in (16, 24, 41):
+                assert not any(c.is_collecting for c in strategy._phases.compressed.values())
+            strategy.check_ranks_agree()
+
+    def fn(rank):
+        strategy = OneBitDDPStrategy(variance_refresh=None)
+        return fit(strategy, 2, batches=45, callbacks=[PhaseSwitch(FixedStep(8)), End()])[1].params[-1]
+
+    first, second = run_trainers(2, fn)
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
