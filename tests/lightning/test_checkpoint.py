@@ -254,7 +254,7 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
     def fn(rank):
         run(2, callbacks=[SaveAt(path, 20)])
         loaded = torch.load(path, weights_only=True)
-        assert loaded[CHECKPOINT_KEY]["version"] == 2
+        assert loaded[CHECKPOINT_KEY]["version"] == 3
         state = loaded["optimizer_states"][0]["state"]
         assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in state.values())
         dense = fit("ddp", 2, batches=BATCHES, ckpt_path=path)[1]
@@ -829,7 +829,7 @@ def test_foreign_version_is_refused(checkpoint):
     torch.save(content, path)
 
     def fn(rank):
-        with pytest.raises(ValueError, match="version 99, but this is version 2"):
+        with pytest.raises(ValueError, match="version 99, but this is version 3"):
             run(2, ckpt_path=path)
 
     run_trainers(2, fn)

@@ -185,10 +185,10 @@ class RenewedAdamModel(AdamModel):
         return due
 
     def estimate_r(self, a):
-        """Of the preconditioned, clamped gradients of this step: a quotient, averaged over four."""
+        """Of the preconditioned, clamped gradients of this step: a quotient, averaged over two."""
         self.num_estimates += 1
         quotient = np.sum(np.mean(a, axis=0) ** 2) / np.mean([np.sum(each**2) for each in a])
-        self.quotient += max(1 / self.num_estimates, 1 / 4) * (quotient - self.quotient)
+        self.quotient += max(1 / self.num_estimates, 1 / 2) * (quotient - self.quotient)
 
     def refresh(self):
         correction = 1 - self.beta2**self.t
