@@ -36,10 +36,10 @@ def write_report(lines: Sequence[Line], results: Path) -> str:
 EXPLANATION = """\
 Held-out loss (DCGAN: Frechet distance of pixels), minus Adam's with the same seed, in its own units and, after the slash, in
 standard deviations of Adam's loss over the seeds (of three seeds at least); in brackets the standard deviation of the
-difference over the seeds, and their number. Mean of the last half: of the losses in the second half of the run. Bytes: of the whole run, per rank, against dense float32 DDP, as counted by
-the library (payload). Speed: the displacement, projected on what Adam would have moved on the same gradients; 1 is right,
-and more acts as a larger learning rate. v: quartiles of sqrt(v / v_true) at the end, v_true the second moment of the mean
-gradient. `exact` is one rank that gets the mean gradient: no bytes."""
+difference over the seeds, and their number. Mean of the last half: of the losses in the second half of the run. Bytes: of
+the whole run, per rank, against dense float32 DDP, as counted by the library (payload). Speed: the displacement, projected
+on what Adam would have moved on the same gradients; 1 is right, and more acts as a larger learning rate. v: quartiles of
+sqrt(v / v_true) at the end, v_true the second moment of the mean gradient. `exact` is one rank that gets the mean gradient: no bytes."""
 
 
 def _groups(lines: Sequence[Line]) -> dict[tuple[Any, ...], list[Line]]:
