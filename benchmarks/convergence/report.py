@@ -39,7 +39,8 @@ standard deviations of Adam's loss over the seeds (of three seeds at least); in 
 difference over the seeds, and their number. Mean of the last half: of the losses in the second half of the run. Bytes: of
 the whole run, per rank, against dense float32 DDP, as counted by the library (payload). Speed: the displacement, projected
 on what Adam would have moved on the same gradients; 1 is right, and more acts as a larger learning rate. v: quartiles of
-sqrt(v / v_true) at the end, v_true the second moment of the mean gradient. `exact` is one rank that gets the mean gradient: no bytes."""
+sqrt(v / v_true) at the end, v_true the second moment of the mean gradient. `exact` is one rank that gets the mean gradient:
+no bytes."""
 
 
 def _groups(lines: Sequence[Line]) -> dict[tuple[Any, ...], list[Line]]:
@@ -122,7 +123,17 @@ def _details(group: Sequence[Line]) -> str:
                     "yes" if all(line["ranks_equal"] for line in lines) else "NO",
                 ]
             )
-    header = ["workload", "method", "losses by seed", "mean of the last half", "bytes", "speed", "v", "seconds", "ranks equal"]
+    header = [
+        "workload",
+        "method",
+        "losses by seed",
+        "mean of the last half",
+        "bytes",
+        "speed",
+        "v",
+        "seconds",
+        "ranks equal",
+    ]
     return table(header, rows)
 
 
@@ -143,9 +154,10 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
     for axis in axes.flat[len(workloads) :]:
         axis.axis("off")
     for axis, workload in zip(axes.flat, workloads, strict=False):
+        seeds = len(_by_seed(group, workload, "adam"))
         for method in _methods(group):
             curves = [line["curve"] for line in _by_seed(group, workload, method).values()]
-            if curves:
+            if curves and len(curves) >= seeds:  # of other seeds, means are not to be compared
                 means = [
                     statistics.mean(points) for points in zip(*([y for _, y in curve] for curve in curves), strict=True)
                 ]
