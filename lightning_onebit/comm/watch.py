@@ -6,6 +6,9 @@ store of the process group, where the others can read it, and looks at theirs. W
 same position, these ranks will never meet: one has left out a step, say, or has had its last batch. That is a proof,
 however slow a rank or the network is; where all have passed the same places, nothing is concluded, and only the timeout ends
 the waiting.
+
+On the CPU, whoever waits for a collective raises it. On a GPU it is the driver that waits, and cannot be interrupted: there
+the thread logs it, and NCCL's timeout ends the waiting.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import sys
 import threading
 import time
@@ -40,6 +44,9 @@ CAUSES = (
 )
 
 
+_log = logging.getLogger(__name__)
+
+
 class Watch:
     """What this rank has passed, and what it knows of the others. Its thread only reads and writes notes.
 
@@ -64,6 +71,8 @@ class Watch:
         """That this rank and another one are at different places, and where; ``None`` if nothing is known."""
         self.others: dict[int, str] = {}
         """What other ranks that wait, or have finished, say of themselves."""
+        self.host_waits = True
+        """Whether collectives are waited for on the host, where the verdict is raised."""
         self._thread = threading.Thread(target=self._serve, name="onebit-watch", daemon=True)
         self._thread.start()
 
@@ -139,6 +148,8 @@ class Watch:
                     if found is not None and self.verdict is None:
                         self._closing.wait(LOOK_SECONDS)  # others read what this rank has just written
                         self.verdict = found
+                        if not self.host_waits:
+                            _log.error(found)
         except RuntimeError:
             return  # the store is gone: the rank that has it has ended, and collectives will say so
 
@@ -240,7 +251,8 @@ def watched(collective: str, tensor: torch.Tensor, call: Callable[..., Any]) -> 
         call()
         return
     _watch.passing(f"{collective} of {tensor.numel()} elements")
-    if tensor.device.type == "cpu":
+    _watch.host_waits = tensor.device.type == "cpu"
+    if _watch.host_waits:
         _watch.wait(call(async_op=True))
-    else:  # where nobody waits on the host
+    else:
         call()

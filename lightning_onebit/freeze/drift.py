@@ -101,8 +101,9 @@ class DriftWatch:
             f"the second moment is frozen, and gradients no longer fit it. Those of {name!r}{others} are"
             f" {drift.ratio**0.5:.2g} times as large as it says: the mean of (gradient / D)^2 is {drift.ratio:.3g} instead"
             f" of 1, and beyond {'4' if above else '1/4'} at all estimates since step {since}. So its steps are"
-            f" {'larger' if above else 'smaller'} than Adam's by that factor. HINT: variance_refresh='auto' renews the"
-            " second moment; a checkpoint of this run can be resumed with it."
+            f" {'larger' if above else 'smaller'} than Adam's by that factor. HINT: strategy.refresh_variance()"
+            " renews the second moment once, in update space; variance_refresh='auto' does so now and then, and a checkpoint"
+            " of this run can be resumed with it."
         )
 
     def _of_clamped(self, drifts: Mapping[str, Drift], *, is_frozen: bool) -> str:

@@ -82,6 +82,25 @@ def test_what_is_complete_just_after_a_look_is_no_failure_unless_it_failed(fails
         seen.close()
 
 
+def test_where_nobody_waits_on_the_host_it_is_logged(monkeypatch, caplog):
+    """As on a GPU, where the driver waits."""
+    monkeypatch.setattr(watch, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "LOOK_SECONDS", 0.1)
+    store = dist.HashStore()
+    ranks = [watch.Watch(store, rank, 2, 1, lambda: "here") for rank in range(2)]
+    for seen, place in zip(ranks, ("an optimizer step", "the end of training"), strict=True):
+        seen.host_waits = seen is ranks[1]
+        seen.passing(place)
+    deadline = time.monotonic() + 10
+    while any(seen.verdict is None for seen in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    for seen in ranks:
+        seen.close()
+    (record,) = caplog.records
+    assert "where rank 0 (here) came to 'an optimizer step', rank 1 (here) came to 'the end of training'" in record.message
+
+
 class LeavesOut(Classifier):
     """Leaves out a step, on rank 1 only, as if its gradient were too large there."""
 
