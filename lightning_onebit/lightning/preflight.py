@@ -37,6 +37,8 @@ _FIXED = "FixedStep({value!r})"
 ELSEWHERE: Mapping[str, tuple[str, str]] = {
     "freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # DeepSpeed
     "var_freeze_step": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),
+    "var_update_scaler": ("variance_refresh={value!r}", "variance_refresh={value!r}"),
+    **{name: ("nothing: all ranks step together",) * 2 for name in ("local_step_scaler", "local_step_clipper")},
     "warmup_steps": (_FOR_TRAINER.format(_FIXED), f"criterion={_FIXED}"),  # Bagua
     "criterion": (_FOR_TRAINER.format("{value!r}"), ""),
     "guard": ("Trainer(callbacks=[DivergenceGuard(every_n_steps=n)])", ""),

@@ -48,6 +48,8 @@ def test_an_unknown_argument_is_refused_at_once_with_the_nearest(kind, name, hin
         (OneBitDDPStrategy, "criterion", "Trainer(callbacks=[PhaseSwitch(criterion=1000)])"),
         (OneBitDDPStrategy, "total_steps", "nothing, as the Trainer knows"),
         (OneBitDDPStrategy, "num_nodes", "Trainer(num_nodes=1000)"),
+        (OneBitDDPStrategy, "var_update_scaler", "variance_refresh=1000"),
+        (OneBitDDPStrategy, "local_step_scaler", "nothing: all ranks step together"),
         (OneBitDDPFabricStrategy, "overlap", "nothing: a training loop may change gradients"),
         (OneBitDDPFabricStrategy, "comm_backend_name", "is process_group_backend=1000."),
     ],

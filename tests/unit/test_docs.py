@@ -1,7 +1,9 @@
 """What the documents point to exists."""
 
+import os
 import re
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {file.stem: file.read_text() for file in ROOT.glob("tests/*/test_*.py")}
@@ -20,6 +22,14 @@ def test_the_table_of_compatibility_names_tests_that_exist():
     assert len(named) > 60
     missing = [f"{letter} {name}" for letter, name in named if not re.search(rf"def test_\w*{name}", TESTS[files[letter]])]
     assert not missing
+
+
+def test_code_to_move_by_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/moving.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        with mock.patch.dict(os.environ):  # a Trainer writes there
+            exec(compile(block, "docs/moving.md", "exec"), {"__name__": "moving"})
 
 
 def test_links_between_documents_lead_somewhere():
