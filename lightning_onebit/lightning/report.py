@@ -118,12 +118,14 @@ def _time_saved(stats: CommStats, times: Mapping[Phase, StepTime | None], warmup
             " PhaseSwitch(criterion=FixedStep(n)) makes n dense steps first."
         )
     speedup, waited = dense.median / compressed.median, counters.seconds_waited / counters.steps
-    numbers = f"a compressed step took {1000 * compressed.median:.1f} ms, one of {warmup} {1000 * dense.median:.1f} ms"
+    numbers = (
+        f"a compressed step took {1000 * compressed.median:.1f} ms, {1000 * waited:.1f} of them waiting for exchanges, one"
+        f" of {warmup} {1000 * dense.median:.1f} ms"
+    )
     if speedup >= WORTH_SAYING:
         return f"Speed-up: {speedup:.2f}, as {numbers}."
     slower = "no faster" if speedup * WORTH_SAYING > 1 else f"{1 / speedup:.2f} times as slow"
     return (
-        f"Speed-up: none. Steps are {slower}: {numbers}, of which {1000 * waited:.1f} ms waiting for the network. HINT: the"
-        " network is not what limits this job: stay with strategy='ddp' here, or accumulate fewer gradients per step, or"
-        " use more nodes."
+        f"Speed-up: none. Steps are {slower}: {numbers}. HINT: the network is not what limits this job: stay with"
+        " strategy='ddp' here, or accumulate fewer gradients per step, or use more nodes."
     )

@@ -19,6 +19,15 @@ def run(script, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=110, check=False)
 
 
+def test_minimal(tmp_path):
+    done = run("minimal.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert re.search(r"whole run +256 ", said)
+    assert 7 < float(re.search(r"Whole run: (\S+) times fewer bytes", said)[1]) < 9
+    assert said.count("Speed-up: ") == 1
+
+
 def test_dcgan_digits(tmp_path):
     done = run("dcgan_digits.py", "--steps", "40", "--width", "16", "--picture", "out/digits.png", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -43,4 +52,4 @@ def test_fabric_gpt(tmp_path):
     # In so short a run D is renewed every few steps, a byte per parameter each time.
     assert float(re.search(r"a compressed step sends (\S+) times less", done.stdout)[1]) > 3.5
     saved = torch.load(tmp_path / "out" / "gpt.ckpt", weights_only=True)
-    assert (saved["step"], saved["optimizer"][CHECKPOINT_KEY]["version"]) == (20, 2)
+    assert (saved["step"], saved["optimizer"][CHECKPOINT_KEY]["version"]) == (20, 3)

@@ -129,7 +129,7 @@ def frozen(shapes=((5, 3), (4,), (), (70,)), world_size=2):
 
 
 HEADER = {
-    "version": 2,
+    "version": 3,
     "phase": "COMPRESSED",
     "is_pending": False,
     "save_id": "0123456789abcdef",
