@@ -100,19 +100,22 @@ class Watch:
             if self.verdict is not None:
                 raise RuntimeError(self.verdict)
 
-    def meet(self, place: str) -> None:
+    def meet(self, place: str, timeout: timedelta) -> None:
         """Come to ``place``, and wait for all others there: by the store, as a collective could meet another one of theirs.
 
         Raises:
-            RuntimeError: if another rank is at another place.
+            RuntimeError: if another rank is at another place; or has not come within ``timeout``, as it hangs or has died.
         """
         self.passing(place)
+        deadline = time.monotonic() + timeout.total_seconds()
         with self._lock:
             key = f"{self._prefix}/meeting at {self._count}"
         arrived = self._store.add(key, 1)
         while arrived < self._world_size:
             if self.verdict is not None:
                 raise RuntimeError(self.verdict)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Timed out waiting for {self._world_size - arrived} ranks to come to {place!r}")
             time.sleep(MEETING_SECONDS)
             arrived = self._store.add(key, 0)
 
@@ -231,10 +234,15 @@ def passing(place: str) -> None:
         _watch.passing(place)
 
 
-def meet(place: str) -> None:
-    """Come to ``place``, and wait for all others there, without a collective; see :meth:`Watch.meet`."""
+def meet(place: str, timeout: timedelta | None) -> None:
+    """Come to ``place``, and wait for all others there, without a collective; see :meth:`Watch.meet`.
+
+    Args:
+        place: the same on all ranks.
+        timeout: ``None``: torch's default for collectives.
+    """
     if _watch is not None:
-        _watch.meet(place)
+        _watch.meet(place, dist.distributed_c10d.default_pg_timeout if timeout is None else timeout)
 
 
 def others_say() -> list[str]:

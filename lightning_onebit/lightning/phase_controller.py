@@ -108,6 +108,7 @@ class PhaseController:
         """Parameters that had a state when the compressed phase began."""
         self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
+        self._timeout: timedelta | None = None
         self._switches: list[tuple[int, str]] = []
         """Optimizer steps after which the compressed phase began in this run, and why."""
 
@@ -398,7 +399,7 @@ class PhaseController:
         if self.has_waiting_gradients:
             raise RuntimeError(REPLACED_TOO_LATE)
         kinds = " and ".join(type(optimizer).__name__ for optimizer in replaced or self.optimizers.compressed)
-        meet(f"the way back to warm-up, as the state of {kinds} was reset or replaced")
+        meet(f"the way back to warm-up, as the state of {kinds} was reset or replaced", self._timeout)
         self._warn_of_missing(missing, f"the state of {kinds} was reset or replaced")
         self._keep_errors(self.compressed)
         self._give_back_()
@@ -542,6 +543,7 @@ class PhaseController:
             model: whose hook is registered here.
             timeout: for collectives of the new process groups; ``None``: the library's default.
         """
+        self._timeout = timeout
         if self.hook_state is None:
             communicator = Communicator()
             self.hook_state = HookState(communicator, self._strategy.config.warmup_precision)
@@ -623,7 +625,9 @@ class PhaseController:
     def report(self) -> str:
         """See the strategies."""
         warmup = dense_training(self._strategy.config.warmup_precision)
-        return report(self.comm_stats, self.steps.ends, self._switches, warmup=warmup)
+        # Skipped steps are counted, but not made: what was made and not counted was before.
+        earlier = max(0, sum(self.steps.made.values()) - self.comm_stats.steps)
+        return report(self.comm_stats, self.steps.ends, self._switches, warmup=warmup, earlier_steps=earlier)
 
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""

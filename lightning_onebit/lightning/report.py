@@ -51,7 +51,12 @@ def step_time(ends: Sequence[float]) -> StepTime | None:
 
 
 def report(
-    stats: CommStats, ends: Mapping[Phase, Sequence[float]], switches: Sequence[tuple[int, str]], *, warmup: str
+    stats: CommStats,
+    ends: Mapping[Phase, Sequence[float]],
+    switches: Sequence[tuple[int, str]],
+    *,
+    warmup: str,
+    earlier_steps: int,
 ) -> str:
     """A table of the phases, and what it says: bytes saved, time saved, when and why the run switched, what to do.
 
@@ -60,6 +65,7 @@ def report(
         ends: by phase, when its steps ended.
         switches: optimizer steps after which it began to compress, and why; the reason may be empty.
         warmup: what a warm-up is, in words.
+        earlier_steps: made before the run was resumed, and in none of these.
     """
     times = {phase: step_time(ends[phase]) for phase in Phase}
     rows = [("", "steps", "MiB sent", "DDP float32", "DDP 16 bits", "ms a step [quartiles]")]
@@ -68,9 +74,11 @@ def report(
         if counters.steps:
             sent, dense = counters.bytes_sent, counters.dense_equivalent_bytes
             rows.append((phase.name.lower(), str(counters.steps), *_mebibytes(sent, dense), _milliseconds(times[phase])))
-    rows.append(("whole run", str(stats.steps), *_mebibytes(stats.bytes_sent, stats.dense_equivalent_bytes), ""))
+    rows.append(("in all", str(stats.steps), *_mebibytes(stats.bytes_sent, stats.dense_equivalent_bytes), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if earlier_steps:
+        lines.append(f"That is since the run was resumed; {earlier_steps} steps before are not in it.")
     for step, why in switches:
         lines.append(f"Compressed after optimizer step {step}{f': {why}' if why else ''}.")
     if stats[Phase.COMPRESSED].steps:
@@ -101,11 +109,9 @@ def _bytes_saved(stats: CommStats) -> str:
     ]
     rest = f" (of the compressed phase's bytes: {', '.join(shares)}; the rest signs)" if shares else ""
     if ratio < 1:
-        return (
-            f"Whole run: {1 / ratio:.1f} times the bytes of DDP with float32 gradients: there is little to compress{rest}."
-        )
+        return f"In all {1 / ratio:.1f} times the bytes of DDP with float32 gradients: there is little to compress{rest}."
     than = f"than DDP with float32 gradients, {ratio / 2:.1f} than with 16 bits"
-    return f"Whole run: {ratio:.1f} times fewer bytes {than}{rest}."
+    return f"In all {ratio:.1f} times fewer bytes {than}{rest}."
 
 
 def _time_saved(stats: CommStats, times: Mapping[Phase, StepTime | None], warmup: str) -> str:

@@ -23,8 +23,8 @@ def test_minimal(tmp_path):
     done = run("minimal.py", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
-    assert re.search(r"whole run +256 ", said)
-    assert 7 < float(re.search(r"Whole run: (\S+) times fewer bytes", said)[1]) < 9
+    assert re.search(r"in all +256 ", said)
+    assert 7 < float(re.search(r"In all (\S+) times fewer bytes", said)[1]) < 9
     assert said.count("Speed-up: ") == 1
 
 

@@ -51,7 +51,7 @@ def test_the_report_tells_bytes_and_seconds_by_phase_and_a_slow_first_step_chang
     for line, name, counters in (
         (warmup, "warmup", stats[Phase.WARMUP]),
         (compressed, "compressed", stats[Phase.COMPRESSED]),
-        (whole.replace("whole run", "whole"), "whole", stats),
+        (whole.replace("in all", "all"), "all", stats),
     ):
         words = line.split()
         dense = counters.dense_equivalent_bytes / MEBIBYTE
@@ -168,10 +168,12 @@ def test_totals_go_on_after_a_resume(tmp_path):
 
         trainer, first = go(2)
         trainer.save_checkpoint(tmp_path / "model.ckpt")
-        _, again = go(3, tmp_path / "model.ckpt")
-        return first[-1], again
+        resumed, again = go(3, tmp_path / "model.ckpt")
+        return first[-1], again, trainer.strategy.report(), resumed.strategy.report()
 
-    for last, again in run_trainers(2, fn):
+    for last, again, report, resumed_report in run_trainers(2, fn):
+        assert "resumed" not in report
+        assert "since the run was resumed; 20 steps before are not in it" in resumed_report
         for kind in ("sent", "dense_equivalent"):
             total = last[f"onebit/total_{kind}_mib"] + sum(metrics[f"onebit/{kind}_mib"] for metrics in again)
             assert again[-1][f"onebit/total_{kind}_mib"] == pytest.approx(total, abs=1e-4)

@@ -101,6 +101,19 @@ def test_where_nobody_waits_on_the_host_it_is_logged(monkeypatch, caplog):
     assert "where rank 0 (here) came to 'an optimizer step', rank 1 (here) came to 'the end of training'" in record.message
 
 
+def test_who_never_comes_to_a_meeting_is_not_waited_for_beyond_the_timeout():
+    """It has died: no note of it tells another place."""
+    store = dist.HashStore()
+    ranks = [watch.Watch(store, rank, 2, 1, lambda: "here") for rank in range(2)]
+    try:
+        with pytest.raises(RuntimeError, match="Timed out waiting for 1 ranks to come to 'the way back'"):
+            ranks[0].meet("the way back", timedelta(seconds=0.2))
+        ranks[1].meet("the way back", timedelta(seconds=0.2))  # both were there
+    finally:
+        for seen in ranks:
+            seen.close()
+
+
 class LeavesOut(Classifier):
     """Leaves out a step, on rank 1 only, as if its gradient were too large there."""
 

@@ -41,7 +41,8 @@ class CommMonitor(Callback):
     ``onebit/error_over_update``              norm of rank 0's worker error over that of the update, in the last step
     ========================================  =====================================================================
 
-    Entries go into the rows of Lightning's own, whenever it logs, and one at the end of training for what is left.
+    Entries have Lightning's step numbers, so that they join with its own rows: by default at the steps at which it logs. One
+    is made at the end of training, for what is left.
 
     The last four are logged in the compressed phase, with several ranks. rho and clamped share are averages over the last
     estimates, one each 16 optimizer steps (see ``strategy.variance_drift()``, which has them by tensor), and there are none
