@@ -26,7 +26,7 @@ help:
 	@echo 'make test    run the tests, with the versions of constraints.txt'
 	@echo 'make test-oldest, test-newest'
 	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'
-	@echo 'make gpu     check and measure on a GPU, with the Python that is there: nothing is installed (8 minutes)'
+	@echo 'make gpu     check and measure on a GPU, with the Python that is there: nothing is installed'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
 	@echo
