@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,8 @@ class Marks(pl.Callback):
             dense_steps = warmup.steps
         sent = None if now is None or self.before is None else now - self.before
         self.marks.append(Mark(step=trainer.global_step, link_bytes=sent, payload_bytes=payload, dense_steps=dense_steps))
+        if trainer.is_global_zero:
+            print(f"step {trainer.global_step}", file=sys.stderr, flush=True)
 
 
 def train(name: str, settings: argparse.Namespace) -> tuple[int, list[Mark], float]:
@@ -86,13 +87,12 @@ def train(name: str, settings: argparse.Namespace) -> tuple[int, list[Mark], flo
     logging.getLogger("lightning").setLevel(logging.ERROR)
     pl.seed_everything(0, verbose=False)
     model = GPT(context=settings.context, d_model=settings.d_model, layers=settings.layers)
-    timeout = timedelta(seconds=120)
     if name == "ddp":
         steps, callbacks = DDP_STEPS, []
-        strategy: DDPStrategy = DDPStrategy(timeout=timeout)
+        strategy: DDPStrategy = DDPStrategy()
     else:
         steps, callbacks = settings.steps, [DivergenceGuard()]
-        strategy = OneBitDDPStrategy(timeout=timeout)
+        strategy = OneBitDDPStrategy()
     marks = Marks({steps} if name == "ddp" else {*settings.marks, steps})
     trainer = pl.Trainer(
         strategy=strategy,

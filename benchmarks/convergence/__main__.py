@@ -1,7 +1,8 @@
 """Does training with this library end where Adam ends? Trains small models on data that comes with Python, and reports.
 
     python -m benchmarks.convergence run                          # the core: 11 workloads, 5 methods, seeds 0 to 2, 4 ranks
-    python -m benchmarks.convergence run --set further            # what else was asked for; see `list`
+    python -m benchmarks.convergence run --set further            # on two workloads: other methods, ranks, beta2; see `list`
+    python -m benchmarks.convergence run --set warmups            # other lengths of the warm-up
     python -m benchmarks.convergence run --workloads gpt --methods adam renewed --seeds 0 --ranks 16 --beta2 0.95
     python -m benchmarks.convergence report                       # tables, and curves as PNG where matplotlib is
     python -m benchmarks.convergence list
@@ -24,7 +25,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from benchmarks.convergence.methods import CORE, METHODS  # noqa: E402
+from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS  # noqa: E402
 from benchmarks.convergence.report import write_report  # noqa: E402
 from benchmarks.convergence.training import Setting, train  # noqa: E402
 from benchmarks.convergence.workloads import WORKLOADS  # noqa: E402
@@ -43,7 +44,7 @@ def core() -> Iterator[Setting]:
 def further() -> Iterator[Setting]:
     """On two workloads: other methods, more ranks, another beta2, other learning rates, a long run."""
     for seed, workload in itertools.product(SEEDS, TWO):
-        for method in (name for name in METHODS if name not in CORE):
+        for method in FURTHER:
             yield Setting(workload=workload, method=method, seed=seed)
         for method in CORE:
             for ranks in (16, 32):
@@ -55,7 +56,14 @@ def further() -> Iterator[Setting]:
         yield Setting(workload="vit", method=method, seed=0, steps=5000)
 
 
-SETS = {"core": core, "further": further}
+def warmups() -> Iterator[Setting]:
+    """Other lengths of the warm-up, with refreshes and without, one seed."""
+    for workload, methods in itertools.product(WORKLOADS, BY_WARMUP.values()):
+        for method in methods:
+            yield Setting(workload=workload, method=method, seed=SEEDS[0])
+
+
+SETS = {"core": core, "further": further, "warmups": warmups}
 
 
 def chosen(arguments: argparse.Namespace) -> Iterator[Setting]:

@@ -66,18 +66,26 @@ class Method:
         )
 
 
+def _renewed(name: str, dense_steps: float, text: str) -> Method:
+    return Method(name=name, kind="compressed", dense_steps=dense_steps, variance_refresh="auto", text=f"renewed, {text}")
+
+
+def _frozen(name: str, dense_steps: float, text: str) -> Method:
+    return Method(name=name, kind="compressed", dense_steps=dense_steps, text=f"frozen, {text}")
+
+
 METHODS = {
     each.name: each
     for each in (
         # The core
         Method(name="adam", kind="adam", text="Adam, dense float32"),
-        Method(name="renewed", kind="compressed", dense_steps=20, variance_refresh="auto", text="renewed, 20 dense steps"),
-        Method(name="frozen15", kind="compressed", dense_steps=0.15, text="frozen, 15% dense"),
+        _renewed("renewed", 20, "20 dense steps"),
+        _frozen("frozen15", 0.15, "15% dense"),
         Method(name="exact", kind="exact", dense_steps=20, variance_refresh="auto", text="renewed, exact average"),
         Method(name="powersgd2", kind="powersgd", dense_steps=0.05, rank=2, text="PowerSGD rank 2, 5% dense"),
         # Further
-        Method(name="renewed5", kind="compressed", dense_steps=5, variance_refresh="auto", text="renewed, 5 dense steps"),
-        Method(name="renewed45", kind="compressed", dense_steps=45, variance_refresh="auto", text="renewed, 45 dense steps"),
+        _renewed("renewed5", 5, "5 dense steps"),
+        _renewed("renewed45", 45, "45 dense steps"),
         Method(
             name="renewed_u",
             kind="compressed",
@@ -103,7 +111,7 @@ METHODS = {
             keeps_momentum=False,
             text="renewed after step // 4 more, u goes on",
         ),
-        Method(name="frozen30", kind="compressed", dense_steps=0.30, text="frozen, 30% dense"),
+        _frozen("frozen30", 0.30, "30% dense"),
         Method(
             name="paper",
             kind="compressed",
@@ -124,9 +132,27 @@ METHODS = {
         Method(name="bf16", kind="bf16", text="Adam, three lines that cast to bf16 and all-reduce"),
         Method(name="powersgd1", kind="powersgd", dense_steps=0.05, rank=1, text="PowerSGD rank 1, 5% dense"),
         Method(name="powersgd4", kind="powersgd", dense_steps=0.05, rank=4, text="PowerSGD rank 4, 5% dense"),
+        # Other lengths of the warm-up
+        _renewed("renewed_2%", 0.02, "2% dense"),
+        _renewed("renewed_5%", 0.05, "5% dense"),
+        _renewed("renewed_15%", 0.15, "15% dense"),
+        _renewed("renewed_30%", 0.30, "30% dense"),
+        _frozen("frozen_5_steps", 5, "5 dense steps"),
+        _frozen("frozen_20_steps", 20, "20 dense steps"),
+        _frozen("frozen_45_steps", 45, "45 dense steps"),
+        _frozen("frozen_2%", 0.02, "2% dense"),
+        _frozen("frozen_5%", 0.05, "5% dense"),
     )
 }
 CORE = ("adam", "renewed", "frozen15", "exact", "powersgd2")
+WARMUPS = ("5 steps", "20 steps", "45 steps", "2%", "5%", "15%", "30%")
+"""Lengths of the warm-up that are compared."""
+BY_WARMUP = {
+    "renewed": ("renewed5", "renewed", "renewed45", "renewed_2%", "renewed_5%", "renewed_15%", "renewed_30%"),
+    "frozen": ("frozen_5_steps", "frozen_20_steps", "frozen_45_steps", "frozen_2%", "frozen_5%", "frozen15", "frozen30"),
+}
+"""The methods with these lengths, with refreshes and without."""
+FURTHER = tuple(name for name in METHODS if name not in CORE and "_steps" not in name and "%" not in name)
 
 
 class Averaging:

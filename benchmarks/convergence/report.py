@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS, WARMUPS
 from benchmarks.convergence.training import EVALUATIONS
 from benchmarks.report import describe, environment, table
 
@@ -27,6 +27,7 @@ def write_report(lines: Sequence[Line], results: Path) -> str:
         changes += [f"beta2 {beta2}"] if beta2 is not None else []
         changes += [f"learning rate x {lr_scale:g}"] if lr_scale != 1 else []
         parts.append(f"## {', '.join(changes)}\n\n{_summary(group)}\n\n{_details(group)}")
+    parts.append(f"## Length of the warm-up\n\n{_by_warmup(next(iter(_groups(lines).values())))}")
     text = "\n\n".join(parts) + "\n"
     results.with_suffix(".txt").write_text(text, encoding="utf-8")
     _draw(lines, results.with_suffix(".png"))
@@ -80,7 +81,7 @@ def _differences(group: Sequence[Line], workload: str, method: str) -> list[floa
 
 def _summary(group: Sequence[Line]) -> str:
     """Workloads down, methods across."""
-    methods = [name for name in _methods(group) if name != "adam"]
+    methods = [name for name in _methods(group) if name in CORE + FURTHER and name != "adam"]
     rows = []
     for workload in _names(group, "workload"):
         adam = [line["loss"] for line in _by_seed(group, workload, "adam").values()]
@@ -98,6 +99,20 @@ def _summary(group: Sequence[Line]) -> str:
                 row.append("-")
         rows.append(row)
     return table(["workload", "adam (sd; seeds)", *methods], rows)
+
+
+def _by_warmup(group: Sequence[Line]) -> str:
+    """Workloads down, lengths of the warm-up across, with refreshes and without: seed 0, minus Adam's loss."""
+    rows = []
+    for workload in _names(group, "workload"):
+        spread = _sd([line["loss"] for line in _by_seed(group, workload, "adam").values()])
+        for kind, methods in BY_WARMUP.items():
+            lines = [_by_seed(group, workload, name).get(0) for name in methods]
+            if any(line is not None and name not in CORE for name, line in zip(methods, lines, strict=True)):
+                adam = _by_seed(group, workload, "adam")[0]["loss"]
+                cells = ["-" if line is None else f"{line['loss'] - adam:+.4f}" for line in lines]
+                rows.append([f"{workload} ({spread:.4f})", kind, *cells])
+    return "Seed 0 alone, minus Adam's; in brackets Adam's sd over the seeds.\n\n" + table(["workload", "v", *WARMUPS], rows)
 
 
 def _details(group: Sequence[Line]) -> str:

@@ -31,6 +31,8 @@ from benchmarks.convergence.workloads import WORKLOADS, Workload
 CHUNK = 64
 """Tensors are padded to multiples of this in flat memory, so that sums over blocks are sums over chunks first."""
 EPS = 1e-8
+LLOYD_MAX_THRESHOLD, LLOYD_MAX_LEVELS = 0.9816, (0.4528, 1.5104)
+"""Of four levels for a Gaussian of unit variance (Max 1960, table I)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,10 @@ class Arm:
     """Adam to the end."""
     dense_below: int = 0
     """Tensors with fewer elements are averaged exactly."""
+    server_bits: int = 1
+    """Two: the server sends back four levels, those of Lloyd and Max for a Gaussian."""
+    worker_bits: int = 1
+    """Likewise, what workers send."""
 
 
 RENEWED = Arm()
@@ -98,6 +104,9 @@ ARMS = {
     "kappa_sqrt20": replace(RENEWED, kappa_power=0.5),
     "block512_20": replace(RENEWED, block_size=512),
     "small_dense20": replace(RENEWED, dense_below=2048),
+    "server_bits_2": replace(RENEWED, server_bits=2),
+    "worker_bits_2": replace(RENEWED, worker_bits=2),
+    "both_bits_2": replace(RENEWED, server_bits=2, worker_bits=2),
 }
 
 
@@ -221,14 +230,14 @@ class Simulation:
         a, beta2 = self.clamped_(), self.workload.beta2
         if self.arm.quantized:
             c = self.e.add_(beta1 * self.u + (1 - beta1) * a)
-            q = self.signs(c)
+            q = self.signs(c, self.arm.worker_bits)
             self.e = c - q
             c_bar = q.mean(0) + self.s
-            self.u = self.signs(c_bar)
+            self.u = self.signs(c_bar, self.arm.server_bits)
             self.s = c_bar - self.u
         else:
             self.u = beta1 * self.u + (1 - beta1) * a.mean(0)
-        self.bits += 1
+        self.bits += (self.arm.worker_bits + self.arm.server_bits) / 2
         self.x.sub_(eta * self.u)
         if not self.arm.refreshes:
             return
@@ -242,12 +251,14 @@ class Simulation:
         if self.step_number >= self.next_refresh:
             self.refresh_()
 
-    def signs(self, c: Tensor) -> Tensor:
-        """C of DESIGN 2: coordinates that are not seen are no part of their block."""
+    def signs(self, c: Tensor, bits: int = 1) -> Tensor:
+        """C of DESIGN 2: coordinates that are not seen are no part of their block. With two bits, one of four levels."""
         layout, live = self.layout, (self.v > 0).float()
         count = layout.sums(live, layout.block_of, layout.blocks).clamp(min=1)
         scale = (layout.sums((c * live).square(), layout.block_of, layout.blocks) / count).sqrt()
-        q = torch.where(c >= 0, 1.0, -1.0) * layout.spread(scale, layout.block_of) * live
+        scale = layout.spread(scale, layout.block_of)
+        level = torch.where(c.abs() < LLOYD_MAX_THRESHOLD * scale, *LLOYD_MAX_LEVELS) if bits == 2 else 1.0
+        q = torch.where(c >= 0, 1.0, -1.0) * level * scale * live
         return torch.where(self.is_exact, c, q) if self.arm.dense_below else q
 
     def refresh_(self) -> None:

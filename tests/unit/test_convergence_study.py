@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import report, trial
-from benchmarks.convergence.methods import METHODS
+from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS
 from benchmarks.convergence.training import Setting, train
 from benchmarks.convergence.workloads import WORKLOADS
 
@@ -123,8 +123,14 @@ def test_sets_hold_what_they_say():
     assert len(list(command.core())) == 11 * 5 * 3
     further = list(command.further())
     assert {setting.ranks for setting in further} == {4, 16, 32}
-    assert {setting.method for setting in further} == set(METHODS)
+    assert {setting.method for setting in further} == {*CORE, *FURTHER}
     assert max(setting.steps or 0 for setting in further) >= 5000
+    warmups = list(command.warmups())
+    assert len(warmups) == 11 * 2 * 7
+    assert {setting.method for setting in warmups} | {*CORE, *FURTHER} == set(METHODS)
+    for kind, methods in BY_WARMUP.items():  # in the order of the columns
+        assert [METHODS[name].dense_steps for name in methods] == [5, 20, 45, 0.02, 0.05, 0.15, 0.30], kind
+        assert {METHODS[name].variance_refresh for name in methods} == {"auto" if kind == "renewed" else None}
 
 
 # The simulation
@@ -136,6 +142,17 @@ def test_blocks_lie_within_tensors():
     x[:5000], x[layout.starts[1] : layout.starts[1] + 10] = 1.0, 2.0
     assert layout.sums(x, layout.block_of, layout.blocks).tolist() == [2048, 2048, 5000 - 4096, 20]
     assert layout.sums(x, layout.tensor_of, 2).tolist() == [5000, 20]
+
+
+def test_two_bits_are_those_of_lloyd_and_max():
+    torch.manual_seed(0)
+    layout = trial.Layout([2048], 2048)
+    simulation = argparse.Namespace(layout=layout, v=torch.ones(2048), arm=trial.ARMS["server_bits_2"])
+    simulation.is_exact = torch.zeros(2048, dtype=torch.bool)
+    x = torch.randn(200, 2048)
+    lost = [(x - trial.Simulation.signs(simulation, x, bits)).square().mean() for bits in (1, 2)]
+    assert float(lost[0]) == pytest.approx(2 - 2 * math.sqrt(2 / math.pi), rel=0.02)  # scale l2, not the mean of |x|
+    assert float(lost[1]) == pytest.approx(0.1175, rel=0.02)  # Max 1960, table I
 
 
 def test_logarithms_are_within_half_a_level():
