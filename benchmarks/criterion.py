@@ -14,8 +14,9 @@ import pickle
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +30,12 @@ from lightning_onebit.freeze.criteria import Observation, Ratio
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.gradient_ratios import gradient_ratios
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from gpt_stdlib import GPT, is_for_validation, split_words, stdlib_files
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+from gpt_stdlib import GPT, is_for_validation, split_words, stdlib_files  # noqa: E402
 
-BETA2 = 0.999
+from benchmarks.convergence import workloads as study  # noqa: E402
+
+BETA2, STUDY_RANKS = 0.999, 4
 WORDS, CONTEXT, FILES = 1000, 16, 250
 PAPER_THRESHOLD = 0.96
 
@@ -143,13 +146,42 @@ class Recording:
     seconds_observing: float = 0.0
 
 
+class Recorder:
+    """Fills a recording."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], names: dict[Tensor, str]) -> None:
+        self.optimizers, self.names = optimizers, names
+        self.seen = Recording([], [], [], [])
+        self.means: list[list[float]] = []
+        self.start = time.perf_counter()
+
+    def note_step(self, lr: float) -> None:
+        """After all optimizers have made one step."""
+        before = time.perf_counter()
+        ratios = {p: ratio for optimizer in self.optimizers for p, ratio in gradient_ratios(optimizer).items()}
+        self.seen.seconds_observing += time.perf_counter() - before
+        self.seen.ratios.append({self.names[p]: (r.mean, r.numel, r.steps) for p, r in ratios.items()})
+        self.seen.learning_rates.append(lr)
+        states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+        v = [states[p]["exp_avg_sq"] for p in self.names]
+        self.seen.norms.append(sum(float(x.sum()) for x in v))
+        self.means.append([float(x.mean()) / (1 - BETA2 ** len(self.seen.norms)) for x in v])
+
+    def finished(self) -> Recording:
+        numels = [p.numel() for p in self.names]
+        last = self.means[-1]
+        self.seen.drifts = [
+            sum(n * abs(math.log2(b / a)) for n, a, b in zip(numels, row, last, strict=True) if a and b) / sum(numels)
+            for row in self.means
+        ]
+        self.seen.seconds = time.perf_counter() - self.start
+        return self.seen
+
+
 def train(workload: Workload, seed: int, steps: int) -> Recording:
     model, loss = workload.make(seed)
-    names = {p: name for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=workload.lr, betas=(0.9, BETA2))
-    seen = Recording([], [], [], [])
-    means: list[list[float]] = []
-    start = time.perf_counter()
+    recorder = Recorder([optimizer], {p: name for name, p in model.named_parameters()})
     for step in range(1, steps + 1):
         progress = step / steps
         late = max(0.0, progress - workload.lr_warmup) / (1 - workload.lr_warmup)
@@ -158,22 +190,27 @@ def train(workload: Workload, seed: int, steps: int) -> Recording:
         optimizer.zero_grad()
         (workload.scale(progress) * loss(model, step)).backward()
         optimizer.step()
-        before = time.perf_counter()
-        ratios = gradient_ratios(optimizer)
-        seen.seconds_observing += time.perf_counter() - before
-        seen.ratios.append({names[p]: (r.mean, r.numel, r.steps) for p, r in ratios.items()})
-        seen.learning_rates.append(lr)
-        v = [optimizer.state[p]["exp_avg_sq"] for p in names]
-        seen.norms.append(sum(float(x.sum()) for x in v))
-        means.append([float(x.mean()) / (1 - BETA2**step) for x in v])
-    numels = [p.numel() for p in names]
-    last = means[-1]
-    seen.drifts = [
-        sum(n * abs(math.log2(b / a)) for n, a, b in zip(numels, row, last, strict=True) if a and b) / sum(numels)
-        for row in means
-    ]
-    seen.seconds = time.perf_counter() - start
-    return seen
+        recorder.note_step(lr)
+    return recorder.finished()
+
+
+def train_of_study(workload: study.Workload, seed: int) -> Recording:
+    """A training of ``benchmarks/convergence``, dense: the mean gradient of its ranks, and its own number of steps."""
+    task = workload.make(seed, workload.batch_size, workload.steps)
+    adam = torch.optim.AdamW if workload.weight_decay else torch.optim.Adam
+    betas, decay = (workload.beta1, workload.beta2), workload.weight_decay
+    optimizers = [adam(part.params, lr=workload.lr, betas=betas, weight_decay=decay) for part in task.parts]
+    recorder = Recorder(optimizers, {p: name for name, p in task.model.named_parameters()})
+    for step in range(workload.steps):
+        lr = workload.lr * workload.lr_factor(step, workload.steps)
+        for part, optimizer in zip(task.parts, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            for rank in range(STUDY_RANKS):
+                (part.loss(step, rank) / STUDY_RANKS).backward(inputs=part.params)
+            optimizer.step()
+        recorder.note_step(lr)
+    return recorder.finished()
 
 
 def replay(seen: Recording, refresh: VarianceRefresh, steps: float, criterion: VarianceStability) -> tuple[int, bool, str]:
@@ -219,14 +256,19 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = environment()
     settings.keep.mkdir(parents=True, exist_ok=True)
+
+    def kept(name: str, make: Callable[[], Recording]) -> Recording:
+        file = settings.keep / f"{name}.pkl"
+        if not file.exists():
+            file.write_bytes(pickle.dumps(make()))
+        recording: Recording = pickle.loads(file.read_bytes())
+        return recording
+
     renewed, frozen, reasons, costs = [], [], [], []
     for name, workload in WORKLOADS.items():
         rows = []
         for seed in range(settings.seeds):
-            file = settings.keep / f"{name}, {settings.steps}, {seed}.pkl"
-            if not file.exists():
-                file.write_bytes(pickle.dumps(train(workload, seed, settings.steps)))
-            seen: Recording = pickle.loads(file.read_bytes())
+            seen = kept(f"{name}, {settings.steps}, {seed}", partial(train, workload, seed, settings.steps))
             costs.append(seen.seconds_observing / settings.steps)
             by_length = [replay(seen, "auto", n, VarianceStability()) for n in (1000, 1500, 10_000)]
             rows.append((by_length, replay(seen, None, settings.steps, VarianceStability()), paper(seen), seen.drifts))
@@ -248,6 +290,15 @@ def main() -> None:
                 *(", ".join(str(steps[i] or "never") for *_, steps, _ in rows) for i in range(2)),
             )
         )
+    of_study = []
+    for workload in study.WORKLOADS.values():
+        seen = kept(f"study {workload.name}", partial(train_of_study, workload, 0))
+        auto, none = (replay(seen, refresh, workload.steps, VarianceStability()) for refresh in ("auto", None))
+        moved_by = [f"{2 ** seen.drifts[step - 1]:.2f}" for step, *_ in (auto, none)]
+        one_sided = str(paper(seen)[1] or "never")
+        of_study.append(
+            (workload.name, str(workload.steps), _marked(auto), moved_by[0], _marked(none), moved_by[1], one_sided)
+        )
     cost = Spread.of(costs)
     text = "\n\n".join(
         [
@@ -268,6 +319,9 @@ def main() -> None:
                 ),
                 frozen,
             ),
+            "The workloads of benchmarks/convergence, seed 0, in their own lengths; the one-sided rule with Delta a"
+            " twentieth of the run, as its 1000 steps are more than the run has.",
+            table(("workload", "steps", "with refreshes", "v moved by", "without", "v moved by", "paper"), of_study),
             f"An observation took {cost.milliseconds()} ms (all workloads).",
             "Reasons given, seed 0:\n" + "\n".join(reasons),
         ]
