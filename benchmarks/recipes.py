@@ -26,7 +26,7 @@ ALONE, TOGETHER = "devices=2", "devices=2, num_nodes=2"
 BY_THE_LAB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Set by the lab for each node: a user has none of them."""
 SHOWN = re.compile(r"distributed_backend|Starting with|PhaseSwitch: freezing|hierarchical=|what this run sent|Error|error")
-REPORT_LINES = 7
+REPORT_LINES = 8
 
 
 def commands(section: str) -> list[str]:
