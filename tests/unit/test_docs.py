@@ -132,7 +132,9 @@ def test_yaml_is_read_and_its_classes_exist(text):
 
 def test_every_block_says_what_it_is():
     kinds = {kind for page in PAGES for _, kind, _ in FENCE.findall(page.read_text())}
-    assert kinds == {"python", "bash", "yaml", ""}  # without a name: output, formulas, pictures of characters
+    assert kinds <= {"python", "bash", "yaml", "json", ""}  # without a name: output, formulas, pictures of characters
+    for json_block in blocks("json"):
+        json.loads(*json_block.values)
     code = re.compile(r"^\s*(import |from \w+ import|pip |python |make |export )", re.MULTILINE)
     assert not [
         text for page in PAGES for _, kind, text in FENCE.findall(page.read_text()) if not kind and code.search(text)
