@@ -102,7 +102,7 @@ OF_THE_USER = {"train.py"}
 def test_shell_commands_are_well_formed_and_name_what_exists(text):
     subprocess.run(["bash", "-n", "-c", text], check=True)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         words = [word for word in line.split("#")[0].split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
         if not words:
             continue
