@@ -25,7 +25,7 @@ from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_st
 from lightning_onebit.lightning.process_groups import find_topology
 from lightning_onebit.quantize.tensor_sketch import WIDTH
 
-README = Path(__file__).parents[2] / "README.md"
+SWITCHING = Path(__file__).parents[2] / "docs/switching.md"
 
 
 def default(total_steps, refresh):
@@ -200,7 +200,7 @@ def test_a_hierarchical_choice_is_announced(num_nodes, num_processes, said, capl
 
 
 def test_the_criterion_of_the_readme_is_one():
-    (block,) = re.findall(r"```python\n(from lightning_onebit import Criterion.*?)```", README.read_text(), re.DOTALL)
+    (block,) = re.findall(r"```python\n(from lightning_onebit import Criterion.*?)```", SWITCHING.read_text(), re.DOTALL)
     names = {"Trainer": lambda **options: options["callbacks"]}
     exec(block.replace("\nTrainer(", "\ncallbacks = Trainer("), names)
     (switch,) = names["callbacks"]
