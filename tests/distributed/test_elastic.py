@@ -61,7 +61,7 @@ def save(path, beta2s):
         content = PartContent()
         content.add_optimizer(optimizer)
         parts.write(SAVE_ID, communicator.rank, content.meta, content.arrays)
-        return shared_state([optimizer]), optimizer.optimizer.state_dict(), dense(optimizer.second_moments())
+        return shared_state([optimizer]), optimizer.optimizer.state_dict(), dense(optimizer.state.second_moments())
 
     outcomes = run_threads(OLD, fn)
     shared, stock, _ = outcomes[0]
