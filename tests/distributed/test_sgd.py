@@ -221,7 +221,7 @@ def test_the_momentum_of_dense_steps_moves_the_parameters_as_far_as_torchs(neste
         for _ in range(50):
             make_step(stepping, params, [torch.zeros_like(p) for p in params])
         if compresses:
-            state, errors = optimizer.state_dict()["state"], stepping.outstanding()
+            state, errors = optimizer.state_dict()["state"], stepping.state.outstanding()
             for i, p in enumerate(params):
                 u = state[i]["momentum_buffer"]
                 p.data -= lr * ((errors[p] + beta * u) / (1 - beta) - (beta * u if nesterov else 0.0))
