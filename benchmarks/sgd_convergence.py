@@ -131,7 +131,9 @@ def drop_errors_(compressed: CompressedOptimizer) -> None:
         for memory in each.buckets.memories:
             memory.error.zero_()
             memory.server_error.zero_()
-    assert not any(bool(error.values.any()) for error in (*compressed.worker_errors(), *compressed.server_errors()))
+    assert not any(
+        bool(error.values.any()) for error in (*compressed.state.worker_errors(), *compressed.state.server_errors())
+    )
 
 
 def train(competitor: str, seed: int, settings: Settings) -> Outcome:

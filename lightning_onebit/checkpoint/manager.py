@@ -285,7 +285,7 @@ class CheckpointManager:
         if not in_part:
             compare(with_momentum=has_average)
             for c in replaced if not is_alone and not has_average else ():  # where the stock momentum is now, to come again
-                c.add_errors_([ElementRange(error.start, -error.values) for error in c.worker_errors()], [])
+                c.state.add_errors_([ElementRange(error.start, -error.values) for error in c.state.worker_errors()], [])
         problems = load_errors(compressed, positions, header, parts, topology)
         if in_part:
             compare(with_momentum=True)
@@ -309,7 +309,7 @@ class CheckpointManager:
         unusable = [f"rank {rank} ({PROBLEMS[code - 1]})" for rank, code in enumerate(codes.tolist()) if code]
         if unusable:
             for compressed in self._phases.compressed.values():
-                compressed.collect_anew_()
+                compressed.state.collect_anew_()
             where = "a place that is not known, as it was not loaded from its path" if parts is None else parts.folder
             rank_zero_warn(
                 f"The checkpoint's parts of {', '.join(unusable)} cannot be used: what they held of error feedback, and of"

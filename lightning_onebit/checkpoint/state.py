@@ -69,7 +69,7 @@ def shared_state(compressed: Sequence[CompressedOptimizer]) -> list[dict[str, di
     """Per optimizer and parameter, by its position as in torch's state: what all ranks know, on the CPU."""
     states = []
     for c in compressed:
-        entries = c.shared_state()
+        entries = c.state.shared_state()
         positions = {p: str(index) for index, p in enumerate(parameters_of(c.optimizer))}
         states.append({positions[p]: {k: v.cpu() for k, v in entry.items()} for p, entry in entries.items()})
     return states
@@ -95,13 +95,13 @@ class PartContent:
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
         """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
         own = {
-            "worker": compressed.worker_errors(),
-            "server": compressed.server_errors(),
-            "second_moment": compressed.second_moments(),
-            "residual": compressed.second_moment_residuals(),
-            "collected": compressed.collected(),
+            "worker": compressed.state.worker_errors(),
+            "server": compressed.state.server_errors(),
+            "second_moment": compressed.state.second_moments(),
+            "residual": compressed.state.second_moment_residuals(),
+            "collected": compressed.state.collected(),
         }
-        self._add(compressed.optimizer, own, late=compressed.late_second_moments())
+        self._add(compressed.optimizer, own, late=compressed.state.late_second_moments())
 
     def add_waiting_errors(self, optimizer: Optimizer, errors: WaitingErrors) -> None:
         """Those that wait for the next compressed phase of ``optimizer``."""
@@ -192,7 +192,7 @@ def restore(
         try:
             if not isinstance(entries, Mapping):
                 raise TypeError(f"the entry of an optimizer is {entries!r:.80}")
-            c.restore_(saved_of(c, entries), block_size=block_size)
+            c.state.restore_(saved_of(c, entries), block_size=block_size)
         except (ValueError, LookupError, TypeError) as error:
             raise _damaged(str(error)) from error
 
@@ -237,19 +237,19 @@ def load_errors(
         for c, content in zip(compressed, contents, strict=True):
             if weight is not None:
                 places, values = content.late
-                c.add_late_second_moments_(places, values * weight)
+                c.state.add_late_second_moments_(places, values * weight)
                 moments = [ElementRange(each.start, each.values * weight) for each in content.second_moment]
-                c.add_second_moments_(moments, [])
+                c.state.add_second_moments_(moments, [])
                 if same:
-                    c.add_collected_(content.collected)
-            c.add_second_moments_([], content.residual)
+                    c.state.add_collected_(content.collected)
+            c.state.add_second_moments_([], content.residual)
             if old.world_size > 1:
                 worker = content.worker if weight is not None else []
-                c.add_errors_(
+                c.state.add_errors_(
                     [ElementRange(error.start, error.values * (weight or 1.0)) for error in worker], content.server
                 )
             elif topology.world_size == 1:  # which have no errors: it is the momentum
-                c.add_momentum_(content.worker)
+                c.state.add_momentum_(content.worker)
         return all(content.same_chunks for content in contents)
 
     same = (old.num_nodes, old.local_world_size) == (topology.num_nodes, topology.local_world_size)
@@ -258,9 +258,9 @@ def load_errors(
             if not (same and rank == topology.rank):
                 load(rank)
     for c in compressed:
-        c.complete_second_moments_()
+        c.state.complete_second_moments_()
         if not same:
-            c.collect_anew_()
+            c.state.collect_anew_()
     return problems
 
 
@@ -396,7 +396,10 @@ def _read_ranges(
 
 def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Content:
     with part_errors():
-        chunks, read = compressed.server_errors(), partial(_read_ranges, part, position, optimizer=compressed.optimizer)
+        chunks, read = (
+            compressed.state.server_errors(),
+            partial(_read_ranges, part, position, optimizer=compressed.optimizer),
+        )
         entry = part.meta["optimizers"][position]
         places = part.array(f"{position}/late/places", dtype=np.int64, numel=entry["late"])
         values = part.array(f"{position}/late/values", dtype=np.float64, numel=entry["late"])

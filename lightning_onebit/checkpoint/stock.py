@@ -58,7 +58,7 @@ class LoadedState:
             with_momentum: whether its momentum was restored, too.
         """
         states = self._states[compressed.optimizer]
-        for p, entry in compressed.stock_state(saved, block_size=block_size).items():
+        for p, entry in compressed.state.stock_state(saved, block_size=block_size).items():
             momentum = compressed.method.momentum(entry)
             loaded = states.get(p, {})
             for name, expected in entry.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,9 +36,9 @@ from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
 from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
+from lightning_onebit.engine.compressed_state import CompressedState
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
-from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.engine.variance import REFRESH_STEPS, first_gradients_
 from lightning_onebit.flat import all_finite, flat_gradient, flat_view, unflatten_like
 from lightning_onebit.freeze.drift import Drift
@@ -111,7 +111,10 @@ class CompressedOptimizer:
         # Errors must not change before all ranks know that the step counts. On a GPU nobody waits for that: the kernels of
         # step 6 look it up.
         self._commits_late = self._overlap or any(each.buckets.kernels.reads_flags_on_device for each in self._sets)
-        self._knows_live = self.method.has_second_moment or communicator.world_size == 1
+        self.state = CompressedState(
+            optimizer, self._sets, communicator, self._groups, has_second_moment=self.method.has_second_moment
+        )
+        """For checkpoints, and for another compressed phase."""
         self._learns_live = False
         self._sent: deque[tuple[ParameterSet, int, Exchange]] = deque()
         self._waited: list[Exchange] = []
@@ -121,7 +124,7 @@ class CompressedOptimizer:
         self.agreement = StepAgreement(optimizer, self._params, communicator, names, self._device)
         self.last_outcome: Outcome | None = None
         """What the ranks have told each other with the last step."""
-        optimizer.state = self._state = FrozenState(dict, optimizer.state)
+        optimizer.state = self._frozen_state = FrozenState(dict, optimizer.state)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
 
     def added_parameters(self) -> list[Tensor]:
@@ -131,7 +134,7 @@ class CompressedOptimizer:
     @property
     def state_was_replaced(self) -> bool:
         """Whether user code has replaced or cleared ``optimizer.state``, by ``load_state_dict`` for instance."""
-        return self.optimizer.state is not self._state or self._state.was_cleared or bool(self._state)
+        return self.optimizer.state is not self._frozen_state or self._frozen_state.was_cleared or bool(self._frozen_state)
 
     @property
     def has_begun_a_step(self) -> bool:
@@ -162,7 +165,7 @@ class CompressedOptimizer:
                 " stepped, when the first may have been sent. HINT: use overlap=False."
             )
         self._arrived |= arrived
-        while self._knows_live and self._num_sent < len(self._queue):
+        while self.state.knows_live and self._num_sent < len(self._queue):
             each, index = self._queue[self._num_sent]
             members = [each.buckets.params[i] for i in each.buckets.parameters_of_bucket[index]]
             if any(p.requires_grad and p not in self._arrived for p in members):
@@ -378,8 +381,8 @@ class CompressedOptimizer:
 
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
-        if not self._knows_live:
-            self._knows_live = self._learns_live = True
+        if not self.state.knows_live:
+            self.state.knows_live = self._learns_live = True
             for each in self._sets:
                 for index in range(len(each.buckets.memories)):
                     each.step_inputs(self._groups.topology.num_nodes)
@@ -388,7 +391,7 @@ class CompressedOptimizer:
 
     def _forget_live_(self) -> None:
         """The gradients that told it do not count: they may be infinite where there never was one."""
-        self._knows_live = False
+        self.state.knows_live = False
         for each in self._sets:
             for memory in each.buckets.memories:
                 memory.live = memory.live_before = None
@@ -471,19 +474,6 @@ class CompressedOptimizer:
             self.communicator.all_reduce_mean_(sketch.buckets)
         return sketch.norm()
 
-    @torch.no_grad()
-    def outstanding(self) -> dict[Tensor, Tensor]:
-        """Per parameter, what has not been applied yet: mean worker error plus server error. Collective.
-
-        In the space that is communicated, float32 or float64, shape of the parameter, the same on all ranks. Zero where
-        nothing was ever quantized (one rank).
-        """
-        return {
-            each.buckets.params[i]: unflatten_like(error, each.buckets.params[i])
-            for each in self._sets
-            for i, error in each.buckets.outstanding(self.communicator.all_reduce_mean_).items()
-        }
-
     def variance_drift(self) -> dict[Tensor, Drift]:
         """By parameter, how well D fits the gradients, by the estimates so far; empty without D. Not collective."""
         found: dict[Tensor, tuple[float, float, float, float, int]] = {}
@@ -527,178 +517,18 @@ class CompressedOptimizer:
         """Whether second moments are being collected for a refresh."""
         return any(each.buckets.is_collecting for each in self._sets)
 
-    # What a checkpoint holds beside the stock state: see :class:`~lightning_onebit.engine.buckets.Buckets`
-
-    def stock_state(
-        self, saved: Mapping[Tensor, Mapping[str, Tensor]] | None = None, *, block_size: int = 0
-    ) -> dict[Tensor, dict[str, Any]]:
-        """By parameter, what a stock optimizer would hold now, on the CPU if the parameters are on a GPU.
-
-        Args:
-            saved: with D of this :meth:`shared_state`, whose blocks had ``block_size`` elements, instead of its own.
-            block_size: see there.
-        """
-        stock = {}
-        for each in self._sets:
-            buckets = each.buckets
-            rms_of = None
-            if saved is not None:
-                rms_of = partial(buckets.saved_rms, {i: saved[p] for i, p in enumerate(buckets.params)}, block_size)
-            stock.update({buckets.params[i]: entry for i, entry in buckets.stock_state(rms_of).items()})
-        return stock
-
     def holds(self, p: Tensor) -> bool:
         """Whether the state of ``p`` is frozen here."""
         return p in self._param_group_of
-
-    def worker_errors(self) -> list[ElementRange]:
-        """This rank's worker errors. With one rank, which has none: u."""
-        return [each for each_set in self._sets for each in each_set.buckets.worker_errors()]
-
-    def server_errors(self) -> list[ElementRange]:
-        """The server errors of what this rank serves."""
-        return [each for each_set in self._sets for each in each_set.buckets.server_errors()]
-
-    def second_moments(self) -> list[ElementRange]:
-        """v_i of this rank, where second moments go on."""
-        return [each for each_set in self._sets for each in each_set.buckets.second_moments()]
-
-    def second_moment_residuals(self) -> list[ElementRange]:
-        """What this rank's chunks have not passed on of v."""
-        return [each for each_set in self._sets for each in each_set.buckets.second_moment_residuals()]
-
-    def collected(self) -> list[ElementRange]:
-        """v_i of this rank as far as it is collected for a refresh that was asked for."""
-        return [each for each_set in self._sets for each in each_set.buckets.collected()]
-
-    def add_collected_(self, collected: Sequence[ElementRange]) -> None:
-        """Take over that of an earlier run. After :meth:`restore_`."""
-        for each in self._sets:
-            each.buckets.add_collected_(collected)
-
-    def collect_anew_(self) -> None:
-        """If second moments are being collected, begin with zero again: not all ranks have what they had."""
-        for each in self._sets:
-            if each.buckets.is_collecting:
-                each.buckets.collect_()
-
-    def add_second_moments_(self, second_moments: Sequence[ElementRange], residuals: Sequence[ElementRange]) -> None:
-        """Add those of an earlier run, in the same places. After :meth:`restore_`, which sets them to zero."""
-        for each in self._sets:
-            each.buckets.add_second_moments_(second_moments, residuals)
-
-    def complete_second_moments_(self) -> None:
-        """After all of these were added: where none was told, v_i begins as v."""
-        for each in self._sets:
-            each.buckets.complete_second_moments_()
-
-    def late_second_moments(self) -> tuple[Tensor, Tensor]:
-        """v_i of late coordinates: places as of a :class:`ElementRange`, int64, rising, and float64 copies, on the CPU."""
-        found = [late.second_moments() for each in self._sets for late in each.late]
-        places = torch.cat([torch.zeros(0, dtype=torch.int64), *(places for places, _ in found)])
-        values = torch.cat([torch.zeros(0, dtype=torch.float64), *(values for _, values in found)])
-        order = places.argsort()
-        return places[order], values[order]
-
-    def add_late_second_moments_(self, places: Tensor, values: Tensor) -> None:
-        """Add those of an earlier run, where coordinates are late here. After :meth:`restore_`, which sets them to zero."""
-        for each in self._sets:
-            for late in each.late:
-                late.add_second_moments_(places, values)
-
-    def shared_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Per parameter, what all ranks know and a stock state dict does not tell exactly."""
-        shared: dict[Tensor, dict[str, Tensor]] = {}
-        for each in self._sets:
-            for i, entry in each.buckets.shared_state().items():
-                shared[each.buckets.params[i]] = entry
-                if each.is_sketched or each.buckets.renews:
-                    entry["gradient_statistics"] = each.statistics.statistics_of(i)
-            late = [(i, entry) for late in each.late for i, entry in late.shared_state().items()]
-            for i in {i for i, _ in late}:  # which may be in several buckets, the last elements first
-                entries = [entry for j, entry in late if j == i]
-                order = torch.cat([entry["late"] for entry in entries]).argsort()
-                joined = {name: torch.cat([entry[name] for entry in entries])[order] for name in entries[0]}
-                shared[each.buckets.params[i]].update(joined)
-        return shared
-
-    def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
-        """Take over :meth:`shared_state` from an earlier run, whose blocks had ``block_size`` elements.
-
-        Raises:
-            ValueError: if it does not fit the parameters.
-        """
-        for each in self._sets:
-            by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
-            each.buckets.restore_(by_index, block_size=block_size)
-            if each.is_sketched or each.buckets.renews:
-                each.statistics.restore_(by_index)
-            each.late = each.find_late()
-            for late in each.late:
-                late.restore_(by_index)
-        # Without D, who is live is known from the first average on; a single rank does not ask.
-        self._knows_live = (
-            self.method.has_second_moment
-            or self.communicator.world_size == 1
-            or any("live" in entry or ("scales" in entry and bool(entry["scales"].any())) for entry in shared.values())
-        )
-
-    @torch.no_grad()
-    def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:
-        """Add errors of an earlier run to those that this rank has in the same places.
-
-        A single rank, which has none, applies them at once.
-        """
-        for each in self._sets:
-            each.buckets.add_errors_(worker, server)
-
-    def add_momentum_(self, momentum: Sequence[ElementRange]) -> None:
-        """Take over :meth:`worker_errors` of a single rank, on a single rank."""
-        for each in self._sets:
-            each.buckets.add_momentum_(momentum)
-
-    def replicated_state(self) -> Iterator[tuple[Tensor, str, Iterable[Tensor]]]:
-        """Parameter by parameter, tensors that must be the same on all ranks; to be read one by one before the next step."""
-        for each in self._sets:
-            yield from each.buckets.replicated_state()
-            for late in each.late:
-                for i, entry in late.shared_state().items():
-                    yield each.buckets.params[i], "second moment", entry.values()
-
-    def waiting_errors(self) -> WaitingErrors:
-        """Both errors of this rank, for another compressed phase; not copied. A single rank has none."""
-        places = {p: place for each in self._sets for p, place in zip(each.buckets.params, each.buckets.places, strict=True)}
-        if self.communicator.world_size == 1:
-            return WaitingErrors(places)
-        return WaitingErrors(places, self.worker_errors(), self.server_errors())
-
-    @torch.no_grad()
-    def take_over_errors_(self, waiting: WaitingErrors) -> list[Tensor]:
-        """Add the errors of an earlier compressed phase to those that this one begins with. Collective.
-
-        Buckets and chunks may be others. A single rank, which has no errors, applies them at once.
-
-        Returns:
-            Parameters that are not compressed here, so that what this rank had of theirs is dropped.
-        """
-        worker, server = waiting.ranges(self.optimizer)
-        for each in self._sets:
-            each.buckets.take_over_errors_(worker, server, self.communicator, self._groups)
-        return waiting.lost(set(self._params))
 
     @torch.no_grad()
     def give_back_(self) -> None:
         """Give the optimizer its own state back; the object is spent then. Not collective.
 
-        What error feedback holds is in :meth:`waiting_errors`, to be asked for before.
+        What error feedback holds is in ``state.waiting_errors()``, to be asked for before.
         """
         self._free_state_()
-        for each in self._sets:
-            each.buckets.give_back_()
-        state = self.optimizer.state
-        for p in parameters_of(self.optimizer):  # in the order of a state dict that was never taken apart
-            if p in state:
-                state[p] = state.pop(p)
+        self.state.give_back_()
         self.close()
 
     def close(self) -> None:
@@ -708,8 +538,8 @@ class CompressedOptimizer:
 
     def _free_state_(self) -> None:
         """``optimizer.state`` is that of a stock optimizer again."""
-        if self.optimizer.state is self._state:
-            self.optimizer.state = defaultdict(dict, self._state)
+        if self.optimizer.state is self._frozen_state:
+            self.optimizer.state = defaultdict(dict, self._frozen_state)
 
     @property
     def _device(self) -> torch.device:
@@ -721,7 +551,7 @@ class CompressedOptimizer:
             return state_dict
         position = {p: index for index, p in enumerate(parameters_of(self.optimizer))}
         state = dict(state_dict["state"])
-        for p, entry in self.stock_state().items():
+        for p, entry in self.state.stock_state().items():
             state[position[p]] = entry
         return {**state_dict, "state": dict(sorted(state.items()))}
 

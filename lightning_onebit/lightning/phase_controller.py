@@ -268,7 +268,7 @@ class PhaseController:
         """Begin with what error feedback held when an earlier compressed phase ended. Collective."""
         for optimizer, compressed in self.compressed.items():
             if optimizer in self.waiting_errors:
-                lost = compressed.take_over_errors_(self.waiting_errors.pop(optimizer))
+                lost = compressed.state.take_over_errors_(self.waiting_errors.pop(optimizer))
                 if lost:
                     rank_zero_warn(
                         f"{type(self._strategy).__name__}: what error feedback has not applied yet of"
@@ -358,7 +358,7 @@ class PhaseController:
     def _keep_errors(self, compressed: Mapping[Optimizer, CompressedOptimizer]) -> None:
         """Have what error feedback holds wait for the next freeze. Not collective."""
         if self._strategy.world_size > 1:  # a single rank has none
-            self.waiting_errors.update({optimizer: each.waiting_errors() for optimizer, each in compressed.items()})
+            self.waiting_errors.update({optimizer: each.state.waiting_errors() for optimizer, each in compressed.items()})
 
     def _give_back_(self) -> None:
         """Give the compressed optimizers their own state back, where it was not replaced. Not collective."""
@@ -429,9 +429,9 @@ class PhaseController:
         for optimizer, compressed in replaced.items():  # copies: so the old buckets can go before new ones come
             worker, server = (
                 [ElementRange(e.start, e.values.clone()) for e in each]
-                for each in (compressed.worker_errors(), compressed.server_errors())
+                for each in (compressed.state.worker_errors(), compressed.state.server_errors())
             )
-            errors[optimizer] = worker, server, compressed.late_second_moments(), compressed.agreement.replacements
+            errors[optimizer] = worker, server, compressed.state.late_second_moments(), compressed.agreement.replacements
             compressed.close()
             if counted_steps(optimizer) is not None:
                 self.steps.count_loaded(optimizer)
@@ -446,8 +446,8 @@ class PhaseController:
             new = self.compressed[optimizer]
             new.agreement.replacements = replacements + 1
             if self._strategy.world_size > 1:
-                new.add_errors_(worker, server)
-            new.add_late_second_moments_(*late)
+                new.state.add_errors_(worker, server)
+            new.state.add_late_second_moments_(*late)
 
     def trained_without_state(self, saved: Sequence[Collection[int]] | None) -> list[Tensor]:
         """Parameters that have no state after loading a checkpoint, although they had one when it was saved.
@@ -615,7 +615,8 @@ class PhaseController:
         models = [model for reference in self._models if (model := reference()) is not None]
         # Looked up anew: user code may have put another parameter in the place of one.
         parameters = {p: name for model in models for p, name in replicas(model).items()}
-        state = replicated_state(self.optimizers.compressed, self.compressed)
+        held = {optimizer: compressed.state for optimizer, compressed in self.compressed.items()}
+        state = replicated_state(self.optimizers.compressed, held)
         communicator, device = self.hook_state.communicator, self._strategy.root_device
         difference = difference_between_ranks(parameters, state, communicator, device)
         if difference is not None:

@@ -98,7 +98,7 @@ def test_the_share_of_clamped_elements():
 def test_errors_over_updates():
     def fn(communicator):
         compressed, _, _ = train(communicator, 40, 1.0, variance_refresh=None)
-        own = math.sqrt(sum(float(each.values.square().sum()) for each in compressed.worker_errors()))
+        own = math.sqrt(sum(float(each.values.square().sum()) for each in compressed.state.worker_errors()))
         momentum = compressed.optimizer.state_dict()["state"]
         v_hat = [entry["exp_avg_sq"] / (1 - BETA2 ** float(entry["step"])) for entry in momentum.values()]
         update = [entry["exp_avg"] / (v.sqrt() + EPS) for entry, v in zip(momentum.values(), v_hat, strict=True)]

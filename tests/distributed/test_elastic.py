@@ -61,7 +61,7 @@ def save(path, beta2s):
         content = PartContent()
         content.add_optimizer(optimizer)
         parts.write(SAVE_ID, communicator.rank, content.meta, content.arrays)
-        return shared_state([optimizer]), optimizer.optimizer.state_dict(), dense(optimizer.second_moments())
+        return shared_state([optimizer]), optimizer.optimizer.state_dict(), dense(optimizer.state.second_moments())
 
     outcomes = run_threads(OLD, fn)
     shared, stock, _ = outcomes[0]
@@ -97,7 +97,7 @@ def test_displacement_is_that_of_a_run_with_as_many_ranks_from_the_start(tmp_pat
 
     def fn(communicator):
         runs, before = [resumed(communicator)], []
-        v = dense(runs[0][1].second_moments())
+        v = dense(runs[0][1].state.second_moments())
         for step in range(STEPS):
             if step == BEGIN:
                 runs.append(compressed(begin, communicator, variance_refresh="auto"))

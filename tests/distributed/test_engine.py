@@ -250,7 +250,7 @@ def test_telescoping_identity(space):
             exact -= lr * sum((g / D).clamp(-kappa, kappa) for g in grads) / world_size
             x.grad = grads[rank]
             compressed.step()
-        outstanding = compressed.outstanding()[x]
+        outstanding = compressed.state.outstanding()[x]
         assert outstanding.abs().max() > 0.1  # else nothing would be proved
         assert torch.allclose(x.detach() - lr * (outstanding if space == "update" else outstanding / D), exact, atol=1e-9)
 
@@ -467,12 +467,12 @@ def test_a_parameter_without_gradient_on_all_ranks_sits_out():
         compressed = freeze(optimizer, communicator, block_size=64)
         list(compressed_steps(optimizer, compressed, rank, [20, 21]))
         idle = params_of(optimizer)[0]
-        before = idle.detach().clone(), optimizer.state_dict()["state"][0]["exp_avg"], compressed.outstanding()[idle]
+        before = idle.detach().clone(), optimizer.state_dict()["state"][0]["exp_avg"], compressed.state.outstanding()[idle]
         step = float(optimizer.state_dict()["state"][0]["step"])
         for index, p in enumerate(params_of(optimizer)):
             p.grad = gradient(rank, 22, index, p.shape, p.dtype) if index else None
         compressed.step()
-        after = idle.detach().clone(), optimizer.state_dict()["state"][0]["exp_avg"], compressed.outstanding()[idle]
+        after = idle.detach().clone(), optimizer.state_dict()["state"][0]["exp_avg"], compressed.state.outstanding()[idle]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert float(optimizer.state_dict()["state"][0]["step"]) == step
         list(compressed_steps(optimizer, compressed, rank, [23]))
@@ -632,12 +632,12 @@ def test_outstanding_errors_can_be_taken_over():
 
         optimizer, compressed = start()
         list(compressed_steps(optimizer, compressed, rank, range(20, 30)))
-        saved = compressed.outstanding()
+        saved = compressed.state.outstanding()
         other_optimizer, other = start()
-        before = other.outstanding()
+        before = other.state.outstanding()
         errors = dict(zip(params_of(other_optimizer), (saved[p] for p in params_of(optimizer)), strict=True))
-        other.add_errors_(compressed.worker_errors(), compressed.server_errors())
-        for p, error in other.outstanding().items():
+        other.state.add_errors_(compressed.state.worker_errors(), compressed.state.server_errors())
+        for p, error in other.state.outstanding().items():
             assert torch.allclose(error, before[p] + errors[p], rtol=1e-12)
 
     run_threads(2, fn)

@@ -55,10 +55,10 @@ def test_errors_wait_and_are_handed_over_to_other_buckets(nodes):
         optimizer = start(communicator.world_size)
         old = parameters_of(optimizer)
         compressed = compressed_for_a_while(communicator, groups, optimizer)
-        owed, own = compressed.outstanding(), by_parameter(optimizer, compressed.worker_errors())
+        owed, own = compressed.state.outstanding(), by_parameter(optimizer, compressed.state.worker_errors())
         x, saved = [p.detach().clone() for p in old], optimizer.state_dict()["state"]
 
-        waiting = compressed.waiting_errors()
+        waiting = compressed.state.waiting_errors()
         compressed.give_back_()
         assert all(torch.equal(a, b) for a, b in zip(x, old, strict=True))
         for i, p in enumerate(old):
@@ -80,12 +80,12 @@ def test_errors_wait_and_are_handed_over_to_other_buckets(nodes):
         momenta = {p: optimizer.state[p]["exp_avg"].clone() for p in parameters_of(optimizer)}
         state = {p: {k: v.clone() for k, v in e.items()} for p, e in optimizer.state.items()}
         bare = frozen()
-        before, own_before = bare.outstanding(), by_parameter(optimizer, bare.worker_errors())
+        before, own_before = bare.state.outstanding(), by_parameter(optimizer, bare.state.worker_errors())
         bare.close()
         optimizer.state.update(state)
         compressed = frozen()
-        assert compressed.take_over_errors_(waiting) == []
-        after, own_after = compressed.outstanding(), by_parameter(optimizer, compressed.worker_errors())
+        assert compressed.state.take_over_errors_(waiting) == []
+        after, own_after = compressed.state.outstanding(), by_parameter(optimizer, compressed.state.worker_errors())
         assert all(momenta[p].any() for p in old if p.numel())
         for p in parameters_of(optimizer):
             expected = before[p] + owed.get(p, torch.zeros_like(p))
@@ -105,18 +105,18 @@ def test_errors_of_parameters_that_are_gone_are_lost_and_those_are_named():
     def fn(communicator):
         optimizer = start(2)
         compressed = compressed_for_a_while(communicator, None, optimizer)
-        owed = compressed.outstanding()
-        waiting = compressed.waiting_errors()
+        owed = compressed.state.outstanding()
+        waiting = compressed.state.waiting_errors()
         compressed.give_back_()
         params = optimizer.param_groups[0]["params"]
         gone = params.pop(1)
         optimizer.state.pop(gone)
         before = freeze(optimizer, None, communicator=communicator, **SMALL)
-        beginning = before.outstanding()
-        lost = before.take_over_errors_(waiting)
+        beginning = before.state.outstanding()
+        lost = before.state.take_over_errors_(waiting)
         assert len(lost) == 1
         assert lost[0] is gone
-        for p, error in before.outstanding().items():
+        for p, error in before.state.outstanding().items():
             assert torch.allclose(error, beginning[p] + owed[p], rtol=1e-12, atol=1e-12)
 
     run_threads(2, fn)
@@ -126,10 +126,10 @@ def test_a_single_rank_has_none_and_applies_what_others_had():
     optimizer = start(1)
     compressed = freeze(optimizer, None, **SMALL)
     params, places = parameters_of(optimizer), first_places(optimizer)
-    assert compressed.waiting_errors().ranges(optimizer) == ([], [])
+    assert compressed.state.waiting_errors().ranges(optimizer) == ([], [])
     x = [p.detach().clone() for p in params]
     error = torch.full((params[0].numel(),), 0.5, dtype=torch.float64)
-    compressed.take_over_errors_(WaitingErrors(places, [ElementRange(places[params[0]], error)]))
+    compressed.state.take_over_errors_(WaitingErrors(places, [ElementRange(places[params[0]], error)]))
     step_size = 1e-2 / (1 - 0.9**WARMUP_STEPS)
     assert torch.allclose(params[0], x[0] - step_size * 0.5, rtol=1e-12)
     assert all(torch.equal(a, b) for a, b in zip(params[1:], x[1:], strict=True))
@@ -150,20 +150,22 @@ def test_waiting_errors_of_a_checkpoint_fit_other_ranks(old, new, tmp_path):
     def save(communicator, groups):
         optimizer = start(communicator.world_size)
         compressed = compressed_for_a_while(communicator, groups, optimizer)
-        owed = list(compressed.outstanding().values())
+        owed = list(compressed.state.outstanding().values())
         content = PartContent()
-        content.add_waiting_errors(optimizer, compressed.waiting_errors())
+        content.add_waiting_errors(optimizer, compressed.state.waiting_errors())
         parts.write("0" * 16, communicator.rank, content.meta, content.arrays)
         return owed
 
     def resume(communicator, groups):
         optimizer = start(2)
         compressed = freeze(optimizer, groups, communicator=communicator, block_size=32)
-        before = list(compressed.outstanding().values())
+        before = list(compressed.state.outstanding().values())
         errors, problems = load_waiting_errors([optimizer], [0], header(old), parts, groups.topology)
         assert not problems
-        compressed.take_over_errors_(errors[optimizer])
-        return [a - b for a, b in zip(compressed.outstanding().values(), before, strict=True)], errors[optimizer].nbytes
+        compressed.state.take_over_errors_(errors[optimizer])
+        return [a - b for a, b in zip(compressed.state.outstanding().values(), before, strict=True)], errors[
+            optimizer
+        ].nbytes
 
     owed = on_threads(old, save)[0]
     outcomes = on_threads(new, resume)

@@ -285,7 +285,7 @@ def few_steps(communicator, start, dtype, **config):
     for step in range(FEW_STEPS):
         make_step(params, optimizer, some_gradients(communicator.rank, step, dtype))
         trace.append([p.detach().clone() for p in params])
-    outstanding = optimizer.outstanding()
+    outstanding = optimizer.state.outstanding()
     return trace, [outstanding[p] for p in params]
 
 

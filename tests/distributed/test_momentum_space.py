@@ -71,7 +71,7 @@ def test_a_relu_cnn_trains(seed):
             assert max(moves) < largest_move * 1.001
             assert max(float(p.detach().abs().max()) for p in params) < 1.0
         assert compressed is not None
-        outstanding = compressed.outstanding()
+        outstanding = compressed.state.outstanding()
         before = [p.detach().clone() for p in params]
         compressed.give_back_()
         assert max(float((p.detach() - x).abs().max()) for p, x in zip(params, before, strict=True)) < largest_move * 1.001

@@ -93,7 +93,7 @@ def train(communicator, groups, make, gradient=outliers, *, warm=None, steps=30,
         counted.append(take_step(optimizer, compressed, communicator.rank, step, gradient, overlap=overlap))
         # All of it now and then, for time.
         history.append(state_of(optimizer) if step % 4 == 0 or step == AFTER + steps - 1 else params_now(optimizer))
-    errors = compressed.outstanding()
+    errors = compressed.state.outstanding()
     compressed.close()
     return history, counted, [errors[p] for p in params_of(optimizer)]
 
@@ -439,8 +439,8 @@ def test_a_nonfinite_gradient_on_one_rank_leaves_everything_as_it_was(bad, overl
             assert take_step(optimizer, compressed, rank, step, gradient, overlap=overlap)
 
         def everything():
-            errors = [each.values.clone() for each in [*compressed.worker_errors(), *compressed.server_errors()]]
-            return [*state_of(optimizer), *errors, *compressed.outstanding().values()]
+            errors = [each.values.clone() for each in [*compressed.state.worker_errors(), *compressed.state.server_errors()]]
+            return [*state_of(optimizer), *errors, *compressed.state.outstanding().values()]
 
         before = everything()
         assert not take_step(optimizer, compressed, rank, AFTER + 3, poisoned, overlap=overlap)
@@ -471,7 +471,7 @@ def test_telescoping_identity(nodes, space):
             grads = [means(node, step, 0, x.shape) for node in range(num_nodes)]
             exact -= lr * sum((g / D).clamp(-kappa, kappa) for g in grads) / num_nodes
             take_step(optimizer, compressed, communicator.rank, step, gradients)
-        outstanding = compressed.outstanding()[x]
+        outstanding = compressed.state.outstanding()[x]
         assert outstanding.abs().max() > 0.1  # else nothing would be proved
         assert torch.allclose(x.detach() - lr * (outstanding if space == "update" else outstanding / D), exact, atol=1e-9)
         return outstanding
@@ -490,13 +490,13 @@ def test_errors_can_be_added():
         optimizer, compressed = start()
         for step in range(AFTER, AFTER + 5):
             take_step(optimizer, compressed, communicator.rank, step, outliers)
-        params, saved = params_of(optimizer), compressed.outstanding()
+        params, saved = params_of(optimizer), compressed.state.outstanding()
 
         other_optimizer, other = start()
-        before = other.outstanding()
+        before = other.state.outstanding()
         errors = dict(zip(params_of(other_optimizer), (saved[p] for p in params), strict=True))
-        other.add_errors_(compressed.worker_errors(), compressed.server_errors())
-        for p, error in other.outstanding().items():
+        other.state.add_errors_(compressed.state.worker_errors(), compressed.state.server_errors())
+        for p, error in other.state.outstanding().items():
             assert torch.allclose(error, before[p] + errors[p], rtol=1e-12)
         return state_of(optimizer)
 

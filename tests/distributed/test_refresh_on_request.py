@@ -159,7 +159,7 @@ def test_d_becomes_that_of_the_16_steps_after_the_request(ranks, options):
         freed = [{k: v for k, v in each.items() if k != "live"} for each in training.held()]
         assert freed == [{k: v for k, v in each.items() if k != "live"} for each in held]
         true = training.true_rms()
-        errors = [each.values.abs().sum() for each in training.compressed.worker_errors()]
+        errors = [each.values.abs().sum() for each in training.compressed.state.worker_errors()]
         training.step(COLLECTING_STEPS)
         assert same(training.rms(), renewed)  # once
         assert all(each.isfinite().all() for each in errors)
@@ -204,7 +204,7 @@ def test_the_momentum_stays(monkeypatch, ranks):
         training.request()
         training.step(COLLECTING_STEPS)
         before, old = errors(training), [each.double() for each in training.rms()]
-        m = [training.compressed.stock_state()[p]["exp_avg"].double() for p in training.params]
+        m = [training.compressed.state.stock_state()[p]["exp_avg"].double() for p in training.params]
         for each in training.compressed._sets:
             each.refresh_(training.compressed._groups)
         after, new = errors(training), [each.double() for each in training.rms()]

@@ -221,7 +221,7 @@ def test_the_momentum_of_dense_steps_moves_the_parameters_as_far_as_torchs(neste
         for _ in range(50):
             make_step(stepping, params, [torch.zeros_like(p) for p in params])
         if compresses:
-            state, errors = optimizer.state_dict()["state"], stepping.outstanding()
+            state, errors = optimizer.state_dict()["state"], stepping.state.outstanding()
             for i, p in enumerate(params):
                 u = state[i]["momentum_buffer"]
                 p.data -= lr * ((errors[p] + beta * u) / (1 - beta) - (beta * u if nesterov else 0.0))
@@ -273,7 +273,7 @@ def test_the_telescoping_identity(kind):
             x = p.detach().clone()
             p.grad = identity_gradient(kind, x, step, communicator.rank)
             assert compressed.step()
-            trace.append((x, p.detach().clone(), compressed.outstanding()[p]))
+            trace.append((x, p.detach().clone(), compressed.state.outstanding()[p]))
         return trace
 
     trace, *others = run_threads(4, fn, timeout=TIMEOUT_SECONDS)
@@ -323,7 +323,7 @@ def test_coordinates_without_gradient_stay_bitwise_and_late_ones_lose_nothing(op
             compressed.step()
             trace.append(p.detach().clone())
             if step == REFRESH_STEPS - 1:
-                waiting = compressed.outstanding()[p][:40].clone()
+                waiting = compressed.state.outstanding()[p][:40].clone()
         return torch.stack(trace), waiting
 
     (trace, waiting), *others = run_threads(world_size, fn)
@@ -374,7 +374,7 @@ def resumed(saved, communicator, *, block_size=BLOCK_SIZE, **options):
     optimizer = torch.optim.SGD(params, lr=0.1, **options)
     optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     compressed = compress(optimizer, communicator, block_size=block_size)
-    compressed.restore_(dict(zip(params, saved["shared"], strict=True)), block_size=BLOCK_SIZE)
+    compressed.state.restore_(dict(zip(params, saved["shared"], strict=True)), block_size=BLOCK_SIZE)
     return params, optimizer, compressed
 
 
@@ -384,13 +384,13 @@ def saved_run(communicator, steps, **options):
     compressed = compress(optimizer, communicator)
     for step in range(steps):
         make_step(compressed, params, gradients_of(step, communicator.rank, torch.float32))
-    shared = compressed.shared_state()
+    shared = compressed.state.shared_state()
     return {
         "params": [p.detach().clone() for p in params],
         "optimizer": copy.deepcopy(optimizer.state_dict()),
         "shared": [{k: v.clone() for k, v in shared[p].items()} for p in params],
-        "worker": [r._replace(values=r.values.clone()) for r in compressed.worker_errors()],
-        "server": [r._replace(values=r.values.clone()) for r in compressed.server_errors()],
+        "worker": [r._replace(values=r.values.clone()) for r in compressed.state.worker_errors()],
+        "server": [r._replace(values=r.values.clone()) for r in compressed.state.server_errors()],
     }
 
 
@@ -435,7 +435,7 @@ def test_a_run_of_one_rank_resumed_on_two_leaves_alone_what_never_had_a_gradient
         compressed = compress(optimizer, communicator)
         for step in range(3):
             make_step(compressed, params, gradients(step, 0))
-        shared = compressed.shared_state()
+        shared = compressed.state.shared_state()
         state = copy.deepcopy(optimizer.state_dict())
         return {"params": [p.detach() for p in params], "optimizer": state, "shared": [shared[p] for p in params]}
 

@@ -51,7 +51,7 @@ def warmed_up(world_size, kind=torch.optim.Adam):
 
 def errors_of(compressed):
     """This rank's errors of worker and server, whatever their layout."""
-    return [each.values.clone() for each in [*compressed.worker_errors(), *compressed.server_errors()]]
+    return [each.values.clone() for each in [*compressed.state.worker_errors(), *compressed.state.server_errors()]]
 
 
 def compressed_run(communicator, groups=None, **config):
@@ -66,7 +66,7 @@ def compressed_run(communicator, groups=None, **config):
         assert compressed.step()
         trace.extend(p.detach().clone() for p in params)
     state = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
-    outstanding = list(compressed.outstanding().values())
+    outstanding = list(compressed.state.outstanding().values())
     counters = communicator.counters if groups is None else groups.peers.counters
     return (
         trace + errors_of(compressed) + state,

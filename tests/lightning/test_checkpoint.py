@@ -25,7 +25,7 @@ from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.engine import optimizer as engine
-from lightning_onebit.engine.optimizer import CompressedOptimizer
+from lightning_onebit.engine.compressed_state import CompressedState
 from lightning_onebit.methods import parameters_of
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
@@ -320,11 +320,11 @@ def test_resuming_alone_is_bitwise(tmp_path, collects):
 
 
 ERRORS = {
-    "worker": CompressedOptimizer.worker_errors,
-    "server": CompressedOptimizer.server_errors,
-    "v_i": CompressedOptimizer.second_moments,
-    "residual": CompressedOptimizer.second_moment_residuals,
-    "collected": CompressedOptimizer.collected,
+    "worker": CompressedState.worker_errors,
+    "server": CompressedState.server_errors,
+    "v_i": CompressedState.second_moments,
+    "residual": CompressedState.second_moment_residuals,
+    "collected": CompressedState.collected,
 }
 
 
@@ -341,9 +341,9 @@ def dense_errors(compressed):
     dense = {}
     for name, ranges_of in ERRORS.items():
         dense[name] = torch.zeros(numel, dtype=torch.float64)
-        for run in ranges_of(compressed):
+        for run in ranges_of(compressed.state):
             dense[name][run.start :][: run.values.numel()] = run.values
-    places, values = compressed.late_second_moments()
+    places, values = compressed.state.late_second_moments()
     dense["late"] = torch.zeros(numel, dtype=torch.float64).index_put((places,), values)
     return dense
 

@@ -250,7 +250,7 @@ class Probe(pl.Callback):
             return
         strategy = trainer.strategy
         for compressed in strategy._phases.compressed.values():
-            self.late_second_moments = compressed.late_second_moments()
+            self.late_second_moments = compressed.state.late_second_moments()
         strategy.check_ranks_agree()
         for index, (name, kind, tensor) in enumerate(self.targets(trainer, pl_module)):
             rank = index % trainer.world_size

@@ -168,7 +168,7 @@ class Outstanding(pl.Callback):
     def look(self, trainer):
         assert trainer.strategy.phase is Phase.COMPRESSED
         (compressed,) = trainer.strategy._phases.compressed.values()
-        self.errors = [error.clone() for error in compressed.outstanding().values()]
+        self.errors = [error.clone() for error in compressed.state.outstanding().values()]
 
     def on_train_start(self, trainer, pl_module):
         if self.batch is None:
@@ -217,7 +217,7 @@ def test_a_run_goes_on_with_fewer_nodes(tmp_path):
     def v_mean(trainer):
         (compressed,) = trainer.strategy._phases.compressed.values()
         total = torch.zeros(sum(p.numel() for p in trainer.strategy.lightning_module.parameters()))
-        for each in compressed.second_moments():
+        for each in compressed.state.second_moments():
             total[each.start : each.stop] += each.values
         Communicator().all_reduce_mean_(total)
         return 2 * total  # each rank has half of its node's

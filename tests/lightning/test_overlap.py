@@ -92,7 +92,7 @@ def train(communicator, overlap, gradient, kind=torch.optim.AdamW, optimizer_opt
         stepped = compressed.step()
         state = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
         history.append(
-            [torch.tensor(stepped), *(p.detach().clone() for p in params), *state, *compressed.outstanding().values()]
+            [torch.tensor(stepped), *(p.detach().clone() for p in params), *state, *compressed.state.outstanding().values()]
         )
     exchanger.close()
     return history

@@ -176,7 +176,7 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
             if isinstance(trainer.strategy, OneBitDDPStrategy):
                 for compressed in trainer.strategy._phases.compressed.values():
-                    self.outstanding = list(compressed.outstanding().values())
+                    self.outstanding = list(compressed.state.outstanding().values())
 
 
 def same_bits(first, second):
@@ -196,8 +196,8 @@ def state_of(strategy):
     """Errors, averages and masks of this rank."""
     state = []
     for compressed in strategy._phases.compressed.values():
-        state += [each.values.clone() for each in (*compressed.worker_errors(), *compressed.server_errors())]
-        state += [value.clone() for entry in compressed.shared_state().values() for _, value in sorted(entry.items())]
+        state += [each.values.clone() for each in (*compressed.state.worker_errors(), *compressed.state.server_errors())]
+        state += [value.clone() for entry in compressed.state.shared_state().values() for _, value in sorted(entry.items())]
     return state
 
 
@@ -284,7 +284,7 @@ class Outstanding(pl.Callback):
     def on_train_batch_start(self, trainer, *_):
         if not hasattr(self, "first"):
             (compressed,) = trainer.strategy._phases.compressed.values()
-            self.first = list(compressed.outstanding().values())
+            self.first = list(compressed.state.outstanding().values())
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 2)])

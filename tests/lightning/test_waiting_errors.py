@@ -47,7 +47,7 @@ class ThereAndBack(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         strategy = trainer.strategy
         if batch_idx + 1 == self.back:
-            self.before = [owed(o, c.waiting_errors()) for o, c in strategy._phases.compressed.items()]
+            self.before = [owed(o, c.state.waiting_errors()) for o, c in strategy._phases.compressed.items()]
             x = [p.detach().clone() for p in pl_module.parameters()]
             strategy.resume_warmup()
             assert all(torch.equal(a, b) for a, b in zip(pl_module.parameters(), x, strict=True))
@@ -162,7 +162,7 @@ class Unfreezes(Stepwise):
         optimizer = self.trainer.optimizers[0]
         if batch_idx == 9:
             (compressed,) = self.trainer.strategy._phases.compressed.values()
-            self.before = {p: error.clone() for p, error in compressed.outstanding().items()}
+            self.before = {p: error.clone() for p, error in compressed.state.outstanding().items()}
             self.late.requires_grad_(True)
             optimizer.param_groups[0]["params"].insert(0, self.late.weight)
             optimizer.param_groups[0]["params"].append(self.late.bias)
@@ -209,7 +209,7 @@ def test_errors_wait_where_state_is_missing(tmp_path):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 7:
                 trainer.save_checkpoint(path)
-                self.before = [owed(o, c.waiting_errors()) for o, c in trainer.strategy._phases.compressed.items()]
+                self.before = [owed(o, c.state.waiting_errors()) for o, c in trainer.strategy._phases.compressed.items()]
                 trainer.optimizers[0].state.clear()
             if batch_idx == 8:
                 assert trainer.strategy.phase is WARMUP
@@ -235,7 +235,7 @@ def test_errors_wait_under_fabric(tmp_path):
     def fn(rank):
         loop = Loop(fabric_strategy(block_size=16)).run(9)
         (compressed,) = loop.strategy._phases.compressed.values()
-        before = owed(loop.strategy.optimizers[0], compressed.waiting_errors())
+        before = owed(loop.strategy.optimizers[0], compressed.state.waiting_errors())
         loop.strategy.resume_warmup()
         assert "errors_wait=True" in repr(loop.strategy)
         loop.run(11)

@@ -123,7 +123,7 @@ def frozen(shapes=((5, 3), (4,), (), (70,)), world_size=2):
     communicator = Communicator()
     communicator.world_size = world_size  # of which the other is not there
     compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=16), communicator, {})
-    for run in (*compressed.worker_errors(), *compressed.server_errors()):
+    for run in (*compressed.state.worker_errors(), *compressed.state.server_errors()):
         run.values.copy_(torch.randn(run.values.shape, generator=generator))
     return compressed
 
@@ -157,7 +157,7 @@ def saved():
 
 
 def values(compressed):
-    return [run.values.clone() for run in (*compressed.worker_errors(), *compressed.server_errors())]
+    return [run.values.clone() for run in (*compressed.state.worker_errors(), *compressed.state.server_errors())]
 
 
 mutations = st.lists(
@@ -193,7 +193,7 @@ def load(parts, content, compressed):
     assert all(torch.isfinite(value).all() for value in after)
     if 0 in problems:  # nothing of it was used
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    for run, value in zip((*compressed.worker_errors(), *compressed.server_errors()), before, strict=True):
+    for run, value in zip((*compressed.state.worker_errors(), *compressed.state.server_errors()), before, strict=True):
         run.values.copy_(value)
     return problems
 
