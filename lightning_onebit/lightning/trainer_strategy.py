@@ -398,6 +398,7 @@ class OneBitDDPStrategy(DDPStrategy):
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             phases.resume_warmup()
+        phases.compare_with_dense()
         self._signals.travel_with(phases.compressed.values())
         if cast(pl.LightningModule, self.lightning_module).automatic_optimization:
             self._written.begin(phases.names)
