@@ -38,10 +38,10 @@ class PhaseCounters:
     sketch_bytes_sent: int = 0
     """Those of :attr:`bytes_sent` that told norms: for clipping, and how the ranks' gradients compare with their mean."""
     dense_bytes_sent: int = 0
-    """Those of :attr:`bytes_sent` that averaged gradients as they are, or rounded: all of the warm-up's, and afterwards those
-    of parameters that are not compressed."""
+    """Those of :attr:`bytes_sent` that averaged gradients, perhaps rounded: all of the warm-up's, and afterwards those of
+    parameters that are not compressed."""
     baseline_bytes_sent: int = 0
-    """Those of :attr:`bytes_sent` that only told how long a dense exchange takes: :mod:`lightning_onebit.lightning.baseline`."""
+    """Those of :attr:`bytes_sent` that only told how long a dense exchange takes."""
     collectives: int = 0
     """Collective operations, each of one message per pair of ranks or less."""
     dense_equivalent_bytes: int = 0

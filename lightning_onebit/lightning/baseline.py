@@ -1,8 +1,8 @@
 """How long a dense exchange of the gradients takes here: what compression is compared with where no dense steps were timed.
 
-So it is in a run that is resumed compressed, or begins so (SGD), or whose warm-up is shorter than a median needs. What is sent
-are zeros, in the sizes, dtype and number of DDP's all-reduces, on its process group; no gradient, parameter or random number
-is touched.
+So it is in a run that is resumed compressed, or begins so (SGD), or whose warm-up is shorter than a median needs. What is
+sent are zeros, in the sizes, dtype and number of DDP's all-reduces, on its process group; no gradient, parameter or random
+number is touched.
 """
 
 from __future__ import annotations

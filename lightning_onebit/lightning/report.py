@@ -141,7 +141,7 @@ def gain(
 ) -> Gain:
     """The speed-up: measured in steps, or bounded by dense exchanges that were timed, or not told; and what to do if none.
 
-    A dense step takes at most what a compressed one does without waiting, and then its whole exchange; at least its exchange.
+    A dense step takes at most what a compressed one does without waiting, and its whole exchange; at least its exchange.
 
     Args:
         ends: by phase, when its steps ended.
