@@ -1,9 +1,8 @@
-"""What a run says of itself: the report at its end, measured seconds, and the rows that CommMonitor logs."""
+"""What a run says of itself: the report at its end, measured seconds, advice, and what is timed for it."""
 
 import time
 import warnings
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -12,7 +11,6 @@ from test_strategy import Messages
 from trainers import Classifier, adam, data, fit, same_params
 
 from lightning_onebit import (
-    CommMonitor,
     FixedStep,
     OneBitDDPFabricStrategy,
     OneBitDDPStrategy,
@@ -51,8 +49,7 @@ def report_of(model, *, criterion=None, batches=30, **options):
 
 def test_the_report_tells_bytes_and_seconds_by_phase_and_a_slow_first_step_changes_nothing():
     def fn(rank):
-        trainer, _, reports, advice = report_of(Sleeps(dense=0.06, compressed=0.02, first=0.5))
-        assert not advice
+        trainer, _, reports, _ = report_of(Sleeps(dense=0.15, compressed=0.02, first=0.5))
         return reports, trainer.strategy.report(), trainer.strategy.comm_stats
 
     (reports, text, stats), (of_other, *_) = run_trainers(2, fn)
@@ -73,7 +70,7 @@ def test_the_report_tells_bytes_and_seconds_by_phase_and_a_slow_first_step_chang
         assert words[2:5] == [f"{counters.bytes_sent / MEBIBYTE:.1f}", f"{dense:.1f}", f"{dense / 2:.1f}"]
     assert [stats[phase].steps for phase in Phase] == [DENSE_STEPS, 30 - DENSE_STEPS]
     medians = [float(line.split()[5]) for line in (warmup, compressed)]
-    assert 60 < medians[0] < 400  # of the first steps, 560 and 520
+    assert 150 < medians[0] < 490  # of the first steps, 650 and 520
     assert 20 < medians[1] < 400
     assert (
         said[0] == f"Compressed after optimizer step {DENSE_STEPS}: {DENSE_STEPS} of {DENSE_STEPS} warm-up steps are done."
@@ -221,62 +218,3 @@ def test_fabric_reports_when_asked():
         assert lines[1].split()[:2] == ["warmup", str(DENSE_STEPS)]
         assert lines[2].split()[:2] == ["compressed", str(30 - DENSE_STEPS)]
         assert any(line.startswith("Speed-up: ") for line in lines)
-
-
-# CommMonitor
-
-
-class Rows(pl.loggers.CSVLogger):
-    """Keeps what is logged, and by which step."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.rows = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-
-def steps_of(rows, name):
-    return [step for step, metrics in rows if name in metrics]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_rows_are_lightnings_own_over_epochs_shorter_than_the_interval(tmp_path, accumulate):
-    """28 steps in 4 epochs of 7, an entry each 10: those of Lightning, and one for the rest."""
-
-    def fn(rank):
-        logger = Rows(tmp_path / str(rank))
-        callbacks = [PhaseSwitch(FixedStep(12)), CommMonitor()]
-        options = {"max_epochs": 4, "log_every_n_steps": 10, "accumulate_grad_batches": accumulate, "logger": logger}
-        trainer, _ = fit("onebit_ddp", 2, batches=7 * accumulate, callbacks=callbacks, **options)
-        return logger.rows, trainer.strategy.comm_stats.bytes_sent
-
-    for rows, sent in run_trainers(2, fn):
-        assert sorted(set(steps_of(rows, "train_loss")) | {27}) == steps_of(rows, "onebit/sent_mib") == [9, 19, 27]
-        assert sum(metrics.get("onebit/sent_mib", 0.0) for _, metrics in rows) == pytest.approx(sent / MEBIBYTE, abs=1e-4)
-        assert all(metrics["onebit/step_seconds"] > 0 for _, metrics in rows if "onebit/sent_mib" in metrics)
-
-
-def test_totals_go_on_after_a_resume(tmp_path):
-    def fn(rank):
-        def go(epochs, ckpt_path=None):
-            logger = Rows(tmp_path / str(rank))
-            callbacks = [PhaseSwitch(FixedStep(12)), CommMonitor(4)]
-            trainer, _ = fit(
-                "onebit_ddp", 2, batches=10, callbacks=callbacks, max_epochs=epochs, logger=logger, ckpt_path=ckpt_path
-            )
-            return trainer, [metrics for _, metrics in logger.rows if "onebit/sent_mib" in metrics]
-
-        trainer, first = go(2)
-        trainer.save_checkpoint(tmp_path / "model.ckpt")
-        resumed, again = go(3, tmp_path / "model.ckpt")
-        return first[-1], again, trainer.strategy.report(), resumed.strategy.report()
-
-    for last, again, report, resumed_report in run_trainers(2, fn):
-        assert "resumed" not in report
-        assert "since the run was resumed; 20 steps before are not in it" in resumed_report
-        for kind in ("sent", "dense_equivalent"):
-            total = last[f"onebit/total_{kind}_mib"] + sum(metrics[f"onebit/{kind}_mib"] for metrics in again)
-            assert again[-1][f"onebit/total_{kind}_mib"] == pytest.approx(total, abs=1e-4)
-            assert total > last[f"onebit/total_{kind}_mib"] + 0.01
