@@ -2,8 +2,8 @@
 
     python benchmarks/monitor.py --out benchmarks/results/monitor.txt
 
-Every other interval of steps goes by without CommMonitor, as if the Trainer had none; in the others it logs to a CSVLogger at
-the last step. Each interval with it is compared with the mean of the two beside it, so that a slow drift of the machine
+Every other interval of steps goes by without CommMonitor, as if the Trainer had none; in the others it logs to a CSVLogger
+at the last step. Each interval with it is compared with the mean of the two beside it, so that a slow drift of the machine
 cancels. Also timed is what the callback itself takes.
 """
 
@@ -138,7 +138,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there")
     add_model_arguments(parser)
-    parser.set_defaults(batch_size=1)
     settings = parser.parse_args()
     if settings.intervals < 5 or settings.intervals % 2 == 0:
         parser.error("--intervals must be an odd number, 5 or more")

@@ -86,18 +86,19 @@ def test_rows_are_lightnings_own_and_tell_what_was_sent_received_and_hidden_by_p
         assert total("received_mib") == mebibytes(stats.bytes_received)
         assert total("dense_equivalent_mib") == 2 * total("dense_equivalent_16bit_mib")
         assert total("dense_equivalent_mib") == mebibytes(stats.dense_equivalent_bytes)
-        assert total("refresh_mib") == mebibytes(stats.refresh_bytes_sent) > 0
-        assert total("sketch_mib") == mebibytes(stats.sketch_bytes_sent) > 0
-        assert total("dense_mib") == mebibytes(warmup.dense_bytes_sent) > 0
+        assert total("refresh_mib") == mebibytes(stats.refresh_bytes_sent)
+        assert total("sketch_mib") == mebibytes(stats.sketch_bytes_sent)
+        assert total("dense_mib") == mebibytes(warmup.dense_bytes_sent)
+        assert min(stats.refresh_bytes_sent, stats.sketch_bytes_sent, warmup.dense_bytes_sent) > 0
         assert warmup.dense_bytes_sent == warmup.dense_equivalent_bytes
         assert compressed.dense_bytes_sent == warmup.baseline_bytes_sent == 0
         kinds = sum(total(f"{kind}_mib") for kind in ("sign", "refresh", "sketch", "dense"))
         assert kinds == mebibytes(stats.bytes_sent - warmup.sign_bytes_sent)
-        assert 0 < total("sign_mib") < mebibytes(compressed.bytes_sent)
+        assert 0 < total("sign_mib") < compressed.bytes_sent / MEBIBYTE
         assert total("seconds_waited") == pytest.approx(stats.seconds_waited)
         *first, last = [metrics for _, metrics in rows]
         assert "onebit/share_hidden" not in first[0]
-        assert 0 < last["onebit/share_hidden"] < 1
+        assert 0 <= last["onebit/share_hidden"] < 1
         assert all(metrics["onebit/step_seconds"] > 0 for _, metrics in rows)
         for phase in Phase:
             counters, prefix = stats[phase], f"onebit/{phase.value}/total_"
@@ -108,7 +109,7 @@ def test_rows_are_lightnings_own_and_tell_what_was_sent_received_and_hidden_by_p
             assert last[f"{prefix}seconds_waited"] == pytest.approx(counters.seconds_waited)
         seconds = sum(last[f"onebit/{phase}/total_seconds"] for phase in PHASES)
         in_rows = sum(10 * metrics["onebit/step_seconds"] for metrics in first) + 8 * last["onebit/step_seconds"]
-        assert seconds == pytest.approx(in_rows, rel=0.2)
+        assert in_rows / 2 < seconds <= in_rows  # which go on to the end of training
     # Of all ranks: the same on both, and what each says of itself put together.
     for (_, one), (_, other) in zip(*(ours(rows) for rows, _ in results), strict=True):
         both = one["onebit/all_ranks/sent_mib"], other["onebit/all_ranks/sent_mib"]

@@ -97,14 +97,15 @@ def test_what_does_not_pay_is_said_during_the_run_and_at_its_end_with_what_to_do
 
 
 class SlowExchange:
-    """A dense exchange takes so many seconds more, the first one a second more still."""
+    """A dense exchange seems to take so many seconds, the first one a second more."""
 
     def __init__(self, monkeypatch, seconds):
         exchange = baseline._exchange
 
         def slow(*args):
             self.calls += 1
-            return exchange(*args) + seconds + (self.calls == 1)
+            exchange(*args)
+            return seconds + (self.calls == 1)
 
         self.calls = 0
         monkeypatch.setattr(baseline, "_exchange", slow)
