@@ -252,7 +252,8 @@ class CommMonitor(Callback):
             _log(logger, {f"onebit/{name}": value for name, value in metrics.items()}, step)
         if self.progress_bar and phase is Phase.COMPRESSED:
             bar: dict[str, Any] = trainer.progress_bar_metrics
-            bar[SAVING_FIELD] = ratio
+            compressed = by_phase[Phase.COMPRESSED]  # without dense exchanges that are only timed
+            bar[SAVING_FIELD] = compressed.dense_equivalent_bytes / max(1, compressed.bytes_sent)
         if self._plot is not None and strategy.is_global_zero:
             loss = outputs.get("loss") if isinstance(outputs, dict) else None
             seen = math.nan if loss is None else float(loss)
