@@ -13,6 +13,7 @@ from trainers import Classifier, fit
 from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import MEBIBYTE
+from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.lightning.callbacks import monitor_plot
 
 FREEZE = 12
@@ -285,3 +286,11 @@ def test_what_was_hidden_and_what_were_signs():
     assert more - counters == PhaseCounters(seconds_waited=1.0, seconds_exchanging=4.0, bytes_sent=10, sketch_bytes_sent=3)
     assert math.isnan(PhaseCounters().share_hidden)
     assert PhaseCounters(seconds_waited=2.0, seconds_exchanging=1.0).share_hidden == 0
+
+
+def test_a_rank_without_the_callback_is_told_of_before_any_waits_for_it():
+    def fn(rank):
+        with pytest.raises(RanksDisagree, match="entries of CommMonitor"):
+            fit("onebit_ddp", 2, callbacks=[CommMonitor()] if rank == 0 else [])
+
+    run_trainers(2, fn)

@@ -89,7 +89,7 @@ class CommMonitor(Callback):
 
     Of all ranks together, since the last entry: ``onebit/all_ranks/sent_mib``, and the ``seconds_waited`` of the rank that
     waited most: ``onebit/all_ranks/longest_wait_seconds``. These are reduced when an entry is made, so all ranks must have
-    this callback, with the same ``every_n_steps``.
+    this callback, with the same ``every_n_steps``: else training does not begin.
 
     Entries have Lightning's step numbers, so that they join with its own rows: by default at the steps at which it logs. One
     is made at the end of training, for what is left. A logger whose ``log_metrics`` takes no step finds it as ``step``.
@@ -196,6 +196,10 @@ class CommMonitor(Callback):
             saved = state_dict["counters"][phase.name]
             self._earlier[phase] = PhaseCounters(**{name: saved[name] for name in known if name in saved})
             self._seconds[phase] = state_dict["seconds"][phase.name]
+
+    def entries(self, trainer: pl.Trainer) -> str:
+        """When they are made, in words."""
+        return f"every {self._every(trainer)} steps"
 
     def _every(self, trainer: pl.Trainer) -> int:
         return self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
