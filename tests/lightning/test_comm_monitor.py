@@ -97,7 +97,7 @@ def test_rows_are_lightnings_own_and_tell_what_was_sent_received_and_hidden_by_p
         kinds = sum(total(f"{kind}_mib") for kind in ("sign", "refresh", "sketch", "dense"))
         assert kinds == mebibytes(stats.bytes_sent - warmup.sign_bytes_sent)
         assert 0 < total("sign_mib") < compressed.bytes_sent / MEBIBYTE
-        assert total("seconds_waited") == pytest.approx(stats.seconds_waited)
+        assert 0 < total("seconds_waited") <= stats.seconds_waited  # the ranks agree once more at the end
         *first, last = [metrics for _, metrics in rows]
         assert "onebit/share_hidden" not in first[0]
         assert 0 <= last["onebit/share_hidden"] < 1
@@ -108,7 +108,9 @@ def test_rows_are_lightnings_own_and_tell_what_was_sent_received_and_hidden_by_p
             assert last[f"{prefix}sent_mib"] == mebibytes(counters.bytes_sent)
             assert last[f"{prefix}received_mib"] == mebibytes(counters.bytes_received)
             assert last[f"{prefix}dense_equivalent_16bit_mib"] == mebibytes(counters.dense_equivalent_bytes / 2)
-            assert last[f"{prefix}seconds_waited"] == pytest.approx(counters.seconds_waited)
+            assert 0 < last[f"{prefix}seconds_waited"] <= counters.seconds_waited
+        waited = sum(last[f"onebit/{phase}/total_seconds_waited"] for phase in PHASES)
+        assert waited == pytest.approx(total("seconds_waited"))
         seconds = sum(last[f"onebit/{phase}/total_seconds"] for phase in PHASES)
         in_rows = sum(10 * metrics["onebit/step_seconds"] for metrics in first) + 8 * last["onebit/step_seconds"]
         assert in_rows / 2 < seconds <= in_rows  # which go on to the end of training
