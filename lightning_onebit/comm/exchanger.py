@@ -24,7 +24,7 @@ class Exchange:
         self._work = work
         self._finished = threading.Event()
         self._error: BaseException | None = None
-        self._seconds_waited = 0.0
+        self._seconds_waited = self._seconds_taken = 0.0
 
     def done(self) -> bool:
         """Whether :meth:`wait` would return at once."""
@@ -38,22 +38,24 @@ class Exchange:
         """
         start = time.perf_counter()
         self._finished.wait()
-        self._seconds_waited = time.perf_counter() - start
+        self._seconds_waited += time.perf_counter() - start
         if self._error is not None:
             raise RuntimeError(f"A compressed exchange failed on this rank: {self._error}") from self._error
 
-    def seconds_waited(self) -> float | None:
-        """How long :meth:`wait` kept what waits from going on; ``None`` if that is not known yet."""
-        return self._seconds_waited
+    def seconds(self) -> tuple[float, float] | None:
+        """How long :meth:`wait` kept what waits from going on, and how long the work took; ``None``: not known yet."""
+        return self._seconds_waited, self._seconds_taken
 
     def run(self, failed: BaseException | None = None) -> BaseException | None:
         """Do the work, unless an earlier one ``failed``. Returns the error, if there was one; never raises."""
         self._error = failed
         if failed is None:
+            start = time.perf_counter()
             try:
                 self._work()
             except BaseException as error:
                 self._error = error
+            self._seconds_taken = time.perf_counter() - start
         self._finished.set()
         return self._error
 
@@ -64,7 +66,7 @@ class StreamExchange(Exchange):
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream) -> None:
         super().__init__(work)
         self._stream = stream
-        self._event = torch.cuda.Event()
+        self._begin, self._event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._waited: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     @override
@@ -83,16 +85,17 @@ class StreamExchange(Exchange):
         self._waited = before, after
 
     @override
-    def seconds_waited(self) -> float | None:
+    def seconds(self) -> tuple[float, float] | None:
         """Of the device: the host only issues."""
         if self._waited is None or not self._waited[1].query():
             return None
-        return self._waited[0].elapsed_time(self._waited[1]) / 1000.0
+        return self._waited[0].elapsed_time(self._waited[1]) / 1000.0, self._begin.elapsed_time(self._event) / 1000.0
 
     @override
     def run(self, failed: BaseException | None = None) -> BaseException | None:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
+            self._begin.record(self._stream)
             error = super().run(failed)
             self._event.record(self._stream)
         return error
@@ -104,6 +107,7 @@ class InlineExchanger:
     def submit(self, work: Callable[[], None]) -> Exchange:
         exchange = Exchange(work)
         exchange.run()
+        exchange._seconds_waited = exchange._seconds_taken  # nothing else was done meanwhile
         return exchange
 
     def close(self) -> None:

@@ -192,6 +192,7 @@ class Communicator:
                 self.counters.bytes_received += nbytes
             if self.waits:
                 self.counters.seconds_waited += seconds
+                self.counters.seconds_exchanging += seconds
 
 
 @contextmanager

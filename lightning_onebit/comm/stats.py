@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import add, sub
+from typing import Any
 
 from lightning_onebit.phase import Phase
 
@@ -35,6 +37,11 @@ class PhaseCounters:
     """Those of :attr:`bytes_sent` that renewed second moments."""
     sketch_bytes_sent: int = 0
     """Those of :attr:`bytes_sent` that told norms: for clipping, and how the ranks' gradients compare with their mean."""
+    dense_bytes_sent: int = 0
+    """Those of :attr:`bytes_sent` that averaged gradients, perhaps rounded: all of the warm-up's, and afterwards those of
+    parameters that are not compressed."""
+    baseline_bytes_sent: int = 0
+    """Those of :attr:`bytes_sent` that only told how long a dense exchange takes."""
     collectives: int = 0
     """Collective operations, each of one message per pair of ranks or less."""
     dense_equivalent_bytes: int = 0
@@ -42,6 +49,30 @@ class PhaseCounters:
     seconds_waited: float = 0.0
     """Time the training thread, or on a GPU its stream, waited for exchanges. Counted for compressed exchanges only:
     during warm-up DDP waits inside its own backward."""
+    seconds_exchanging: float = 0.0
+    """Time that the same exchanges took, waited for or not: what was not waited for was hidden behind other work."""
+
+    @property
+    def sign_bytes_sent(self) -> int:
+        """What is left of :attr:`bytes_sent`: signs and scales, and a few bytes by which the ranks agree."""
+        others = self.refresh_bytes_sent + self.sketch_bytes_sent + self.dense_bytes_sent + self.baseline_bytes_sent
+        return self.bytes_sent - others
+
+    @property
+    def share_hidden(self) -> float:
+        """Of the duration of compressed exchanges, how much the training thread did not wait; NaN without any."""
+        if not self.seconds_exchanging:
+            return float("nan")
+        return min(1.0, max(0.0, 1.0 - self.seconds_waited / self.seconds_exchanging))
+
+    def __add__(self, other: PhaseCounters) -> PhaseCounters:
+        return self._combined(other, add)
+
+    def __sub__(self, other: PhaseCounters) -> PhaseCounters:
+        return self._combined(other, sub)
+
+    def _combined(self, other: PhaseCounters, how: Callable[[Any, Any], Any]) -> PhaseCounters:
+        return PhaseCounters(**{f.name: how(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
     @contextmanager
     def counting_refreshes(self) -> Iterator[None]:

@@ -320,11 +320,13 @@ class CompressedOptimizer:
         """On a GPU the last ones may still be in progress; they are counted with the next step."""
         unknown = []
         for exchange in self._waited:
-            seconds = exchange.seconds_waited()
+            seconds = exchange.seconds()
             if seconds is None:
                 unknown.append(exchange)
             else:
-                self.communicator.counters.seconds_waited += seconds
+                waited, taken = seconds
+                self.communicator.counters.seconds_waited += waited
+                self.communicator.counters.seconds_exchanging += taken
         self._waited = unknown
 
     def _take_back_(self) -> None:

@@ -56,6 +56,8 @@ class Verdict:
     reason: str
     forced: bool = False
     """The second moment was not found good enough, but the warm-up has reached its longest allowed length."""
+    seen: str = ""
+    """What was judged, in a few characters, for a progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,6 +180,7 @@ class VarianceStability(Criterion):
             freeze=True,
             forced=True,
             reason=f"max_steps is reached at step {now} although the second moment may still move: {verdict.reason}",
+            seen=verdict.seen,
         )
 
     def _judge_renewed(self, history: Sequence[Observation], plan: Plan) -> Verdict:
@@ -202,6 +203,7 @@ class VarianceStability(Criterion):
             reason=f"in steps {window[0].step} to {now}, (g / D)^2 was {rho:.3g} +- {noise:.2g} in the mean over all"
             f" elements ({name!r}, which contributes most: {worst:.3g}), so D will change by {change:.1%} in the {interval}"
             f" steps between refreshes ({plan.tolerance:.1%} allowed)",
+            seen=f"rho {rho:.3g}",
         )
 
     def _judge_frozen(self, history: Sequence[Observation], plan: Plan) -> Verdict:
@@ -238,13 +240,15 @@ class VarianceStability(Criterion):
             f" over all elements (before, {math.exp(earlier):.3g}; farthest: {name!r}, {rho:.3g} +- {noise_of_tensor:.2g}),"
             f" so D by {change:.1%} ({plan.tolerance:.1%} allowed)"
         )
+        seen = f"D off {change:.0%}"
         if not change <= plan.tolerance:
-            return Verdict(freeze=False, reason=text)
+            return Verdict(freeze=False, reason=text, seen=seen)
         if not off.get(name, 0.0) <= math.log(LARGEST_FACTOR):
-            return Verdict(freeze=False, reason=f"{name!r} is off by more than a factor of {LARGEST_FACTOR:g}: {text}")
+            too_far = f"{name!r} is off by more than a factor of {LARGEST_FACTOR:g}: {text}"
+            return Verdict(freeze=False, reason=too_far, seen=seen)
         if deviation > earlier + math.hypot(noise, noise_before):
-            return Verdict(freeze=False, reason=f"the second moment moves: {text}")
-        return Verdict(freeze=True, reason=text)
+            return Verdict(freeze=False, reason=f"the second moment moves: {text}", seen=seen)
+        return Verdict(freeze=True, reason=text, seen=seen)
 
 
 def _check_count(name: str, value: Any, of_what: str) -> None:

@@ -155,12 +155,15 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
     # Not what was sent meanwhile: another thread, in which exchanges are carried out, counts there as well.
     averaged_nbytes = sum(gradient.nbytes for gradient in dense.values()) if local_numel else buffer.nbytes
     counters.dense_equivalent_bytes += ring_all_reduce_nbytes(averaged_nbytes, world_size)
+    dtype = state.travelling_dtype(buffer) if averaged_nbytes else None
+    sent_nbytes = averaged_nbytes if dtype is None else averaged_nbytes // buffer.element_size() * dtype.itemsize
+    counters.dense_bytes_sent += ring_all_reduce_nbytes(sent_nbytes, world_size)
     if local_numel and state.gradients_ready is not None:
         state.gradients_ready(params)
     if state.regrouping is not None:
-        future = state.regrouping.average(state.communicator, bucket, dense, state.travelling_dtype(buffer))
+        future = state.regrouping.average(state.communicator, bucket, dense, dtype)
     elif not local_numel:
-        future = state.communicator.all_reduce_mean_future(buffer, dtype=state.travelling_dtype(buffer))
+        future = state.communicator.all_reduce_mean_future(buffer, dtype=dtype)
     elif dense:
         future = _average_some(state.communicator, buffer, list(dense.values()))
     else:

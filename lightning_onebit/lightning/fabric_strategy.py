@@ -311,6 +311,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             phases.has_waiting_gradients = False
             self.switch.after_step(self, self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules))
             self.guard.after_step(self)
+            phases.compare_with_dense()
             return output
 
     def _start_switch(self) -> None:

@@ -52,6 +52,8 @@ class OptimizerSteps:
         """Whether a loss scaler decides which steps are made."""
         self.ends = no_steps()
         """When steps of the first optimizer ended, by phase."""
+        self.waits = no_steps()
+        """And how many seconds had been waited in that phase by then."""
         self._precision: Precision | None = None
         self._names = names
         self._max_skipped_steps = max_skipped_steps
@@ -77,7 +79,7 @@ class OptimizerSteps:
         self._skipped.clear()
         self.made.clear()
         self.averaged.clear()
-        self.ends = no_steps()
+        self.ends, self.waits = no_steps(), no_steps()
 
     @property
     def skipped(self) -> int:
@@ -132,6 +134,7 @@ class OptimizerSteps:
             self.counters.steps += 1  # the engine counts compressed ones
         if optimizer is next(iter(self.made), None):  # with several, each steps as often
             self.ends[self.phase].append(time.perf_counter())
+            self.waits[self.phase].append(self.counters.seconds_waited)
 
     def _count_skipped(self, optimizer: Optimizer, skipped: SkippedSteps) -> None:
         """No step was made. In warm-up only a loss scaler refuses one, for averaged gradients."""

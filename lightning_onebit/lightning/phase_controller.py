@@ -35,12 +35,13 @@ from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.freeze.drift import Drift
+from lightning_onebit.lightning.baseline import DenseExchange, time_dense_exchanges
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 from lightning_onebit.lightning.outlook import dense_training
 from lightning_onebit.lightning.process_groups import make_process_groups
-from lightning_onebit.lightning.report import report
+from lightning_onebit.lightning.report import FEWEST_ENDS, WORTH_SAYING, gain, report
 from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
 from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
@@ -111,6 +112,10 @@ class PhaseController:
         self._timeout: timedelta | None = None
         self._switches: list[tuple[int, str]] = []
         """Optimizer steps after which the compressed phase began in this run, and why."""
+        self._has_compared = False
+        """Whether the first compressed steps were compared with dense ones."""
+        self._dense_exchange: DenseExchange | None = None
+        """Timed where there are too few dense steps."""
 
     @property
     def phase(self) -> Phase:
@@ -569,6 +574,7 @@ class PhaseController:
         self._models.clear()
         self._agreed_after = None
         self._switches.clear()
+        self._has_compared, self._dense_exchange = False, None
         self.comm_stats = CommStats()
         self._set_phase(Phase.WARMUP)
 
@@ -623,12 +629,49 @@ class PhaseController:
             raise divergence_error(difference, step=self.optimizer_steps, agreed_after=self._agreed_after)
         self._agreed_after = self.optimizer_steps
 
+    def compare_with_dense(self) -> None:
+        """Once, after the first compressed steps: warn if they are no faster than dense ones. Between a step and a backward.
+
+        Where too few dense steps were timed, dense exchanges are now, all ranks together. Which step it is follows from how
+        many steps were made, so it is the same on all ranks.
+        """
+        steps, strategy = self.steps, self._strategy
+        if self._has_compared or self.phase is Phase.WARMUP or len(steps.ends[Phase.COMPRESSED]) < FEWEST_ENDS:
+            return
+        self._has_compared = True
+        if strategy.world_size == 1 or self.hook_state is None:
+            return
+        # With several optimizers it is not known how often a step of the first one exchanges what.
+        if len(steps.ends[Phase.WARMUP]) < FEWEST_ENDS and len(steps.made) == 1:
+            self._dense_exchange = time_dense_exchanges(
+                [p for p in self.hook_state.local if p.requires_grad],
+                strategy.root_device,
+                self.comm_stats[Phase.WARMUP],
+                bucket_cap_mb=strategy.config.bucket_cap_mb,
+                precision=strategy.config.warmup_precision,
+            )
+        found = gain(steps.ends, steps.waits, self._dense_exchange, warmup=self._warmup)
+        # The quickest quarter counts: second moments are renewed more often in the first steps than later.
+        if found.quick_steps is not None and found.quick_steps < WORTH_SAYING:
+            rank_zero_warn(f"{type(strategy).__name__}: after the first {FEWEST_ENDS} compressed steps: {found.text}")
+
+    @property
+    def _warmup(self) -> str:
+        return dense_training(self._strategy.config.warmup_precision)
+
     def report(self) -> str:
         """See the strategies."""
-        warmup = dense_training(self._strategy.config.warmup_precision)
         # Skipped steps are counted, but not made: what was made and not counted was before.
         earlier = max(0, sum(self.steps.made.values()) - self.comm_stats.steps)
-        return report(self.comm_stats, self.steps.ends, self._switches, warmup=warmup, earlier_steps=earlier)
+        return report(
+            self.comm_stats,
+            self.steps.ends,
+            self.steps.waits,
+            self._switches,
+            exchange=self._dense_exchange,
+            warmup=self._warmup,
+            earlier_steps=earlier,
+        )
 
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""

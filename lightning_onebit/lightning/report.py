@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.config import MEBIBYTE
+from lightning_onebit.lightning.baseline import DenseExchange
 from lightning_onebit.phase import Phase
 
 UNTIMED_STEPS = 3
 """At the beginning of a phase, steps that are not timed: buckets are made, memory is allocated."""
 FEWEST_STEPS = 8
 """Timed, from which on a median is told."""
+FEWEST_ENDS = UNTIMED_STEPS + FEWEST_STEPS
+"""Of steps, from which on a median is told."""
 STEPS_KEPT = 2000
 """Of each phase, the ends of the last so many."""
 WORTH_SAYING = 1.02
@@ -53,8 +56,10 @@ def step_time(ends: Sequence[float]) -> StepTime | None:
 def report(
     stats: CommStats,
     ends: Mapping[Phase, Sequence[float]],
+    waits: Mapping[Phase, Sequence[float]],
     switches: Sequence[tuple[int, str]],
     *,
+    exchange: DenseExchange | None,
     warmup: str,
     earlier_steps: int,
 ) -> str:
@@ -63,7 +68,9 @@ def report(
     Args:
         stats: what rank 0 sent since the run, or what was resumed of it, began.
         ends: by phase, when its steps ended.
+        waits: by phase, seconds waited for exchanges by then.
         switches: optimizer steps after which it began to compress, and why; the reason may be empty.
+        exchange: dense exchanges of the gradients, where they were timed.
         warmup: what a warm-up is, in words.
         earlier_steps: made before the run was resumed, and in none of these.
     """
@@ -71,18 +78,20 @@ def report(
     rows = [("", "steps", "MiB sent", "DDP float32", "DDP 16 bits", "ms a step [quartiles]")]
     for phase in Phase:
         counters = stats[phase]
-        if counters.steps:
+        if counters.steps or counters.baseline_bytes_sent:
             sent, dense = counters.bytes_sent, counters.dense_equivalent_bytes
             rows.append((phase.name.lower(), str(counters.steps), *_mebibytes(sent, dense), _milliseconds(times[phase])))
     rows.append(("in all", str(stats.steps), *_mebibytes(stats.bytes_sent, stats.dense_equivalent_bytes), ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if baseline := sum(stats[phase].baseline_bytes_sent for phase in Phase):
+        lines.append(f"In warm-up's row are {baseline / MEBIBYTE:.1f} MiB by which dense exchanges were timed.")
     if earlier_steps:
         lines.append(f"That is since the run was resumed; {earlier_steps} steps before are not in it.")
     for step, why in switches:
         lines.append(f"Compressed after optimizer step {step}{f': {why}' if why else ''}.")
     if stats[Phase.COMPRESSED].steps:
-        lines += [_bytes_saved(stats), _time_saved(stats, times, warmup)]
+        lines += [_bytes_saved(stats), gain(ends, waits, exchange, warmup=warmup).text]
     return "\n".join(lines)
 
 
@@ -92,7 +101,7 @@ def _mebibytes(sent: int, dense: int) -> tuple[str, str, str]:
 
 def _milliseconds(seconds: StepTime | None) -> str:
     if seconds is None:
-        return f"not told: fewer than {UNTIMED_STEPS + FEWEST_STEPS} steps"
+        return f"not told: fewer than {FEWEST_ENDS} steps"
     return f"{1000 * seconds.median:.1f} [{1000 * seconds.lower:.1f}-{1000 * seconds.upper:.1f}]"
 
 
@@ -114,24 +123,70 @@ def _bytes_saved(stats: CommStats) -> str:
     return f"In all {ratio:.1f} times fewer bytes {than}{rest}."
 
 
-def _time_saved(stats: CommStats, times: Mapping[Phase, StepTime | None], warmup: str) -> str:
-    """The speed-up, measured, or that it is not; and what to do if there is none."""
-    dense, compressed, counters = times[Phase.WARMUP], times[Phase.COMPRESSED], stats[Phase.COMPRESSED]
-    if dense is None or compressed is None:
+@dataclass(frozen=True)
+class Gain:
+    """What compression brings in time, and in words."""
+
+    text: str
+    quick_steps: float | None
+    """Dense over compressed step time, of the quickest quarter of the compressed steps; ``None``: not known."""
+
+
+def gain(
+    ends: Mapping[Phase, Sequence[float]],
+    waits: Mapping[Phase, Sequence[float]],
+    exchange: DenseExchange | None,
+    *,
+    warmup: str,
+) -> Gain:
+    """The speed-up: measured in steps, or bounded by dense exchanges that were timed, or not told; and what to do if none.
+
+    A dense step takes at most what a compressed one does without waiting, and its whole exchange; at least its exchange.
+
+    Args:
+        ends: by phase, when its steps ended.
+        waits: by phase, seconds waited for exchanges by then.
+        exchange: of the gradients, densely, where that was timed.
+        warmup: what a warm-up is, in words.
+    """
+    dense, compressed = step_time(ends[Phase.WARMUP]), step_time(ends[Phase.COMPRESSED])
+    if compressed is None or (dense is None and exchange is None):
         which = "warm-up" if dense is None else "compressed phase"
-        return (
-            f"Speed-up: not measured, as the {which} had fewer than {UNTIMED_STEPS + FEWEST_STEPS} steps here. HINT:"
-            " PhaseSwitch(criterion=FixedStep(n)) makes n dense steps first."
+        return Gain(
+            f"Speed-up: not measured, as the {which} had fewer than {FEWEST_ENDS} steps here. HINT:"
+            " PhaseSwitch(criterion=FixedStep(n)) makes n dense steps first.",
+            None,
         )
-    speedup, waited = dense.median / compressed.median, counters.seconds_waited / counters.steps
+    waited = step_time(waits[Phase.COMPRESSED])
+    assert waited is not None
     numbers = (
-        f"a compressed step took {1000 * compressed.median:.1f} ms, {1000 * waited:.1f} of them waiting for exchanges, one"
-        f" of {warmup} {1000 * dense.median:.1f} ms"
+        f"a compressed step took {1000 * compressed.median:.1f} ms, {1000 * waited.median:.1f} of them waiting for exchanges"
     )
+    if dense is not None:
+        speedup, quick = dense.median / compressed.median, dense.median / compressed.lower
+        numbers = f"{numbers}, one of {warmup} {1000 * dense.median:.1f} ms"
+        told = f"Speed-up: {speedup:.2f}, as {numbers}."
+    else:
+        assert exchange is not None
+        computing = max(0.0, compressed.median - waited.median)
+        speedup = (computing + exchange.median) / compressed.median
+        quick = (max(0.0, compressed.lower - waited.median) + exchange.median) / compressed.lower
+        least = exchange.median / compressed.median
+        numbers = (
+            f"{numbers}, and a dense exchange of the gradients {1000 * exchange.median:.1f} ms (median of"
+            f" {len(exchange.seconds)}, {1000 * min(exchange.seconds):.1f}-{1000 * max(exchange.seconds):.1f})"
+        )
+        told = (
+            f"Speed-up: at most {speedup:.2f}{f', at least {least:.2f}' if least >= WORTH_SAYING else ''}: estimated, as the"
+            f" warm-up had fewer than {FEWEST_ENDS} steps here. {numbers[0].upper()}{numbers[1:]}, of which DDP hides some"
+            " behind backward; at most: nothing."
+        )
     if speedup >= WORTH_SAYING:
-        return f"Speed-up: {speedup:.2f}, as {numbers}."
+        return Gain(told, quick)
     slower = "no faster" if speedup * WORTH_SAYING > 1 else f"{1 / speedup:.2f} times as slow"
-    return (
-        f"Speed-up: none. Steps are {slower}: {numbers}. HINT: the network is not what limits this job: stay with"
-        " strategy='ddp' here, or accumulate fewer gradients per step, or use more nodes."
+    estimated = "" if dense is not None else " than dense ones would be at most, by an estimate"
+    return Gain(
+        f"Speed-up: none. Steps are {slower}{estimated}: {numbers}. HINT: the network is not what limits this job: stay with"
+        " strategy='ddp' here, or accumulate fewer gradients per step, or use more nodes.",
+        quick,
     )

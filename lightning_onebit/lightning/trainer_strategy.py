@@ -39,6 +39,7 @@ from lightning_onebit.consistency.settings import (
 )
 from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.freeze.drift import Drift
+from lightning_onebit.lightning.callbacks.comm_monitor import CommMonitor
 from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
 from lightning_onebit.lightning.compressible import compressible, listed
@@ -331,6 +332,8 @@ class OneBitDDPStrategy(DDPStrategy):
             settings.update(optimizer_settings(self.optimizers, self._phases.names) | trainer_settings(trainer))
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             settings.update(criterion_settings(c.criterion for c in callbacks if isinstance(c, PhaseSwitch)))
+            monitors = [c.entries(trainer) for c in callbacks if isinstance(c, CommMonitor)]
+            settings["entries of CommMonitor"] = ", ".join(monitors) or "none"  # which are made by all ranks together
             settings["exchanges start during backward"] = repr(self._phases.overlaps)
 
     def _set_up_optimizers(self, trainer: pl.Trainer) -> None:
@@ -398,6 +401,7 @@ class OneBitDDPStrategy(DDPStrategy):
                 " second moment again. HINT: unfreeze or add them before the first freeze, and there is only one warm-up."
             )
             phases.resume_warmup()
+        phases.compare_with_dense()
         self._signals.travel_with(phases.compressed.values())
         if cast(pl.LightningModule, self.lightning_module).automatic_optimization:
             self._written.begin(phases.names)

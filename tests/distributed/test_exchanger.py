@@ -119,8 +119,6 @@ class FakeCuda:
 
             def record(self, stream):
                 self.stream, self.seconds = stream, fake.seconds
-                if not self.enable_timing:
-                    fake.log.append(f"event on {stream.name}")
 
             def elapsed_time(self, other):
                 return 1000.0 * (other.seconds - self.seconds)
@@ -156,18 +154,31 @@ def test_stream_exchanger_orders_streams_and_never_blocks_the_host(cuda):
     cuda.complete = True
     assert exchange.done()
     exchange.wait()
-    assert cuda.log == ["side waits for main", "work on side", "event on side", "main waits for what side had"]
+    assert cuda.log == ["side waits for main", "work on side", "main waits for what side had"]
 
 
 def test_the_time_waited_is_that_of_the_stream_and_known_when_it_is_over(cuda, exchanger):
-    on_stream = StreamExchanger(torch.device("cuda", 0)).submit(lambda: None)
+    def work():
+        cuda.seconds += 3.0
+
+    on_stream = StreamExchanger(torch.device("cuda", 0)).submit(work)
     on_stream.wait()
-    assert on_stream.seconds_waited() is None
+    assert on_stream.seconds() is None
     cuda.complete = True
-    assert on_stream.seconds_waited() == 7.0
+    assert on_stream.seconds() == (7.0, 3.0)
     in_thread = exchanger.submit(lambda: time.sleep(0.2))
     in_thread.wait()
-    assert 0.1 < in_thread.seconds_waited() < 2.0
+    waited, taken = in_thread.seconds()
+    assert 0.1 < waited < 2.0
+    assert 0.2 <= taken < 2.0
+    hidden = exchanger.submit(lambda: time.sleep(0.2))
+    time.sleep(0.3)
+    hidden.wait()
+    waited, taken = hidden.seconds()
+    assert waited < 0.1
+    assert 0.2 <= taken < 2.0
+    waited, taken = InlineExchanger().submit(lambda: time.sleep(0.01)).seconds()
+    assert waited == taken >= 0.01
 
 
 def test_waits_are_counted_once_each_when_they_are_known():
@@ -175,8 +186,9 @@ def test_waits_are_counted_once_each_when_they_are_known():
         def __init__(self, *answers):
             self.answers = list(answers)
 
-        def seconds_waited(self):
-            return self.answers.pop(0)
+        def seconds(self):
+            waited = self.answers.pop(0)
+            return None if waited is None else (waited, 2 * waited)
 
     def fn(communicator):
         optimizer = make_optimizer(torch.optim.Adam, torch.float32)
@@ -189,6 +201,7 @@ def test_waits_are_counted_once_each_when_they_are_known():
             compressed._count_waits()
             seen.append(counters.seconds_waited - before)
         assert seen == pytest.approx([1.0, 3.0, 19.0])
+        assert counters.seconds_exchanging == pytest.approx(before + 38.0, abs=0.5)
         assert not compressed._waited
 
     run_threads(1, fn)

@@ -54,7 +54,7 @@ def test_a_run_with_sgd_alone_makes_no_dense_step_and_says_so(world_size):
         assert recorder.phases == [COMPRESSED] * BATCHES
         stats = trainer.strategy.comm_stats
         assert (stats[WARMUP].steps, stats[COMPRESSED].steps) == (0, BATCHES)
-        assert stats[WARMUP].bytes_sent == 0
+        assert stats[WARMUP].bytes_sent == stats[WARMUP].baseline_bytes_sent  # to time dense exchanges
         assert trainer.strategy.optimizer_steps == BATCHES
         return recorder.params
 
@@ -328,7 +328,8 @@ def test_fabric_makes_no_dense_step_and_the_trainers_steps_bitwise():
         assert messages.count(SAID) == (rank == 0)
         assert loop.phases == [COMPRESSED] * 20
         stats = loop.strategy.comm_stats
-        assert (stats[WARMUP].steps, stats[WARMUP].bytes_sent, stats[COMPRESSED].steps) == (0, 0, 20)
+        assert (stats[WARMUP].steps, stats[COMPRESSED].steps) == (0, 20)
+        assert stats[WARMUP].bytes_sent == stats[WARMUP].baseline_bytes_sent > 0  # to time dense exchanges
         assert same_params(loop.params, fit("onebit_ddp", 2, batches=20, configure=nesterov)[1].params)
         return loop.params
 

@@ -23,7 +23,7 @@ import lightning_onebit
 ROOT = Path(lightning_onebit.__file__).parent
 
 STATISTICS = (
-    "comm/stats.py", "Communicator._count", "Communicator._counting", "Exchange.seconds_waited",
+    "comm/stats.py", "Communicator._count", "Communicator._counting", "Exchange.seconds",
     "CompressedOptimizer._count_waits", "comm/watch.py", "Communicator._carry_out",
 )  # fmt: skip
 """Files, and qualified names, of what only counts, or only notes which places a rank has passed."""

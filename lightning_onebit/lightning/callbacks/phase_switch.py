@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_onebit.comm.watch import passing
 from lightning_onebit.config import VarianceRefresh
 from lightning_onebit.engine.optimizer import diverged_parameters
-from lightning_onebit.freeze.criteria import Criterion, Observation, Ratio, Verdict, is_whole
+from lightning_onebit.freeze.criteria import Criterion, Observation, Plan, Ratio, Verdict, is_whole
 from lightning_onebit.freeze.drift import DriftWatch
 from lightning_onebit.freeze.stability import VarianceStability
 from lightning_onebit.lightning.callbacks.strategy import TwoPhaseStrategy, strategy_of
@@ -63,6 +63,7 @@ class PhaseSwitch(Callback):
         self._history: list[Observation] = []
         self._last_step = 0
         self._start = 0
+        self._plan = Plan(every=1)
         self._ratios: dict[Optimizer, dict[Tensor, Ratio]] = {}
         """Of each optimizer's last step that was looked at."""
         self._hooks: list[RemovableHandle] = []
@@ -99,6 +100,15 @@ class PhaseSwitch(Callback):
         if (strategy := strategy_of(trainer)) is not None:
             passing("the end of a batch")
             self.after_step(strategy, pl_module)
+
+    def progress(self) -> str:
+        """In a few characters, for a progress bar: what the criterion saw last, and by which step it must decide.
+
+        Of rank 0. Steps are those of the optimizer, from the beginning of the run.
+        """
+        first, last = self._start + max(self._plan.start, self._plan.min_steps), self._start + self._plan.max_steps
+        when = f"by {last:.0f}" if math.isfinite(last) else f"not before {first}"
+        return f"{self.verdict.seen}, {when}" if self.verdict is not None and self.verdict.seen else when
 
     def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
         """Fix the criterion's settings for a run of ``total_steps`` steps (``inf`` if unknown), and begin to watch."""
