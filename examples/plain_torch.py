@@ -43,7 +43,7 @@ def backward(model: nn.Module, step: int) -> Tensor:
 
 def train_with_compressed_gradients(model: nn.Module, steps: int) -> list[Tensor]:
     """1-bit SGD as in Seide et al. 2014. One `ErrorFeedback` per gradient holds what signs have left out."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
     errors = [(p, ErrorFeedback(p)) for p in model.parameters()]
     losses = []
     for step in range(steps):

@@ -109,7 +109,7 @@ def test_masked_lm(run, few_sources):
     pytest.importorskip("transformers")
     said, _ = run("masked_lm", "--steps", 40, "--batch-size", 4, "--d-model", 32)
     assert "Compressed after optimizer step 20" in said
-    assert float(re.search(r"validation loss: (\S+)", said)[1]) < 6.5  # log(3001) = 8.0 to begin with
+    assert float(re.search(r"validation loss: (\S+)", said)[1]) < 7.5  # log(3001) = 8.0 to begin with
 
 
 def test_fabric_gpt(run, few_sources, tmp_path):
@@ -140,7 +140,7 @@ def test_plain_torch(run, compress):
     ]
     assert ranks[0][3] == ranks[1][3]
     for rank in ranks:
-        assert float(rank[2]) < 0.7 * float(rank[1])
+        assert float(rank[2]) < 0.5 * float(rank[1])
 
 
 def environment(folder):
