@@ -1,4 +1,4 @@
-"""The examples from start to end, small. That of ``make demo`` has a test of its own, ``minimal.py`` is also run by ``make package``.
+"""The examples from start to end, small. ``demo.py`` has a test of its own; ``make package`` also runs ``minimal.py``.
 
 Most run on forked ranks, which find everything imported; the two launch files start processes as a user does.
 """
