@@ -1,4 +1,4 @@
-"""The examples from start to end, small. ``demo.py`` has a test of its own; ``make package`` also runs ``minimal.py``.
+"""The examples from start to end, small. ``demo.py`` has a test of its own; ``minimal.py`` is run by ``make package``.
 
 Most run on forked ranks, which find everything imported; the two launch files start processes as a user does.
 """
@@ -66,13 +66,6 @@ def few_sources(monkeypatch):
 
     files = gpt_stdlib.stdlib_files()
     monkeypatch.setattr(gpt_stdlib, "stdlib_files", lambda: dict(list(files.items())[::10]))
-
-
-def test_minimal(run):
-    said, _ = run("minimal")
-    assert re.search(r"in all +256 ", said)
-    assert 7 < float(re.search(r"In all (\S+) times fewer bytes", said)[1]) < 9
-    assert said.count("Speed-up: ") == 1
 
 
 def test_dcgan_digits(run, tmp_path):
@@ -167,9 +160,9 @@ def test_launch_files_are_valid_bash(script):
 
 
 def test_torchrun(tmp_path):
-    variables = {**environment(tmp_path), "PORT": str(free_port())}
+    variables = {**environment(tmp_path), "PORT": str(free_port()), "DEVICES": "1"}
     reached, ranks = accuracy([str(EXAMPLES / "torchrun.sh"), "--epochs", "2"], variables, tmp_path)
-    assert ranks == 2
+    assert ranks == 1  # more of them, on two nodes: test_launchers.py
     assert reached > 0.3
 
 
