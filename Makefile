@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest install-newest test-newest gpu lint clean
+.PHONY: help demo test test-oldest install-newest test-newest gpu lint docs package clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'
 	@echo 'make gpu     check and measure on a GPU, with the Python that is there: nothing is installed'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make docs    build the documentation in build/site; warnings are errors'
+	@echo 'make package build the source distribution and the wheel in dist, and try both'
 	@echo 'make clean   remove the virtual environment, caches and the output of the demo'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DEMO_ARGUMENTS=$(DEMO_ARGUMENTS)'
@@ -62,6 +64,28 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+
+# Tried as by somebody who has neither this folder nor what is installed for it: the wheel in an environment of its own, where
+# it trains; the source distribution by some of its own tests. What an index would show as description has no link that leads
+# nowhere there (tests/unit/test_packaging.py).
+TRIAL := build/package
+SDIST_TESTS := tests/unit/test_layout.py tests/unit/test_docs.py tests/unit/test_packaging.py tests/distributed/test_allreduce.py
+package: $(VENV)/.installed-dev
+	rm -rf dist $(TRIAL)
+	PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(TRIAL)/venv
+	$(TRIAL)/venv/bin/python -m pip install --no-compile -c $(CONSTRAINTS) torch
+	$(TRIAL)/venv/bin/python -m pip install --no-compile -c $(CONSTRAINTS) dist/*.whl
+	cp examples/minimal.py $(TRIAL)
+	cd $(TRIAL) && env -u PYTHONPATH venv/bin/python minimal.py 2>&1 | tee minimal.log
+	grep -q 'In all [78][.].* times fewer bytes' $(TRIAL)/minimal.log
+	cd $(TRIAL) && env -u PYTHONPATH venv/bin/python -c 'import lightning_onebit as ours; assert "site-packages" in ours.__file__'
+	tar -xzf dist/*.tar.gz -C $(TRIAL)
+	cd $(TRIAL)/lightning_onebit-* && PYTHONPATH=. $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(SDIST_TESTS)
+
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -76,4 +100,8 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP_INSTALL) -e '.[docs]'
 	touch $@
