@@ -83,7 +83,7 @@ def run_threads(world_size, fn, *args, timeout=60):
 
 
 def without_profiler_ranges():
-    """A context in which ``record_function`` does nothing: no profiler listens, and its ranges are a sixth of a small step."""
+    """A context in which ``record_function`` does nothing: no profiler listens, and they are a sixth of a small step."""
     return mock.patch.multiple(
         record_function, __init__=lambda *_: None, __enter__=lambda self: self, __exit__=lambda *_: None
     )
@@ -382,7 +382,8 @@ class _Meeting:
         if self._world.failure is not None:
             rank, error = self._world.failure
             raise OtherRankFailed(f"rank {rank} has failed: {type(error).__name__}: {error}")
-        gone = [i for i, rank in enumerate(self._members) if rank in self._world.finished]
+        finished = self._world.finished
+        gone = [i for i, rank in enumerate(self._members) if rank in finished] if finished else []
         if gone:
             raise RuntimeError(f"{call.described}: ranks {gone} have ended and will never call it.")
 
