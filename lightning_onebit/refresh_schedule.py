@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from lightning_onebit.config import VarianceRefresh
 
 LONGEST_INTERVAL = 64
@@ -41,7 +43,14 @@ def is_refresh_due(step: int, every: VarianceRefresh) -> bool:
         return False
     if every != "auto":
         return step % every == 0
-    due = 1
-    while due < step and (interval := refresh_interval(every, due)) < LONGEST_INTERVAL:
-        due += interval
-    return due <= step and (step - due) % LONGEST_INTERVAL == 0
+    first = _first_refreshes()
+    return step in first or (step > max(first) and (step - max(first)) % LONGEST_INTERVAL == 0)
+
+
+@cache
+def _first_refreshes() -> tuple[int, ...]:
+    """By "auto", the steps of refreshes up to the first after which the interval is the longest."""
+    due = [1]
+    while (interval := refresh_interval("auto", due[-1])) < LONGEST_INTERVAL:
+        due.append(due[-1] + interval)
+    return tuple(due)

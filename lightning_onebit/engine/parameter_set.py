@@ -85,11 +85,12 @@ class ParameterSet:
     def _numbers(self, num_averaged: int, *, clamps: bool = False) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The numbers of every parameter's next step: computed once for each group and step; ``clamps`` in either space."""
         buckets = self.buckets
-        keys = np.stack([np.asarray(buckets.param_group_of, dtype=np.int64), buckets.steps + 1], axis=1)
-        unique, inverse = np.unique(keys, axis=0, return_inverse=True)
+        row_of: dict[tuple[int, int], int] = {}  # by group and number of the step
+        keys = zip(buckets.param_group_of, (buckets.steps + 1).tolist(), strict=True)
+        inverse = [row_of.setdefault(key, len(row_of)) for key in keys]
         groups = buckets.optimizer.param_groups
         rows: list[Coefficients] = [
-            buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in unique.tolist()
+            buckets.method.coefficients(groups[group], step, num_averaged=num_averaged) for group, step in row_of
         ]
         if not (buckets.divides_first or clamps):  # what is clamped in momentum space are gradients, not g / D
             rows = [row._replace(kappa=LARGEST_VALUE) for row in rows]
@@ -98,7 +99,7 @@ class ParameterSet:
                 "nesterov was switched on in the compressed phase, which did not keep the momentum before the last one."
                 " HINT: set it when the optimizer is created."
             )
-        numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse.reshape(-1)]
+        numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(Coefficients._fields))[inverse]
         if buckets.renews or buckets.is_collecting:
             numbers[:, Coefficients._fields.index("root_r")] = self.statistics.root_r
         return numbers

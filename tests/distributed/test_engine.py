@@ -2,6 +2,7 @@
 
 Ranks are threads, as test_thread_ranks.py shows that they do what forked ones on gloo do; a few tests use gloo itself."""
 
+import functools
 import gc
 import math
 
@@ -17,6 +18,7 @@ from torch import nn
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine import buckets as engine_buckets
+from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.engine.variance import REFRESH_STEPS
 
@@ -28,10 +30,16 @@ GROUPS = (
 
 
 def gradient(rank, step, index, shape, dtype=torch.float64):
-    """Of different size for every parameter and coordinate, different on every rank."""
+    """Of different size for every parameter and coordinate, different on every rank; the caller's own."""
+    return made_gradient(rank, step, index, shape).to(dtype, copy=True)
+
+
+@functools.lru_cache(maxsize=10_000)
+def made_gradient(rank, step, index, shape):
+    """Asked for by every rank, and by the model again."""
     generator = torch.Generator().manual_seed(hash((rank, step, index)) % 2**31)
     size = torch.logspace(-2, 1, math.prod(shape), dtype=torch.float64).view(shape)
-    return ((torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3) * size * (1 + index)).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.3) * size * (1 + index)
 
 
 def make_params(dtype, shapes):
@@ -156,9 +164,13 @@ def late_gradient(rank, step, index, shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("space", ["update", "momentum"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_late_coordinates_equal_the_float64_model(space, world_size):
-    """Over two refreshes; written from DESIGN section 2."""
-    options = {"space": space, "block_size": 64, "steps": 125}
+def test_late_coordinates_equal_the_float64_model(space, world_size, monkeypatch):
+    """Over two refreshes; written from DESIGN section 2. They come at every 16th step; at every 64th, as they really do:
+    test_one_rank_with_late_coordinates_is_the_float64_model."""
+    refresh_steps = 16
+    monkeypatch.setattr(engine, "REFRESH_STEPS", refresh_steps)
+    monkeypatch.setattr("model.REFRESH_STEPS", refresh_steps)
+    options = {"space": space, "block_size": 64, "steps": 30}
     trace, *others = run_threads(
         world_size,
         lambda communicator: train(communicator, torch.optim.Adam, torch.float64, gradient=late_gradient, **options),
@@ -168,7 +180,7 @@ def test_late_coordinates_equal_the_float64_model(space, world_size):
     )
     assert_close(trace, train_model(torch.optim.Adam, world_size, gradient=late_gradient, **options), rtol=1e-4)
     started = [(params[0].flatten() != trace[0][0].flatten()) for params in trace]
-    assert not started[REFRESH_STEPS - WARMUP_STEPS - 1][3::4].any()  # the refresh of step 64 is valid from step 65 on
+    assert not started[refresh_steps - WARMUP_STEPS - 1][3::4].any()  # the refresh of step 16 is valid from step 17 on
     assert started[-1][[i for i in range(3, 407, 4) if i % 7]].all()
     assert not started[-1][::7].any()
 

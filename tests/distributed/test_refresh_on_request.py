@@ -45,6 +45,12 @@ def gradients(rank, ranks, step, requested):
     return made
 
 
+@functools.cache
+def means(ranks, step, requested):
+    """Of all ranks' gradients."""
+    return [sum(each) / ranks for each in zip(*(gradients(r, ranks, step, requested) for r in range(ranks)), strict=True)]
+
+
 class Training:
     """One rank's, with gradients that are known everywhere. ``squares`` of mean gradients are those of the last steps."""
 
@@ -54,8 +60,7 @@ class Training:
         self.optimizer = kind(self.params, lr=1e-3, betas=(0.9, BETA2), eps=EPS)
         self.number, self.squares, self.requested = 0, [], None
         for _ in range(WARMUP_STEPS):
-            means = self._means()
-            for p, g in zip(self.params, means, strict=True):
+            for p, g in zip(self.params, self._means(), strict=True):
                 p.grad = g.to(p.dtype)
             self.optimizer.step()
             self.number += 1
@@ -67,7 +72,7 @@ class Training:
         return gradients(rank, self.ranks, self.number, self.requested is not None)
 
     def _means(self):
-        return [sum(each) / self.ranks for each in zip(*map(self._gradients, range(self.ranks)), strict=True)]
+        return means(self.ranks, self.number, self.requested is not None)
 
     def step(self, steps=1):
         for _ in range(steps):

@@ -1,6 +1,7 @@
 """The second moment goes on, and D is renewed (DESIGN 2), on ranks that are threads: v against the true one, that of the
 mean gradient, which nobody has; the whole algorithm against a float64 model; what must be equal bit for bit."""
 
+import functools
 import math
 import threading
 
@@ -21,7 +22,13 @@ WARMUP_STEPS = 10
 
 
 def noise(shape, *key):
-    """Normal numbers, others for each key of small integers."""
+    """Normal numbers, others for each key of small integers; the caller's own."""
+    return made_noise(tuple(shape), key).clone()
+
+
+@functools.lru_cache(maxsize=10_000)
+def made_noise(shape, key):
+    """Asked for by every rank, and by the model again."""
     seed = 0
     for number in key:
         seed = 1009 * seed + number + 1
@@ -260,7 +267,7 @@ def v_against_true(make_model, batch, ranks, steps, *, beta2=0.999, warmup_steps
 
 
 @pytest.mark.parametrize(
-    ("ranks", "steps", "median", "three_quarters"), [(4, 200, 0.08, 0.15), (16, 80, 0.12, 0.25)], ids=["4", "16"]
+    ("ranks", "steps", "median", "three_quarters"), [(4, 200, 0.08, 0.15), (16, 48, 0.12, 0.25)], ids=["4", "16"]
 )
 @pytest.mark.parametrize(("make_model", "make_data"), [(Vit, digits), (Words, words)], ids=["vit", "rare rows"])
 def test_v_is_near_that_of_the_mean_gradient(make_model, make_data, ranks, steps, median, three_quarters):
@@ -299,9 +306,10 @@ def test_v_follows_where_ranks_begin_alike():
 
 
 def test_half_of_a_block_changes_its_scale():
-    """Becomes 4x smaller, or larger. The rounding must not stick: 2,900 steps later sqrt(v) is that of the new gradients,
-    within 10% on both halves. Gradients are of one size and of either sign on each of two ranks, so v is known."""
-    steps, change, numel, beta2 = 3000, 100, 64, 0.99
+    """Becomes 4x smaller, or larger. The rounding must not stick: 900 steps later, nine times what v remembers, sqrt(v) is
+    that of the new gradients, within 10% on both halves. Gradients are of one size and of either sign on each of two ranks,
+    so v is known. With beta2 = 0.999 and 3,000 steps: test_quantized_variance.py."""
+    steps, change, numel, beta2 = 1000, 100, 64, 0.99
     size = torch.ones(2, numel)
     size[:, numel // 2 :] = torch.tensor([[0.25], [4.0]])
 

@@ -64,7 +64,7 @@ class AdamModel:
     @property
     def bound(self):
         """Of m / sqrt(v), in momentum space: by Cauchy and Schwarz over more steps than m remembers; or of g / sqrt(v)."""
-        gains = (self.beta1**2 / self.beta2) ** np.arange(10_000)
+        gains = (self.beta1**2 / self.beta2) ** np.arange(1000)
         return min(1.0, (1 - self.beta1) * np.sqrt(np.sum(gains))) / np.sqrt(1 - self.beta2)
 
     def local_gradients(self, grads):

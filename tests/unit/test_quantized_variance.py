@@ -485,8 +485,7 @@ def keep_nothing(memory, messages, numbers):
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0])
-@pytest.mark.parametrize("ranks", [2, 4, 16])
-@pytest.mark.parametrize("kind", ["reference", "cpu", "mutation"])
+@pytest.mark.parametrize(("kind", "ranks"), [("reference", 2), ("cpu", 2), ("cpu", 4), ("cpu", 16), ("mutation", 2)])
 def test_the_rounding_does_not_stick(kind, ranks, factor):
     """Half of a block's gradients change after the freeze; 3,000 steps, a refresh at every 64th, beta2 = 0.999."""
     numel, decay, first_step = 128, 0.999, 1000
@@ -509,18 +508,20 @@ def test_the_rounding_does_not_stick(kind, ranks, factor):
             dtype=torch.float32,
             device=CPU,
         )
-        memory.second_moment.copy_(exact)
         memory.set_rms_(deviation)
         memories.append(memory)
+    v = exact.float().repeat(ranks, 1)
     changed = torch.arange(numel) % 2 == 0
     deviation[changed] *= factor
     for t in range(first_step + 1, first_step + 3001):
         squares = (torch.randn(ranks, numel, generator=generator) * deviation).square_()
         exact.mul_(decay).add_(squares.mean(dim=0).double(), alpha=1 - decay)
-        for memory, square in zip(memories, squares, strict=True):
-            memory.second_moment.mul_(decay).add_(square, alpha=1 - decay)
+        v.mul_(decay).add_(squares, alpha=1 - decay)
         if t % 64 == 0 or t == first_step + 3000:
+            for memory, of_rank in zip(memories, v, strict=True):
+                memory.second_moment.copy_(of_rank)
             refresh_(kernels, memories, np.array([1 / (1 - decay**t)]))
+            torch.stack([memory.second_moment for memory in memories], out=v)
     ratio = memories[0].decoded_rms((0, layout.num_blocks)).double() / (exact / (1 - decay**t)).sqrt()
     within = [bool(((ratio[half] - 1).abs() < 0.1).all()) for half in (changed, ~changed)]
     assert all(within) == (kind != "mutation"), (ratio.min(), ratio.max())
