@@ -13,7 +13,7 @@ from lightning_onebit import FixedStep, Phase, PhaseSwitch
 from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.clipping import SKETCH_NUMEL
 
-WARMUP_BATCHES, BATCHES = 5, 20
+WARMUP_BATCHES, BATCHES = 5, 13
 
 
 LARGE = 300
@@ -223,19 +223,18 @@ def test_an_infinite_gradient_on_one_rank_skips_the_step_on_all(clip):
 
 
 @pytest.mark.parametrize("clip", [(0.05, "norm"), (0.01, "value")])
-@pytest.mark.parametrize("bad", [(), (9,)])
-def test_with_a_loss_scale_unscaled_gradients_are_clipped(clip, bad):
-    """Bitwise the run without loss scale, as the scale is a power of two."""
+def test_with_a_loss_scale_unscaled_gradients_are_clipped(clip):
+    """Bitwise the run without loss scale, as the scale is a power of two: while it grows, and after it went down."""
+    bad = 9
 
     def fn(rank):
         def run(**options):
-            model = InfiniteOnRank1(adam(), bad)
+            model = InfiniteOnRank1(adam(), [bad])
             return train(model, gradient_clip_val=clip[0], gradient_clip_algorithm=clip[1], **options)
 
         scaled = run(plugins=[mixed16(ScaledFloat32, init_scale=16.0, growth_interval=3)])
         assert same_params(scaled, run())
-        if bad:
-            assert same_params(scaled[9:10], scaled[8:9])
+        assert same_params(scaled[bad : bad + 1], scaled[bad - 1 : bad])
         return scaled
 
     first, second = run_trainers(2, fn)

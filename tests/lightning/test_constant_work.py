@@ -118,7 +118,7 @@ def fewest():
 
 @pytest.mark.parametrize(
     ("tensors", "groups", "ranks"),
-    [(400, 1, 8), (400, 400, 2), (4000, 400, 32)],
+    [(400, 1, 8), (400, 400, 32)],
 )
 def test_a_batch_costs_the_same_whatever_the_number_of_tensors_groups_and_ranks(monkeypatch, fewest, tensors, groups, ranks):
     counter = count_batch(monkeypatch, tensors=tensors, groups=groups, ranks=ranks)
@@ -187,7 +187,7 @@ class EmptyMemory:
         return getattr(torch, name)
 
 
-@pytest.mark.parametrize("ranks", [2, 16, 64])
+@pytest.mark.parametrize("ranks", [2, 64])
 def test_launches_of_a_step_of_bert_large(monkeypatch, ranks):
     """At most 200 launches with clipping, the same at any number of ranks. Nothing is computed."""
     use_triton(monkeypatch)

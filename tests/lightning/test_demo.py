@@ -1,23 +1,46 @@
 """The demo from start to end, small: two trainings on two processes each, a table, a picture."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  changes the environment, as no test may
 import pytest
+from ranks import run_trainers
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--steps=40", "--batch-size=2", "--context=16", "--d-model=16", "--validation-windows=64"]
+SMALL = ["--steps=40", "--batch-size=2", "--context=16", "--d-model=16", "--validation-windows=16"]
 
 
-@pytest.mark.timeout(320)  # two processes at a time beside another test, on a slow machine
-def test_demo(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), *SMALL, "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def demo(monkeypatch):
+    """With a sixteenth of the text, and with forked ranks where it starts itself anew: scripts that Lightning launches are
+    for test_launchers.py and test_examples.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    gpt_stdlib, demo = map(importlib.import_module, ("gpt_stdlib", "demo"))
+    files = list(gpt_stdlib.stdlib_files().items())[::16]
+    monkeypatch.setattr(gpt_stdlib, "stdlib_files", lambda: dict(files))
+
+    def run_forked(command, env):
+        assert command[:2] == [sys.executable, demo.__file__]
+        assert env["OMP_NUM_THREADS"] == "1"
+        settings = demo.parse_arguments(command[2:])
+        run_trainers(demo.RANKS, lambda rank: demo.fit(settings.strategy, settings))
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", run_forked)
+    yield demo
+    for name in ("demo", "gpt_stdlib"):
+        sys.modules.pop(name, None)
+
+
+def test_demo(demo, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *SMALL, "--output", str(tmp_path / "out")])
+    demo.main()
+    said = capfd.readouterr()
 
     dense, onebit = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("ddp", "onebit_ddp"))
     warmup = onebit["compressed"].count(False)
@@ -36,10 +59,10 @@ def test_demo(tmp_path):
     assert onebit["bytes_sent"][-1] - sent_in_warmup < (40 - warmup) * dense["dense_bytes_per_step"] / 3
 
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    table = done.stdout[done.stdout.index("training loss, mean") :]
+    table = said.out[said.out.index("training loss, mean") :]
     assert f"{onebit['validations'][-1][1]:.3f}" in table
     assert f"after step {warmup}" in table
-    assert "less_sent=" in done.stdout + done.stderr  # the progress bar
+    assert "less_sent=" in said.out + said.err  # the progress bar
 
 
 def test_steps_that_do_not_divide_are_refused(tmp_path):

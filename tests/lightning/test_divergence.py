@@ -300,8 +300,7 @@ class Probe(pl.Callback):
                     yield "embedding.weight", "second moment", late.live_since
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("world_size", "overlap"), [(2, True), (3, False)])
 def test_one_flipped_bit_is_found_wherever_it_is(world_size, overlap):
     def fn(rank):
         probe, switch = Probe(), PhaseSwitch(FixedStep(5))
@@ -380,9 +379,7 @@ class FlipOnce(pl.Callback):
     ("world_size", "batch", "options", "step", "agreed"),
     [
         (2, 2, {}, 4, "They were not compared before in this run"),  # in warm-up
-        (3, 2, {}, 4, "They were not compared before in this run"),
-        (2, 13, {}, 16, "agree after step 12"),  # compressed
-        (3, 13, {}, 16, "agree after step 12"),
+        (3, 13, {}, 16, "agree after step 12"),  # compressed
         (2, 13, {"accumulate_grad_batches": 2}, 8, "agree after step 4"),
         (3, 18, {"max_steps": 19}, 19, "agree after step 16"),  # the end of training is checked, too
     ],
@@ -503,7 +500,7 @@ class Unfrozen(Classifier):
 
 class ThereAndBack(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 14:
+        if batch_idx == 10:
             trainer.strategy.resume_warmup()
 
 
@@ -548,11 +545,11 @@ def test_no_false_alarm(kind):
         comparisons = Comparisons()
         each = [comparisons, *early_switch(), *(make() for make in callbacks), DivergenceGuard(every_n_steps=1)]
         strategy = OneBitDDPStrategy(**options)
-        fit(strategy, 3, batches=20, model=make_model(), callbacks=each, max_epochs=2)
-        assert strategy.comm_stats[COMPRESSED].steps > 20
+        fit(strategy, 3, batches=14, model=make_model(), callbacks=each, max_epochs=2)
+        assert strategy.comm_stats[COMPRESSED].steps > 12
         return len(comparisons.batches)
 
-    assert run_trainers(3, fn) == [40] * 3
+    assert run_trainers(3, fn) == [28] * 3
 
 
 def test_a_parameter_that_comes_during_the_run_is_compared_as_well():

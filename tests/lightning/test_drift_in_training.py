@@ -12,7 +12,7 @@ from trainers import Classifier, fit
 
 from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 
-WARMUP_STEPS, GROWS_AT, STEPS = 20, 40, 160
+WARMUP_STEPS, GROWS_AT, STEPS = 12, 30, 100
 
 
 class Growing(Classifier):
@@ -73,7 +73,7 @@ def train(model, *callbacks, refresh=None):
     logger = Notes()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callbacks = [PhaseSwitch(FixedStep(WARMUP_STEPS)), CommMonitor(40), *callbacks]
+        callbacks = [PhaseSwitch(FixedStep(WARMUP_STEPS)), CommMonitor(20), *callbacks]
         strategy = OneBitDDPStrategy(variance_refresh=refresh, block_size=64)
         trainer, _ = fit(strategy, 2, batches=STEPS, model=model, callbacks=callbacks, logger=logger)
     assert trainer.strategy.phase is Phase.COMPRESSED
@@ -95,7 +95,7 @@ def test_drift_is_logged_and_warned_of_once_with_names():
     assert "variance_refresh='auto'" in said[0]
     assert not others_said
     assert not quiet
-    assert [step for step, _ in rows] == [39, 79, 119, 159]
+    assert [step for step, _ in rows] == [19, 39, 59, 79, 99]
     first, *_, last = (metrics for _, metrics in rows)
     for name in ("drift_max", "drift_min", "clamped_share", "error_over_update", "refresh_mib", "sketch_mib"):
         assert f"onebit/{name}" in first, name
@@ -110,7 +110,7 @@ def test_drift_is_logged_and_warned_of_once_with_names():
 def test_with_refreshes_d_follows_and_a_refresh_can_be_asked_for():
     def fn(rank):
         refresh = Refresh()
-        rows, said, _, stats = train(Growing(), refresh, refresh=130)
+        rows, said, _, stats = train(Growing(), refresh, refresh=80)
         assert not said
         for name in ("bytes_sent", "refresh_bytes_sent", "sketch_bytes_sent"):
             logged = {"bytes_sent": "sent", "refresh_bytes_sent": "refresh", "sketch_bytes_sent": "sketch"}[name]

@@ -42,8 +42,9 @@ def check(folder, world_size, num_nodes=1):
         assert report["params"] == reports[0]["params"]
 
 
-@pytest.mark.parametrize("strategy", ["onebit_ddp", "onebit_ddp_spawn", "onebit_ddp_fork"])
+@pytest.mark.parametrize("strategy", ["onebit_ddp", "onebit_ddp_spawn"])
 def test_lightning_starts_the_processes(strategy, tmp_path):
+    """`onebit_ddp_fork` is below, by `python -c`."""
     wait_for([start(sys.executable, SCRIPT, strategy, 2, 1, tmp_path)])
     check(tmp_path, world_size=2)
 

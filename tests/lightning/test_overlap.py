@@ -257,7 +257,7 @@ def test_overlapped_training_equals_deferred_bitwise(make_model, options, traine
         def run(overlap):
             strategy = OneBitDDPStrategy(overlap=overlap, **options)
             switch = PhaseSwitch(FixedStep(4))
-            trainer, recorder = fit(strategy, 2, batches=36, model=make_model(), callbacks=[switch], **trainer_options)
+            trainer, recorder = fit(strategy, 2, batches=22, model=make_model(), callbacks=[switch], **trainer_options)
             assert recorder.phases[-1] is Phase.COMPRESSED
             assert trainer.strategy._phases.overlaps is overlap
             return recorder.params

@@ -169,8 +169,10 @@ def test_where_shares_of_the_run_are_used_it_is_said_if_it_may_end_before_or_has
 
     def messages_of(refresh, loader, *callbacks):
         strategy = OneBitDDPStrategy(variance_refresh=refresh, warmup_precision="bf16")
+        model = Classifier()
+        model.logs_loss = True  # what EarlyStopping looks at
         with Messages() as messages:
-            make_trainer(strategy, 2, callbacks=[Stop(), *callbacks]).fit(Classifier(), loader)
+            make_trainer(strategy, 2, callbacks=[Stop(), *callbacks]).fit(model, loader)
         return messages
 
     def fn(rank):

@@ -22,6 +22,9 @@ def adam(module):
 class Classifier(pl.LightningModule):
     """An MLP on Gaussian data. ``configure`` makes optimizers from the module."""
 
+    logs_loss = False
+    """Also without a logger, for callbacks: a tenth of the time of a batch as small as these."""
+
     def __init__(self, configure=None, hidden=16):
         super().__init__()
         torch.manual_seed(0)
@@ -32,7 +35,8 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = F.cross_entropy(self.head(self.body(x)), y)
-        self.log("train_loss", loss)
+        if self.logs_loss or (self._trainer is not None and self._trainer.loggers):
+            self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch, batch_idx):
