@@ -8,7 +8,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,7 +109,7 @@ def _check(settings: argparse.Namespace) -> None:
             raise ValueError(f"Invalid --{name}: {value}. Must be a finite number > 0.")
     if settings.module is not None and settings.params is not None:
         raise ValueError(
-            f"Both a module ({settings.module!r}) and --params. HINT: the module's parameters are counted; leave out --params."
+            f"Both a module ({settings.module!r}) and --params. HINT: leave out --params, the module's are counted."
         )
     if settings.params is not None and settings.backward is None:
         raise ValueError(
@@ -138,10 +137,7 @@ def _measured(settings: argparse.Namespace) -> int:
         communicator = Communicator()
         clock = Clock(device)
         # Whatever goes wrong on one rank here ends all of them, with its words.
-        together = (
-            agreement(communicator, device, about="what doctor was asked") if place.world_size > 1 else nullcontext({})
-        )
-        with together as agreed:
+        with agreement(communicator, device, about="what doctor was asked") as agreed:
             module = None if settings.module is None else load_module(settings.module)
             shapes = _shapes(settings, None if module is None else trained_shapes(module))
             agreed.update({name: str(value) for name, value in vars(settings).items()}, shapes=str(shapes))
@@ -278,8 +274,9 @@ def _probe_text(
             ]
         )
         lines.append(aligned(rows))
-    parts = {"encode": speeds.encode, "serve": speeds.serve, "apply": speeds.apply, "Adam": speeds.adam, "copy": speeds.copy}
-    lines.append(f"kernels ({kernels}), ns per element: " + ", ".join(f"{k} {1e9 * v:.2g}" for k, v in parts.items()))
+    told = ("encode", "serve", "apply", "adam", "copy")
+    parts = ", ".join(f"{part} {1e9 * getattr(speeds, part):.2g}" for part in told)
+    lines.append(f"kernels ({kernels}), ns per element: {parts}")
     if probe is not None and probe.contention > SHARES_CORES * max(1.0, place.world_size / (cores or place.world_size)):
         lines.append(
             f"The processor's work takes {probe.contention:.1f} times as long when all ranks work at once. HINT: if they share"

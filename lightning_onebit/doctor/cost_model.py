@@ -2,26 +2,26 @@
 
 The notation of the equations: n ranks, N nodes of L devices, P parameters, F and B the seconds of forward and backward.
 
-**A dense step** (Li et al., PyTorch Distributed, VLDB 2020). Gradients become ready in the reverse order of the parameters, in
-proportion to their elements. They travel in buckets (1 MiB, then 25 MiB), each as soon as it is full and the one before it
-has arrived::
+**A dense step** (Li et al., PyTorch Distributed, VLDB 2020). Gradients become ready in the reverse order of the parameters,
+in proportion to their elements. They travel in buckets (1 MiB, then 25 MiB), each as soon as it is full and the one before
+it has arrived::
 
     end_k = max(F + B ready_k, end_(k-1)) + T_allreduce(bytes_k)
     step  = max(F + B, end_last) + 3 copies + hidden processor time + Adam
 
-**A 16-bit hook**: half the bytes, and two conversions. **PowerSGD** of rank r (Vogels et al. 2019) with one bucket: everything
-begins when backward has ended, and two all-reduces of r (rows + columns) floats per matrix take the place of one of P.
+**A 16-bit hook**: half the bytes, and two conversions. **PowerSGD** of rank r (Vogels et al. 2019) with one bucket:
+everything begins when backward has ended; two all-reduces, of r rows and r columns per matrix, take the place of one of P.
 
-**1 bit** (1-bit Adam, arXiv 2102.02888, and this package's ``engine/optimizer.py``). A bucket of b elements is encoded by the
-training thread, and exchanged by another, one after the other, while the next one is encoded::
+**1 bit** (1-bit Adam, arXiv 2102.02888, and this package's ``engine/optimizer.py``). A bucket of b elements is encoded by
+the training thread, and exchanged by another, one after the other, while the next one is encoded::
 
-    sent_k = F + B + encode (k + 1)            (on a GPU F + B ready_k + encode (k + 1): exchanges start during backward)
+    sent_k = F + B + encode (k + 1)          (on a GPU F + B ready_k + encode (k + 1): exchanges start during backward)
     end_k  = max(sent_k, end_(k-1)) + T_alltoall(b 1.016 / 8) + serve + T_allgather(b 1.016 / 8)
     step   = apply after the last end_k + (refresh of 1.002 bytes per element) / 64 + sketch / 16
 
 It replaces Adam's update. Nodes that average first add an all-to-all of b floats inside the node, and encode 1 / L.
 
-**Shared cores.** What the processor does takes ``processor_factor = max(1, ranks / cores)`` times as long, and what is hidden
+**Shared cores.** What the processor does takes ``processor_factor = max(1, ranks / cores)`` times as long; hidden
 behind backward is only the part of an exchange that is no work for these cores.
 """
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.refresh_schedule import LONGEST_INTERVAL, SKETCH_STEPS, is_refresh_due
@@ -130,7 +131,7 @@ class Network:
     def with_bandwidth(self, factor: float) -> Network:
         """The same with ``factor`` times the bandwidth between nodes (of one node: inside it); latencies stay."""
         names = ["all_reduce", "all_to_all", "all_gather", "peers_all_to_all", "peers_all_gather"]
-        scaled = {name: _faster(f, factor) for name in names if (f := getattr(self, name)) is not None}
+        scaled: dict[str, Any] = {name: _faster(f, factor) for name in names if (f := getattr(self, name)) is not None}
         return replace(self, bits_per_second=self.bits_per_second * factor, **scaled)
 
 
@@ -153,8 +154,12 @@ class Prediction:
     """Over the whole run."""
     sent_bytes: float
     """By a rank in a step, payload."""
-    speedup: float = 1.0
+    speedup: float
     """Of the whole run, over DDP."""
+    refresh_seconds: float
+    """What one renewal of second moments adds to its step."""
+    sketch_seconds: float
+    """Likewise a sketch."""
 
 
 def predict(
@@ -170,41 +175,45 @@ def predict(
         overlaps: whether compressed exchanges start during backward (``overlap="auto"``: on a GPU).
     """
     factor = processor_factor(network.ranks, cores)
-    # Of each: name, label, seconds of a step, of a refresh beside, dense steps, bytes.
-    ring, numel, codes = 2 * (network.ranks - 1) / network.ranks, job.numel, CODE_BYTES / LONGEST_INTERVAL
+    ring, numel = 2 * (network.ranks - 1) / network.ranks, job.numel
     dense = dense_step(job, speeds, network, factor)
     half = dense_step(job, speeds, network, factor, element_bytes=HALF_BYTES)
     powersgd = powersgd_step(job, speeds, network, factor)
     factors = POWERSGD_RANK * job.factor_numel + job.vector_numel
-    rows = [
-        ("ddp", "DDP, fp32", dense, 0.0, 0, ring * FLOAT_BYTES * numel),
-        ("16bit", "DDP, 16-bit hook", half, 0.0, 0, ring * HALF_BYTES * numel),
-        (
-            "powersgd",
-            f"DDP, PowerSGD rank {POWERSGD_RANK}",
-            powersgd,
-            0.0,
-            POWERSGD_DENSE_STEPS,
-            ring * FLOAT_BYTES * factors,
+
+    def prediction(
+        name: str, label: str, step: float, sent: float, dense_steps: int = 0, refresh: float = 0.0, sketch: float = 0.0
+    ) -> Prediction:
+        first = min(dense_steps, job.steps)
+        step += sketch / SKETCH_STEPS
+        total = first * dense + (job.steps - first) * step + refreshes(first, job.steps) * refresh
+        return Prediction(
+            name=name,
+            label=label,
+            step_seconds=step + refresh / LONGEST_INTERVAL,
+            dense_steps=dense_steps,
+            mean_step_seconds=total / job.steps,
+            sent_bytes=sent,
+            speedup=dense * job.steps / total,
+            refresh_seconds=refresh,
+            sketch_seconds=sketch,
+        )
+
+    predictions = [
+        prediction("ddp", "DDP, fp32", dense, ring * FLOAT_BYTES * numel),
+        prediction("16bit", "DDP, 16-bit hook", half, ring * HALF_BYTES * numel),
+        prediction(
+            "powersgd", f"DDP, PowerSGD rank {POWERSGD_RANK}", powersgd, ring * FLOAT_BYTES * factors, POWERSGD_DENSE_STEPS
         ),
     ]
+    sketch = sketch_seconds(job, speeds, network, factor)
     for hierarchical in (False, True) if network.is_hierarchical else (False,):
         step = onebit_step(job, speeds, network, factor, overlaps=overlaps, hierarchical=hierarchical)
         refresh = refresh_seconds(job, speeds, network, factor, hierarchical=hierarchical)
         members, share = (network.nodes, numel / network.devices) if hierarchical else (network.ranks, numel)
-        sent = 2 * (members - 1) / members * share * (SIGN_BYTES + codes)
+        sent = 2 * (members - 1) / members * share * (SIGN_BYTES + CODE_BYTES / LONGEST_INTERVAL)
         name, label = ("onebit_hierarchical", "onebit_ddp, hierarchical") if hierarchical else ("onebit", "onebit_ddp")
-        rows.append((name, label, step, refresh, ONEBIT_DENSE_STEPS, sent))
-    predictions = []
-    for name, label, step, refresh, dense_steps, sent in rows:
-        first = min(dense_steps, job.steps)
-        total = first * dense + (job.steps - first) * step + refreshes(first, job.steps) * refresh
-        predictions.append(
-            Prediction(
-                name=name, label=label, step_seconds=step + refresh / LONGEST_INTERVAL, dense_steps=dense_steps,
-                mean_step_seconds=total / job.steps, sent_bytes=sent, speedup=dense * job.steps / total,
-            )
-        )  # fmt: skip
+        predictions.append(prediction(name, label, step, sent, ONEBIT_DENSE_STEPS, refresh, sketch))
     return predictions
 
 
@@ -223,7 +232,8 @@ def ddp_buckets(numels: tuple[float, ...]) -> list[tuple[float, float]]:
 
     A tensor that reaches the bucket's size is its last (torch's ``compute_bucket_assignment_by_size``).
     """
-    total, done, numel, buckets = sum(numels), 0.0, 0.0, []
+    buckets: list[tuple[float, float]] = []
+    total, done, numel = sum(numels), 0.0, 0.0
     for each in reversed(numels):
         numel, done = numel + each, done + each
         if FLOAT_BYTES * numel >= (BUCKET_BYTES if buckets else FIRST_BUCKET_BYTES):
@@ -271,7 +281,7 @@ def onebit_step(
     overlaps: bool = False,
     hierarchical: bool = False,
 ) -> float:
-    """Seconds of a compressed step without a refresh; sketches are spread over the steps."""
+    """Seconds of a compressed step without refresh or sketch."""
     forward, backward = factor * job.forward_seconds, factor * job.backward_seconds
     if network.ranks == 1:
         return compute_seconds(job, speeds, factor)
@@ -296,10 +306,14 @@ def onebit_step(
     done = sent + (agree if overlaps else 0.0)
     for numel, end in zip(onebit_buckets(job.numel), ends, strict=True):
         done = max(done, end) + factor * speeds.apply * numel
-    sketch = factor * speeds.encode * job.numel + network.all_reduce(
-        SKETCH_BYTES * len(job.numels)
-    )  # a pass; less than encode
-    return done + sketch / SKETCH_STEPS
+    return done
+
+
+def sketch_seconds(job: Job, speeds: DeviceSpeeds, network: Network, factor: float = 1.0) -> float:
+    """What a sketch adds to a step: a pass over all gradients, taken to be as long as encoding, and an all-reduce."""
+    if network.ranks == 1:
+        return 0.0
+    return factor * speeds.encode * job.numel + network.all_reduce(SKETCH_BYTES * len(job.numels))
 
 
 def refresh_seconds(
@@ -318,7 +332,9 @@ def exchange_seconds(network: Network, nbytes: float, *, hierarchical: bool = Fa
     """An all-to-all and an all-gather of ``nbytes``, those of a whole bucket."""
     if not hierarchical:
         return network.all_to_all(nbytes) + network.all_gather(nbytes)
-    assert network.peers_all_to_all and network.peers_all_gather and network.node_all_gather
+    assert network.peers_all_to_all is not None
+    assert network.peers_all_gather is not None
+    assert network.node_all_gather is not None
     share = nbytes / network.devices
     return network.peers_all_to_all(share) + network.peers_all_gather(share) + network.node_all_gather(nbytes)
 

@@ -56,23 +56,23 @@ def find_place(environment: Mapping[str, str], nodes: int | None = None) -> Plac
         rank = _number(environment, "NODE_RANK")
         if nodes is None:
             raise ValueError(
-                "NODE_RANK and MASTER_ADDR are set, but not how many nodes there are. HINT: pass --nodes N, the same on all,"
-                " or start doctor by torchrun."
+                "NODE_RANK and MASTER_ADDR are set, but not how many nodes there are. HINT: pass --nodes N, the same on"
+                " all, or start doctor by torchrun."
             )
         place = Place(launcher="NODE_RANK", rank=rank, world_size=nodes, node=str(rank))
     else:
         return Place(launcher="alone")
     if not 0 <= place.rank < place.world_size:
         raise ValueError(
-            f"Invalid rank: {place.rank} of {place.world_size} ranks. Must be between 0 and {place.world_size - 1}. HINT: see"
-            " which variables the launcher has set: RANK, WORLD_SIZE, NODE_RANK."
+            f"Invalid rank: {place.rank} of {place.world_size} ranks. Must be between 0 and {place.world_size - 1}. HINT:"
+            " see which variables the launcher has set: RANK, WORLD_SIZE, NODE_RANK."
         )
     if place.world_size > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if missing:
             raise ValueError(
-                f"Not set: {' and '.join(missing)}, so the {place.world_size} ranks cannot meet. HINT: start doctor by torchrun,"
-                " or set both: the address of the node with rank 0, and a free port there."
+                f"Not set: {' and '.join(missing)}, so the {place.world_size} ranks cannot meet. HINT: start doctor by"
+                " torchrun, or set both: the address of the node with rank 0, and a free port there."
             )
     return place
 

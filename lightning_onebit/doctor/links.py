@@ -23,7 +23,7 @@ MEMORY_EFFICIENCY = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Nodes and what joins them. Bandwidths in bits per second of payload, as one connection moves them; times in seconds."""
+    """Nodes and what joins them. Bandwidths are bits per second of payload, as one connection moves them."""
 
     nodes: int
     devices: int = 1

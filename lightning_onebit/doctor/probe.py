@@ -168,7 +168,7 @@ def probe_network(
     curves["all_gather"], _ = timer.curve(message_bytes, lambda size: _all_gather(communicator, size, device))
     if topology.num_nodes > 1 and not topology.is_flat:
         groups = new_groups(topology, None)
-        assert groups.node is not None and groups.averaging is not None
+        assert groups.node is not None
         members = {"peers": groups.peers, "node": groups.node}
         for place, members_of in members.items():
             sizes = message_bytes if place == "peers" else [*message_bytes, FLOAT_BYTES * 1024 * KIBIBYTE]

@@ -100,7 +100,7 @@ SETTINGS = (
         reported=2.9,
         against="fp16 Adam",
         modelled=over_half,
-        why="3 x 384 words per GPU are assumed: less computing, so more to gain than above, of which their host path keeps more.",
+        why="3 x 384 words per GPU are assumed: less computing, more to gain, of which their host path keeps more.",
     ),
     Published(
         name="0/1 Adam, BERT-Large, 128 V100",
@@ -110,7 +110,7 @@ SETTINGS = (
         reported=2.0,
         against="1-bit Adam",
         modelled=zero_one,
-        why="Whole runs: 15% of 1-bit Adam's steps are dense; 0/1 Adam communicates in 46% of its steps. This package has no such rounds.",
+        why="Whole runs: 15% of 1-bit Adam's steps are dense, 0/1 Adam communicates in 46% of its own. Not in this package.",
     ),
     Published(
         name="Birder, BERT-Base, 64 A100",
@@ -155,7 +155,7 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("ResNet-50, 64 images", 25.6e6, 2 * 2 * 4.1e9 * 64 / (PEAK_SHARE * A100)),  # 4.1 G multiply-adds forward
+    Workload("ResNet-50, 64 images", 25.6e6, 2 * 2 * 4.1e9 * 64 / (PEAK_SHARE * A100)),  # 4.1 G multiply-adds
     Workload("BERT-Base, 4k words", BERT_BASE, backward_seconds(BERT_BASE, 4096, A100)),
     Workload("BERT-Large, 4k", BERT_LARGE, backward_seconds(BERT_LARGE, 4096, A100)),
     Workload("BERT-Large, 32k", BERT_LARGE, backward_seconds(BERT_LARGE, 32768, A100)),

@@ -70,7 +70,6 @@ def measure_speeds(shapes: Sequence[Sequence[int]], ranks: int, clock: Clock) ->
         ]
     )
     encode, serve, apply, refresh_encode, refresh_serve, refresh_apply = (each / numel for each in seconds)
-    del memory, messages
     copy, cast, adam, powersgd = (each / numel for each in _peers(params, gradients, shapes, clock))
     return (
         DeviceSpeeds(

@@ -52,7 +52,8 @@ def _import(source: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {source}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent))  # what lies beside it
@@ -71,8 +72,8 @@ def measure_module(module: nn.Module, clock: Clock) -> tuple[float, float]:
     example = getattr(module, "example_input_array", None)
     if example is None:
         raise ValueError(
-            f"{type(module).__name__} has no example_input_array, so its backward cannot be measured. HINT: set it to a batch"
-            " of the size you train with, or pass --backward SECONDS."
+            f"{type(module).__name__} has no example_input_array, so its backward cannot be measured. HINT: set it to a"
+            " batch of the size you train with, or pass --backward SECONDS."
         )
     device = clock.device
     module.to(device).train()
@@ -90,7 +91,7 @@ def measure_module(module: nn.Module, clock: Clock) -> tuple[float, float]:
         outputs[:] = [torch.stack(means).sum()]
 
     def backward() -> None:
-        outputs.pop().backward()  # type: ignore[no-untyped-call]
+        outputs.pop().backward()
 
     pairs = clock.medians([forward, backward])
     module.zero_grad(set_to_none=True)
