@@ -27,6 +27,7 @@ behind backward is only the part of an exchange that is no work for these cores.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ class Job:
     steps: int = 10_000
     """Of the whole run, its dense beginning included."""
 
-    @property
+    @functools.cached_property
     def numel(self) -> float:
         return sum(self.numels)
 
@@ -227,6 +228,7 @@ def compute_seconds(job: Job, speeds: DeviceSpeeds, factor: float = 1.0) -> floa
     return factor * (job.forward_seconds + job.backward_seconds + speeds.adam * job.numel)
 
 
+@functools.lru_cache(maxsize=16)
 def ddp_buckets(numels: tuple[float, ...]) -> list[tuple[float, float]]:
     """DDP's buckets in their order: elements, and the share of backward after which they are ready.
 
@@ -339,6 +341,7 @@ def exchange_seconds(network: Network, nbytes: float, *, hierarchical: bool = Fa
     return network.peers_all_to_all(share) + network.peers_all_gather(share) + network.node_all_gather(nbytes)
 
 
+@functools.lru_cache(maxsize=16)
 def onebit_buckets(numel: float) -> list[float]:
     """Elements of this package's buckets, by its default."""
     largest = float(CompressionConfig().bucket_numel(int(numel)))
@@ -346,6 +349,7 @@ def onebit_buckets(numel: float) -> list[float]:
     return [min(largest, numel - i * largest) for i in range(count)]
 
 
+@functools.lru_cache(maxsize=16)
 def refreshes(first: int, last: int) -> int:
     """Renewals of the second moment after optimizer steps ``first + 1`` to ``last``, by the default schedule."""
     steps = range(first + 1, last + 1)
