@@ -279,8 +279,8 @@ def _probe_text(
     lines.append(f"kernels ({kernels}), ns per element: {parts}")
     if probe is not None and probe.contention > SHARES_CORES * max(1.0, place.world_size / (cores or place.world_size)):
         lines.append(
-            f"The processor's work takes {probe.contention:.1f} times as long when all ranks work at once. HINT: if they share"
-            " cores, say how many there are in all: --cores."
+            f"The processor's work takes {probe.contention:.1f} times as long when all ranks work at once. HINT: if they"
+            " share cores, say how many there are in all: --cores."
         )
     return "\n".join(lines)
 
