@@ -107,7 +107,7 @@ def measure(rate: str, name: str, settings: argparse.Namespace) -> dict[str, Any
     with make_lab(nodes=settings.nodes, rate=rate) as network:
         cell["environment"] = environment()
         cell["doctor"] = network.call(examine, name, settings.cores, settings.timeout, timeout_seconds=settings.timeout)[0]
-        for row in ROWS:
+        for row in settings.rows:
             predicted = predicted_seconds(cell["doctor"], row)
             try:
                 of_ranks = network.call(train, row, options, timeout_seconds=settings.timeout)
@@ -173,6 +173,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=4, help="with one process each (default: %(default)s)")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "200mbit", "1gbit", "10gbit"], metavar="RATE")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is measured")
     parser.add_argument("--cores", type=float, default=float(len(os.sched_getaffinity(0))), help="that all nodes share")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per training (default: %(default)s)")
     parser.add_argument("--untimed-steps", type=int, default=4, help="before them (default: %(default)s)")

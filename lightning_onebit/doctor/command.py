@@ -41,7 +41,7 @@ UNKNOWN_ALONE = (
     "This process is alone, so nothing is known of the network. HINT: start it on all nodes, as your training: torchrun"
     " --nnodes 2 --nproc-per-node 1 ... -m lightning_onebit doctor ...; or describe the network: --simulate."
 )
-SHARES_CORES = 1.3
+SHARES_CORES = 1.6
 """Work of the processor that takes so much longer than --cores explains is worth a remark."""
 
 
