@@ -147,7 +147,7 @@ def _measured(settings: argparse.Namespace) -> int:
         if place.world_size > 1:
             known = sum(numels) if settings.params or module is not None else None
             probe = probe_network(topology, device, numel=known, tensors=len(shapes), cores=settings.cores)
-        speeds, kernels = _together(communicator, device, lambda: measure_speeds(shapes, topology.num_nodes, clock))
+        speeds, kernels = _together(communicator, device, lambda: measure_speeds(shapes, place.world_size, clock))
         speeds = _slowest(speeds, communicator, device)
         job = None
         if module is not None or settings.params is not None:

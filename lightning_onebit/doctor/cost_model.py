@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_onebit.config import CompressionConfig
-from lightning_onebit.refresh_schedule import LONGEST_INTERVAL, SKETCH_STEPS, is_refresh_due
+from lightning_onebit.refresh_schedule import LONGEST_INTERVAL, SKETCH_STEPS, STEPS_PER_INTERVAL, is_refresh_due
 
 FLOAT_BYTES, HALF_BYTES = 4.0, 2.0
 SCALE_BYTES = 4.0 / 2048
@@ -56,6 +56,8 @@ ONEBIT_DENSE_STEPS = 20
 POWERSGD_DENSE_STEPS = 1000
 """torch's default, ``start_powerSGD_iter``."""
 POWERSGD_RANK = 2
+STEADY_STEP = STEPS_PER_INTERVAL * LONGEST_INTERVAL
+"""From here on second moments are renewed at every 64th step."""
 
 Seconds = Callable[[float], float]
 """Of a collective, by the bytes of the whole buffer of one rank."""
@@ -352,10 +354,10 @@ def onebit_buckets(numel: float) -> list[float]:
 @functools.lru_cache(maxsize=16)
 def refreshes(first: int, last: int) -> int:
     """Renewals of the second moment after optimizer steps ``first + 1`` to ``last``, by the default schedule."""
-    steps = range(first + 1, last + 1)
-    if len(steps) <= 2000:
-        return sum(is_refresh_due(step, "auto") for step in steps)
-    return refreshes(first, first + 2000) + (last - first - 2000) // LONGEST_INTERVAL
+    begin = max(first, STEADY_STEP)
+    early = sum(is_refresh_due(step, "auto") for step in range(first + 1, min(begin, last) + 1))
+    due = next(step for step in range(begin + 1, begin + LONGEST_INTERVAL + 1) if is_refresh_due(step, "auto"))
+    return early + max(0, (last - due) // LONGEST_INTERVAL + 1)
 
 
 def bandwidths(low: float, high: float, count: int) -> Iterator[float]:

@@ -110,7 +110,8 @@ def test_a_run_that_is_all_warm_up_takes_as_long_as_ddp():
 
 
 def test_refreshes_are_counted_as_the_schedule_has_them():
-    assert refreshes(20, 3000) == sum(is_refresh_due(step, "auto") for step in range(21, 3001))
+    for last in (1000, 2100, 2148):
+        assert refreshes(20, last) == sum(is_refresh_due(step, "auto") for step in range(21, last + 1))
 
 
 def test_nodes_that_average_first_send_less_between_nodes():
