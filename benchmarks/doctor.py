@@ -164,8 +164,12 @@ def as_text(document: dict[str, Any]) -> str:
         f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in options.items())
         for name, options in MODELS.items()
     )
-    head = describe(document["cells"][0]["environment"])
-    return "\n\n".join([head, f"GPTs ({models})", *parts, summary, *NOTES, SHARED_CORES]) + "\n"
+    environments = [cell["environment"] for cell in document["cells"]]
+    head = describe(environments[0])
+    further = {each["command"]: each for each in environments[1:] if each["command"] != environments[0]["command"]}
+    head += "".join(f"\n{each['date']}  {command}" for command, each in further.items())
+    remarks = document.get("remarks", [])
+    return "\n\n".join([head, f"GPTs ({models})", *parts, summary, *remarks, *NOTES, SHARED_CORES]) + "\n"
 
 
 def main() -> int:

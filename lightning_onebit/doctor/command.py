@@ -41,7 +41,7 @@ UNKNOWN_ALONE = (
     "This process is alone, so nothing is known of the network. HINT: start it on all nodes, as your training: torchrun"
     " --nnodes 2 --nproc-per-node 1 ... -m lightning_onebit doctor ...; or describe the network: --simulate."
 )
-SHARES_CORES = 1.6
+SHARES_CORES = 1.3
 """Work of the processor that takes so much longer than --cores explains is worth a remark."""
 
 
@@ -279,8 +279,8 @@ def _probe_text(
     lines.append(f"kernels ({kernels}), ns per element: {parts}")
     if probe is not None and probe.contention > SHARES_CORES * max(1.0, place.world_size / (cores or place.world_size)):
         lines.append(
-            f"The processor's work takes {probe.contention:.1f} times as long when all ranks work at once. HINT: if they"
-            " share cores, say how many there are in all: --cores."
+            f"The processor's work takes {probe.contention:.1f} times as long when all ranks work at once, more than the"
+            f" number of cores explains. HINT: --cores {place.world_size / probe.contention:.1f} would account for it."
         )
     return "\n".join(lines)
 
