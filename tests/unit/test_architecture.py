@@ -28,7 +28,8 @@ FLOORS = [
     {"engine"},
     {"checkpoint"},
     {"lightning"},
-    {"doctor", "__main__"},
+    {"doctor"},
+    {"__main__"},
     {"__init__"},
 ]
 """Sub-packages and single modules, lowest first. A module imports from floors below its own and from its own sub-package."""
@@ -50,6 +51,9 @@ NO_TORCH = {
     "freeze",
     "comm.stats",
     "comm.topology",
+    "doctor.advice",
+    "doctor.cost_model",
+    "doctor.links",
     "quantize.layout",
 }
 """Sub-packages and modules of plain numbers: they import neither torch nor Lightning."""
