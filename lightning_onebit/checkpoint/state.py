@@ -192,7 +192,7 @@ def restore(
         try:
             if not isinstance(entries, Mapping):
                 raise TypeError(f"the entry of an optimizer is {entries!r:.80}")
-            c.state.restore_(saved_of(c, entries), block_size=block_size)
+            c.restore_(saved_of(c, entries), block_size=block_size)
         except (ValueError, LookupError, TypeError) as error:
             raise _damaged(str(error)) from error
 

@@ -31,23 +31,13 @@ class CompressedState:
         sets: its parameters; late coordinates of theirs are replaced by :meth:`restore_`.
         communicator: the ranks that train together.
         groups: the same ranks, as they exchange.
-        has_second_moment: whether there is a D.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        sets: Sequence[ParameterSet],
-        communicator: Communicator,
-        groups: ExchangeGroups,
-        *,
-        has_second_moment: bool,
+        self, optimizer: Optimizer, sets: Sequence[ParameterSet], communicator: Communicator, groups: ExchangeGroups
     ) -> None:
         self._optimizer, self._sets, self._communicator, self._groups = optimizer, sets, communicator, groups
         self._states = [BucketState(each.buckets) for each in sets]
-        self._knows_at_once = has_second_moment or communicator.world_size == 1
-        self.knows_live = self._knows_at_once
-        """Whether it is known which coordinates take part: without D, from the first gradients on; one rank does not ask."""
 
     def stock_state(
         self, saved: Mapping[Tensor, Mapping[str, Tensor]] | None = None, *, block_size: int = 0
@@ -138,11 +128,7 @@ class CompressedState:
         return shared
 
     def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
-        """Take over :meth:`shared_state` from an earlier run, whose blocks had ``block_size`` elements.
-
-        Raises:
-            ValueError: if it does not fit the parameters.
-        """
+        """See :meth:`CompressedOptimizer.restore_`, by which it is called."""
         for each, state in zip(self._sets, self._states, strict=True):
             by_index = {i: shared[p] for i, p in enumerate(each.buckets.params)}
             state.restore_(by_index, block_size=block_size)
@@ -151,10 +137,6 @@ class CompressedState:
             each.late = each.find_late()
             for late in each.late:
                 late.restore_(by_index)
-        # Without D, who is live is known from the first average on; a single rank does not ask.
-        self.knows_live = self._knows_at_once or (
-            any("live" in entry or ("scales" in entry and bool(entry["scales"].any())) for entry in shared.values())
-        )
 
     @torch.no_grad()
     def add_errors_(self, worker: Sequence[ElementRange], server: Sequence[ElementRange]) -> None:

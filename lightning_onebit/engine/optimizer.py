@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -111,10 +111,7 @@ class CompressedOptimizer:
         # Errors must not change before all ranks know that the step counts. On a GPU nobody waits for that: the kernels of
         # step 6 look it up.
         self._commits_late = self._overlap or any(each.buckets.kernels.reads_flags_on_device for each in self._sets)
-        self.state = CompressedState(
-            optimizer, self._sets, communicator, self._groups, has_second_moment=self.method.has_second_moment
-        )
-        """For checkpoints, and for another compressed phase."""
+        self._knows_live = self.method.has_second_moment or communicator.world_size == 1
         self._learns_live = False
         self._sent: deque[tuple[ParameterSet, int, Exchange]] = deque()
         self._waited: list[Exchange] = []
@@ -126,6 +123,25 @@ class CompressedOptimizer:
         """What the ranks have told each other with the last step."""
         optimizer.state = self._frozen_state = FrozenState(dict, optimizer.state)
         self._handle = optimizer.register_state_dict_post_hook(lambda _, state_dict: self._complete(state_dict))
+
+    @cached_property
+    def state(self) -> CompressedState:
+        """What it holds, for checkpoints and for another compressed phase."""
+        return CompressedState(self.optimizer, self._sets, self.communicator, self._groups)
+
+    def restore_(self, shared: Mapping[Tensor, Mapping[str, Tensor]], *, block_size: int) -> None:
+        """Take over ``state.shared_state()`` from an earlier run, whose blocks had ``block_size`` elements.
+
+        Raises:
+            ValueError: if it does not fit the parameters.
+        """
+        self.state.restore_(shared, block_size=block_size)
+        # Without D, who is live is known from the first average on; a single rank does not ask.
+        self._knows_live = (
+            self.method.has_second_moment
+            or self.communicator.world_size == 1
+            or any("live" in entry or ("scales" in entry and bool(entry["scales"].any())) for entry in shared.values())
+        )
 
     def added_parameters(self) -> list[Tensor]:
         """Those that are trained since the optimizer's state was frozen, but were not before."""
@@ -165,7 +181,7 @@ class CompressedOptimizer:
                 " stepped, when the first may have been sent. HINT: use overlap=False."
             )
         self._arrived |= arrived
-        while self.state.knows_live and self._num_sent < len(self._queue):
+        while self._knows_live and self._num_sent < len(self._queue):
             each, index = self._queue[self._num_sent]
             members = [each.buckets.params[i] for i in each.buckets.parameters_of_bucket[index]]
             if any(p.requires_grad and p not in self._arrived for p in members):
@@ -383,8 +399,8 @@ class CompressedOptimizer:
 
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
-        if not self.state.knows_live:
-            self.state.knows_live = self._learns_live = True
+        if not self._knows_live:
+            self._knows_live = self._learns_live = True
             for each in self._sets:
                 for index in range(len(each.buckets.memories)):
                     each.step_inputs(self._groups.topology.num_nodes)
@@ -393,7 +409,7 @@ class CompressedOptimizer:
 
     def _forget_live_(self) -> None:
         """The gradients that told it do not count: they may be infinite where there never was one."""
-        self.state.knows_live = False
+        self._knows_live = False
         for each in self._sets:
             for memory in each.buckets.memories:
                 memory.live = memory.live_before = None

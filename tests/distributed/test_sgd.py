@@ -374,7 +374,7 @@ def resumed(saved, communicator, *, block_size=BLOCK_SIZE, **options):
     optimizer = torch.optim.SGD(params, lr=0.1, **options)
     optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     compressed = compress(optimizer, communicator, block_size=block_size)
-    compressed.state.restore_(dict(zip(params, saved["shared"], strict=True)), block_size=BLOCK_SIZE)
+    compressed.restore_(dict(zip(params, saved["shared"], strict=True)), block_size=BLOCK_SIZE)
     return params, optimizer, compressed
 
 
