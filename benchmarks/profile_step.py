@@ -31,8 +31,8 @@ from lightning_onebit import FixedStep, OneBitDDPStrategy, PhaseSwitch
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 MODES = {"deferred": False, "overlapped": True}
 NAMES = (
-    FORWARD, BACKWARD, "onebit::agree", "onebit::encode", "onebit::settle", "onebit::wait", "onebit::apply",
-    "onebit::all_to_all", "onebit::serve", "onebit::all_gather",
+    FORWARD, BACKWARD, "onebit::agree", "onebit::encode", "onebit::wait", "onebit::apply", "onebit::sketch",
+    "onebit::refresh", "onebit::all_to_all", "onebit::serve", "onebit::all_gather",
 )  # fmt: skip
 NOTES = (
     SHARED_CORES,
