@@ -359,6 +359,7 @@ def train(backend: str, ranks: int, *, on_gpu: bool, sync_batchnorm: bool) -> di
 
     strategy, watch = OneBitDDPStrategy(process_group_backend=backend), Watch()
     model = Classifier(hidden=16)
+    model.logs_loss = True
     if sync_batchnorm:
         model.body.append(nn.BatchNorm1d(16))
     options = {"gradient_clip_val": 1.0, "sync_batchnorm": sync_batchnorm, "use_distributed_sampler": True}

@@ -38,6 +38,7 @@ def demo(monkeypatch):
 
 
 def test_demo(demo, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # Lightning may have set it
     monkeypatch.setattr(sys, "argv", ["demo.py", *SMALL, "--output", str(tmp_path / "out")])
     demo.main()
     said = capfd.readouterr()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,8 +74,7 @@ callbacks = [PhaseSwitch(FixedStep(4)), CommMonitor(1)]
 trainer = make_trainer("STRATEGY", 2, callbacks=callbacks)
 trainer.fit(model, data(10, 2))
 moved = [bool((p != old).any()) for p, old in zip(model.parameters(), before)]
-# A byte for D's renewal beside the bit, as that is due at each step of so short a run
-print("FITTED", all(moved), bool(2 < trainer.callback_metrics["less_sent"] < 3.6))
+print("FITTED", all(moved))
 _ = make_trainer("onebit_ddp_fork", 2).validate(model, data(4, 2))
 Classifier.training_step = lambda *_: 1 / 0
 try: make_trainer("STRATEGY", 2).fit(Classifier(), data(10, 2))
@@ -92,7 +92,9 @@ def test_notebooks_and_python_c(tmp_path):
     interactive = subprocess.run([sys.executable, "-i"], input=cells, env=environment(), timeout=110, **options).stdout
     at_once = at_once.communicate(timeout=110)[0]
     for output in (interactive, at_once):
-        assert "FITTED True True" in output, output
+        assert "FITTED True" in output, output
+        # A byte for D's renewal beside the bit, as that is due at each step of so short a run, and four dense steps of ten
+        assert 1.4 < float(re.search(r"In all (\S+) times fewer bytes", output)[1]) < 2
         assert "val_loss" in output
         assert "FAILED ProcessRaisedException True" in output  # what a rank raised, not what came of it
     assert "`Trainer(strategy='onebit_ddp')` is not compatible with an interactive environment" in interactive

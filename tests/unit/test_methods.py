@@ -40,7 +40,7 @@ def test_no_other_module_asks_for_a_methods_type_or_state():
     found = {
         f"{module}:{line}": what
         for module, tree in sources().items()
-        if module.split(".")[0] != "methods"
+        if module.split(".")[0] not in ("methods", "doctor")  # which times a stock optimizer
         for line, what in knowledge_of_methods(tree)
     }
     assert not found
