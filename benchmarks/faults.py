@@ -3,9 +3,10 @@
     python benchmarks/faults.py processes --out benchmarks/results/faults_processes.txt
     sudo python benchmarks/faults.py network --out benchmarks/results/faults_network.txt
 
-Trains ``tests/support/fault_script.py``: an MLP whose gradients travel in several buckets, first in warm-up, then compressed. A row
-is a kind of trial. "Seconds" are from the fault, or where there is none from the start of the processes, until the last rank
-that was not killed or stopped had ended; "explained" counts the ranks that failed and said what happened and how to resume;
+Trains ``tests/support/fault_script.py``: an MLP whose gradients travel in several buckets, first in warm-up, then
+compressed. A row is a kind of trial. "Seconds" are from the fault, or where there is none from the start of the processes,
+until the last rank that was not killed or stopped had ended; "explained" counts the ranks that failed and said what
+happened and how to resume;
 "left" counts processes, files and shared memory that are there afterwards and were not before. "Digest" compares the bits of
 the final parameters with those of the undisturbed run.
 """
