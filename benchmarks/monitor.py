@@ -43,11 +43,11 @@ class InTurns(CommMonitor):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         step = trainer.fit_loop.total_batch_idx - self.untimed
         start = time.perf_counter()
-        if step < 0 or (step // self.every) % 2:
+        if step < 0 or (step // self.every_n_steps) % 2:
             super().on_train_batch_end(trainer, pl_module, *args)
         now = time.perf_counter()
         self._taken += now - start
-        if (step + 1) % self.every == 0:
+        if (step + 1) % self.every_n_steps == 0:
             if step >= 0:
                 self.intervals.append(now - self._begin)
                 self.own.append(self._taken)
