@@ -509,13 +509,11 @@ class CompressedOptimizer:
     def error_over_update(self) -> float:
         """Norm of this rank's worker errors over that of u, of its share; NaN where u is 0. Not collective.
 
-        Reads all errors once, and decodes u bucket by bucket. Waits for the device.
+        Reads all errors once. Waits for the device.
         """
-        error = update = torch.zeros((), dtype=torch.float64)
-        for memory, buckets in ((memory, each.buckets) for each in self._sets for memory in each.buckets.memories):
-            error = error + memory.error.norm().double().square().cpu()
-            update = update + buckets.last_average(memory)[memory.share_flat].norm().double().square().cpu()
-        return float((error / update).sqrt()) if self.communicator.world_size > 1 and update > 0 else math.nan
+        norms = [each.buckets.squared_norms(memory) for each in self._sets for memory in each.buckets.memories]
+        error, update = (sum(column) for column in zip((0.0, 0.0), *norms, strict=True))
+        return math.sqrt(error / update) if self.communicator.world_size > 1 and update > 0 else math.nan
 
     @torch.no_grad()
     def refresh_variance_(self) -> None:

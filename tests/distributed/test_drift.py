@@ -10,6 +10,7 @@ from torch import nn
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.quantize.layout import plan_buckets
+from lightning_onebit.quantize.reference import pack_bits
 
 SHAPES, WARMUP_STEPS = ((7, 20), (90,)), 48
 BETA2, EPS = 0.99, 1e-8
@@ -106,6 +107,24 @@ def test_errors_over_updates():
 
     for ratio, expected in run_threads(2, fn):
         assert ratio == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_norm_of_an_update_of_which_some_elements_took_no_part():
+    def fn(communicator):
+        compressed, _, _ = train(communicator, 3, 1.0, variance_refresh=None)
+        (buckets,) = [each.buckets for each in compressed._sets]
+        found = []
+        for memory in buckets.memories:
+            generator = torch.Generator().manual_seed(0)
+            memory.live_before = pack_bits(torch.rand(memory.layout.flat_numel, generator=generator) < 0.3)
+            decoded = buckets.last_average(memory)[memory.share_flat]
+            found.append((buckets.squared_norms(memory)[1], float(decoded.double().square().sum())))
+        return found
+
+    for found in run_threads(2, fn):
+        assert found
+        assert [of_update for of_update, _ in found] == pytest.approx([expected for _, expected in found], rel=1e-5)
+        assert all(expected > 0 for _, expected in found)
 
 
 @pytest.mark.parametrize("refresh", [None, 8])

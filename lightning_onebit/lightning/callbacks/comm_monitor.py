@@ -97,7 +97,7 @@ class CommMonitor(Callback):
     The last four of the table are logged in the compressed phase, with several ranks. rho and clamped share are averages
     over the last estimates, one each 16 optimizer steps (see ``strategy.variance_drift()``, which has them by tensor), and
     there are none before the first and without a second moment; tensors that are less than 1% of the elements and of the
-    squared update are left out. Error over update reads all errors once and decodes the update: of rank 0 alone, and only
+    squared update are left out. Error over update reads all errors once: of rank 0 alone, and only
     for an entry. A value above 10 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped
     elements.
 
