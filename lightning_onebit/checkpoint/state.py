@@ -396,10 +396,8 @@ def _read_ranges(
 
 def _read(part: Part, position: int, compressed: CompressedOptimizer) -> _Content:
     with part_errors():
-        chunks, read = (
-            compressed.state.server_errors(),
-            partial(_read_ranges, part, position, optimizer=compressed.optimizer),
-        )
+        chunks = compressed.state.server_errors()
+        read = partial(_read_ranges, part, position, optimizer=compressed.optimizer)
         entry = part.meta["optimizers"][position]
         places = part.array(f"{position}/late/places", dtype=np.int64, numel=entry["late"])
         values = part.array(f"{position}/late/values", dtype=np.float64, numel=entry["late"])

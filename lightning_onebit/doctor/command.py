@@ -15,7 +15,7 @@ import torch
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
-from lightning_onebit.consistency.agreement import RanksDisagree, agreement
+from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.doctor.advice import rate
 from lightning_onebit.doctor.clock import Clock
 from lightning_onebit.doctor.cost_model import DeviceSpeeds, Job
@@ -24,8 +24,10 @@ from lightning_onebit.doctor.links import Links, network_of
 from lightning_onebit.doctor.probe import NetworkProbe, probe_network
 from lightning_onebit.doctor.published import grid_table, published_table
 from lightning_onebit.doctor.simulate import (
+    EXAMPLE,
     FORWARD_SHARE,
     MATRIX_SIDE,
+    STEPS,
     Setting,
     job_of,
     parse_count,
@@ -55,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.published or settings.simulate is not None:
             return _on_paper(settings)
         return _measured(settings)
-    except RanksDisagree as error:
-        return _failed(str(error))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:  # ranks that disagree included
         return _failed(str(error))
 
 
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--forward", type=_argument(parse_seconds, "0.1 or 100ms"), help="of forward (default: half of that)"
     )
-    parser.add_argument("--steps", type=int, default=10_000, help="of the whole run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"of the whole run (default: {STEPS})")
     parser.add_argument("--cores", type=float, help="processor cores that all ranks share (default: as many as they need)")
     parser.add_argument("--nodes", type=int, help="how many, if only NODE_RANK and MASTER_ADDR are set")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds until a rank that waits gives up (default: 60)")
@@ -101,6 +101,7 @@ def _argument(parse: Callable[[str], T], example: str) -> Callable[[str], T]:
 
 
 def _check(settings: argparse.Namespace) -> None:
+    settings.steps = STEPS if settings.steps is None else settings.steps
     if settings.steps < 1:
         raise ValueError(f"Invalid --steps: {settings.steps}. Must be >= 1: optimizer steps of the whole run.")
     for name in ("cores", "timeout", "nodes"):
@@ -122,6 +123,12 @@ def _check(settings: argparse.Namespace) -> None:
 
 def _on_paper(settings: argparse.Namespace) -> int:
     """Nothing is measured."""
+    for name in ("module", "params", "backward", "forward", "steps", "cores", "nodes"):
+        if getattr(settings, name) is not None:
+            raise ValueError(
+                f"{'A module' if name == 'module' else f'--{name}'} has no effect with --simulate or --published, which"
+                f" measure nothing. HINT: --simulate {EXAMPLE}, where what is known stands in one list."
+            )
     if settings.published or settings.simulate == "grid":
         if settings.json or settings.plot:
             raise ValueError("--published and --simulate grid print a table only. HINT: leave out --json and --plot.")

@@ -68,7 +68,7 @@ def find_place(environment: Mapping[str, str], nodes: int | None = None) -> Plac
             " see which variables the launcher has set: RANK, WORLD_SIZE, NODE_RANK."
         )
     if place.world_size > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if missing:
             raise ValueError(
                 f"Not set: {' and '.join(missing)}, so the {place.world_size} ranks cannot meet. HINT: start doctor by"
@@ -88,11 +88,21 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def device_of(place: Place) -> torch.device:
-    """A GPU of its own for each rank of a node, where there are enough."""
-    if torch.cuda.is_available() and place.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
-    return torch.device("cpu")
+    """A GPU of its own for each rank of a node; the CPU where there is none.
+
+    Raises:
+        ValueError: if a node has GPUs, but fewer than ranks: some would use them, and others not.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"Rank {place.rank} is number {place.local_rank} of its node, counted from 0, which has"
+            f" {torch.cuda.device_count()} GPUs. Must be a rank per GPU at most. HINT: --nproc-per-node"
+            f" {torch.cuda.device_count()}; or CUDA_VISIBLE_DEVICES='' for the processors."
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)
 
 
 @contextmanager

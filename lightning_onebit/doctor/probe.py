@@ -104,7 +104,7 @@ class NetworkTimer:
             call()
             self._synchronize()
             times.append((time.perf_counter() - start, time.process_time() - processor))
-            # All ranks stop alike: rank 0's clock decides.
+            # All ranks stop alike: the slowest one's clock decides.
             spent = torch.tensor([time.perf_counter() - begin], dtype=torch.float64, device=self.device)
             self.communicator.all_reduce_max_(spent)
             if len(times) >= 3 and float(spent) > LONGEST_CALL_SECONDS:

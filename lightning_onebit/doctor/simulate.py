@@ -13,6 +13,8 @@ from lightning_onebit.doctor.links import Links, network_of, speeds_of_memory
 MATRIX_SIDE = 1024
 """Where only the number of parameters is known, they are taken for square matrices of this side."""
 LARGEST_NODES, LARGEST_DEVICES = 1024, 8
+STEPS = 10_000
+"""Of a run, if not given."""
 FORWARD_SHARE = 0.5
 """Forward takes half of backward: 2 and 4 operations per parameter and token (Kaplan et al. 2020)."""
 MEMORY_BYTES_PER_SECOND = 1.5e12
@@ -38,7 +40,7 @@ class Setting:
         return self.predict_at(self.network)
 
 
-def job_of(params: float, backward: float, forward: float | None = None, steps: int = 10_000) -> Job:
+def job_of(params: float, backward: float, forward: float | None = None, steps: int = STEPS) -> Job:
     """A job of which only the number of parameters is known."""
     matrix = float(MATRIX_SIDE**2)
     whole = int(params // matrix)
@@ -63,9 +65,9 @@ def simulated(text: str) -> Setting:
         values.setdefault("bandwidth", values.get("node_bandwidth", Links.node_bandwidth))
     for name in ("nodes", "bandwidth", "params", "backward"):
         if name not in values:
-            raise ValueError(f"Missing in --simulate: {name}. {_ALLOWED} HINT: {_EXAMPLE}")
+            raise ValueError(f"Missing in --simulate: {name}. {_ALLOWED} HINT: {EXAMPLE}")
     links = Links(**{ours: values[theirs] for theirs, ours in _LINKS.items() if theirs in values})
-    steps = int(values.get("steps", 10_000))
+    steps = int(values.get("steps", STEPS))
     return Setting(
         job=job_of(values["params"], values["backward"], values.get("forward"), steps),
         speeds=speeds_of_memory(values.get("memory", MEMORY_BYTES_PER_SECOND), links.nodes * links.devices),
@@ -79,14 +81,14 @@ def parse(text: str) -> dict[str, Any]:
     for pair in filter(None, text.split(",")):
         name, equals, value = (each.strip() for each in pair.partition("="))
         if name not in _KEYS or not equals:
-            raise ValueError(f"Invalid in --simulate: {pair!r}. {_ALLOWED} HINT: {_EXAMPLE}")
+            raise ValueError(f"Invalid in --simulate: {pair!r}. {_ALLOWED} HINT: {EXAMPLE}")
         if name in values:
-            raise ValueError(f"Twice in --simulate: {name}. Each is given once. HINT: {_EXAMPLE}")
+            raise ValueError(f"Twice in --simulate: {name}. Each is given once. HINT: {EXAMPLE}")
         convert, allowed = _KEYS[name]
         try:
             values[name] = convert(value)
         except ValueError as error:
-            raise ValueError(f"Invalid {name} in --simulate: {value!r}. Must be {allowed}. HINT: {_EXAMPLE}") from error
+            raise ValueError(f"Invalid {name} in --simulate: {value!r}. Must be {allowed}. HINT: {EXAMPLE}") from error
     return values
 
 
@@ -146,4 +148,4 @@ _LINKS = {"nodes": "nodes", "gpus": "devices"} | {
     name: name for name in ("bandwidth", "latency", "node_bandwidth", "node_latency", "message")
 }
 _ALLOWED = f"Names are {', '.join(_KEYS)}; nodes, bandwidth (of several), params and backward are needed."
-_EXAMPLE = "nodes=16,gpus=4,bandwidth=10gbit,latency=50us,params=340M,backward=0.3"
+EXAMPLE = "nodes=16,gpus=4,bandwidth=10gbit,latency=50us,params=340M,backward=0.3"

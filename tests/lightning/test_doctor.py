@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 from lightning_onebit.doctor import command
-from lightning_onebit.doctor.launch import find_place
+from lightning_onebit.doctor.launch import Place, device_of, find_place
 from lightning_onebit.doctor.workload import load_module
 
 SETTING = "nodes=16,gpus=4,bandwidth=10gbit,latency=50us,params=340M,backward=0.3"
@@ -130,6 +131,9 @@ def test_published_and_grid():
         ([MODULE.replace("Small", "Bare")], "Bare has no example_input_array"),
         ([MODULE, "--params", "3M"], "HINT: leave out --params"),
         (["--simulate", "nodes=2"], "Missing in --simulate: bandwidth"),
+        (["--simulate", SETTING, "--steps", "500"], "--steps has no effect with --simulate"),
+        (["--published", "--cores", "2"], "--cores has no effect with"),
+        ([MODULE, "--simulate", SETTING], "A module has no effect with --simulate"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
@@ -139,16 +143,16 @@ def test_bad_input_is_named(arguments, message):
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--plot needs matplotlib" in say("--simulate", SETTING, "--plot", "a.png")[2]
 
 
 def test_a_module_in_a_file(tmp_path):
     file = tmp_path / "of_a_user.py"
     file.write_text("from torch import nn\ndef model():\n    return nn.Linear(2, 3)\n")
-    path = list(__import__("sys").path)
+    path = list(sys.path)
     assert sum(p.numel() for p in load_module(f"{file}:model").parameters()) == 9
-    __import__("sys").path[:] = path
+    sys.path[:] = path
 
 
 @pytest.mark.parametrize(
@@ -159,16 +163,22 @@ def test_a_module_in_a_file(tmp_path):
         ({"NODE_RANK": "1"}, 2, ("NODE_RANK", 1, 2, "1")),
     ],
 )
-def test_the_place_of_this_process(monkeypatch, variables, nodes, place):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    variables = {**variables, "MASTER_ADDR": "localhost"} if variables else {}
+def test_the_place_of_this_process(variables, nodes, place):
+    variables = {**variables, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if variables else {}
     found = find_place(variables, nodes)
     assert (found.launcher, found.rank, found.world_size, found.node) == place
 
 
-def test_variables_that_make_no_sense_are_named(monkeypatch):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+def test_ranks_without_a_gpu_where_others_have_one_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert device_of(Place(launcher="torchrun", rank=3, world_size=4, local_rank=1)) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"Rank 6 is number 2 of its node, counted from 0, which has 2 GPUs.*per-node 2"):
+        device_of(Place(launcher="torchrun", rank=6, world_size=8, local_rank=2))
+
+
+def test_variables_that_make_no_sense_are_named():
     for variables, message in (
         ({"RANK": "4", "WORLD_SIZE": "4"}, "Invalid rank: 4 of 4"),
         ({"RANK": "a", "WORLD_SIZE": "4"}, "Invalid RANK in the environment: 'a'"),

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_onebit.arguments import check_steps
+from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats, PhaseCounters
 from lightning_onebit.config import MEBIBYTE
 from lightning_onebit.freeze.drift import LARGEST_ERROR_OVER_UPDATE, SPOKEN_OF_AGAIN, extremes
@@ -30,6 +31,14 @@ WARMUP_FIELD, SAVING_FIELD = "warmup", "less_sent"
 """Of progress bars, before and after the switch."""
 
 
+def _gather(value: Tensor, group: Any = None) -> list[Tensor]:
+    """Of all ranks, a number that each has: as torchmetrics does it, but watched, so that ranks that part are found out."""
+    communicator = Communicator()
+    gathered = value.new_empty(communicator.world_size)
+    communicator.all_gather_(gathered, value.view(1))
+    return list(gathered)
+
+
 class OfAllRanks(Metric):
     """What all ranks sent, and how long the one that waited longest has waited. Reduced when it is computed."""
 
@@ -38,7 +47,7 @@ class OfAllRanks(Metric):
     seconds_waited: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=_gather)
         self.add_state("bytes_sent", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("seconds_waited", torch.zeros(()), dist_reduce_fx="max")
 
@@ -97,9 +106,8 @@ class CommMonitor(Callback):
     The last four of the table are logged in the compressed phase, with several ranks. rho and clamped share are averages
     over the last estimates, one each 16 optimizer steps (see ``strategy.variance_drift()``, which has them by tensor), and
     there are none before the first and without a second moment; tensors that are less than 1% of the elements and of the
-    squared update are left out. Error over update reads all errors once: of rank 0 alone, and only
-    for an entry. A value above 10 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped
-    elements.
+    squared update are left out. Error over update reads all errors once: of rank 0 alone, and only for an entry. A value
+    above 10 is warned of, once, and again when it has doubled; PhaseSwitch warns of drift and clamped elements.
 
     Args:
         every_n_steps: steps between entries; ``None``: the Trainer's ``log_every_n_steps``. As Lightning counts them: over
