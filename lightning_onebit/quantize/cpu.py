@@ -30,7 +30,7 @@ from lightning_onebit.quantize.cpu_variance import (
     rescaling_less_one,
     serve_variance_,
 )
-from lightning_onebit.quantize.layout import SPAN_NUMEL
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, SPAN_NUMEL
 from lightning_onebit.quantize.memory import BucketMemory, Encoded, Messages, StepInputs
 from lightning_onebit.quantize.spans import (
     Numbers,
@@ -47,9 +47,8 @@ from lightning_onebit.quantize.spans import (
     span_views,
 )
 from lightning_onebit.quantize.tensor_sketch import TensorSketch
-from lightning_onebit.quantize.workspace import Memory, Workspace, scale_divisors
+from lightning_onebit.quantize.workspace import BITS_OF_BYTE, Memory, Workspace, scale_divisors
 
-BYTE_BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1  # [256, 8]: the bits of each byte value
 ORDERS: dict[Scale, int] = {"l2": 2, "l1": 1}
 SMALLEST_SAFE_NORM, LARGEST_SAFE_NORM = 1e-15, 1e15
 """Between these a float32 norm loses nothing to under- or overflow of the squares."""
@@ -74,8 +73,9 @@ class CpuKernels:
         self.space = space
         self._memory = Memory(max(SPAN_NUMEL, block_size), SPAN_NUMEL // 8, scale=scale, dtype=dtype)
         self._real = torch.empty(0, dtype=dtype).numpy().dtype
-        self._signs_of_byte = np.where(BYTE_BITS, 1, -1).astype(self._real)
-        self._mask_of_byte = BYTE_BITS.astype(self._real)
+        self._signs_of_byte = np.where(BITS_OF_BYTE, 1, -1).astype(self._real)
+        self._opposite_signs_of_byte = -self._signs_of_byte
+        self._num_bits_of_byte = BITS_OF_BYTE.sum(axis=1).astype(self._real)
 
     # Steps 1 and 2, on a worker
 
@@ -93,8 +93,9 @@ class CpuKernels:
                 if commit and part.second_moment is not None:
                     self._renew_second_moment_(memory, index, part, step, gradient, c, work)
                 out = part.error if commit else work.out
-                self._add_local_momentum_(out, memory, part, last_average(memory, part), gradient, c, work)
-                self._quantize_(out, part.sent, live_bits(memory.live, part), work)
+                live = live_bits(memory.live, part)
+                self._add_local_momentum_(out, memory, part, last_average(memory, part), live, gradient, c, work)
+                self._quantize_(out, part.sent, live, work)
 
     def _add_local_momentum_(
         self,
@@ -102,13 +103,15 @@ class CpuKernels:
         memory: BucketMemory,
         part: SpanViews,
         last: Encoded,
+        live: Tensor | None,
         gradient: Tensor,
         c: Coefficients,
         work: Workspace,
     ) -> None:
         """Step 1: ``out = error + beta u + weight clamp(gradient / D, +-kappa)``."""
         assert part.error is not None
-        self._add_decoded_(out, part.error, last, live_bits(memory.live_before, part), part.per_block(c.beta), work)
+        before = live if memory.live_before is memory.live else live_bits(memory.live_before, part)
+        self._add_decoded_(out, part.error, last, before, part.per_block(c.beta), work)
         term, array = work.reals, work.reals_array
         if not memory.has_rms or self.space == "momentum":
             term.copy_(gradient)
@@ -118,10 +121,10 @@ class CpuKernels:
             else:
                 np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
             torch.div(gradient, term, out=term)
-            live = self._effective(live_bits(memory.live, part), work)
             if live is not None:
-                self._expand_mask(live, work)
-                term.masked_fill_(work.mask == 0, 0.0)
+                work.put_live(term, live)
+            elif part.shape.numels is not None:
+                array[part.shape.gaps] = 0.0
         kappa = part.per_element(c.kappa)
         if isinstance(kappa, float):
             term.clamp_(-kappa, kappa)
@@ -181,7 +184,7 @@ class CpuKernels:
             p, elements, _ = part.members[0]
             whole = step.gradients[p]
             return out.zero_() if whole is None else whole[elements]
-        gather_(out, part, step.gradients).numpy()[work.gaps] = 0.0
+        gather_(out, part, step.gradients).numpy()[part.shape.gaps] = 0.0
         return out
 
     def _decay(self, part: SpanViews, step: StepInputs, c: Coefficients, work: Workspace) -> NDArray[np.floating]:
@@ -189,7 +192,7 @@ class CpuKernels:
         decay = gather_(work.reals, part, step.params)
         np.multiply(work.reals_array, part.per_element(c.coupled_decay), out=work.reals_array)
         if part.shape.numels is not None:
-            work.reals_array[work.gaps] = 0.0
+            work.reals_array[part.shape.gaps] = 0.0
         # A parameter that has diverged stays what it is, as under Adam, but must not get into the errors.
         decay.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return work.reals_array
@@ -208,14 +211,14 @@ class CpuKernels:
                 work = self._memory.cut(part.shape)
                 assert part.server_error is not None
                 assert part.served is not None
-                out = part.server_error if commit else work.out
-                self._add_mean_(out, memory, part, work)
-                self._quantize_(out, part.served, live_bits(memory.live, part), work)
+                out, live = part.server_error if commit else work.out, live_bits(memory.live, part)
+                self._add_mean_(out, part, live, work)
+                self._quantize_(out, part.served, live, work)
 
-    def _add_mean_(self, out: Tensor, memory: BucketMemory, part: SpanViews, work: Workspace) -> None:
+    def _add_mean_(self, out: Tensor, part: SpanViews, live: Tensor | None, work: Workspace) -> None:
         """``out = server error + sum_i q_i / n``, in the order of the ranks."""
         assert part.server_error is not None
-        source, live = part.server_error, live_bits(memory.live, part)
+        source = part.server_error
         for each in part.received:
             self._add_decoded_(out, source, each, live, 1 / len(part.received), work)
             source = out
@@ -258,10 +261,11 @@ class CpuKernels:
             self._add_decoded_(move, move, before, live_bits(memory.live_before, part), factor, work)
         if memory.rms is not None and self.space == "momentum":
             np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=work.reals_array)
-            live = self._effective(live, work)
             if live is not None:
-                self._expand_mask(live, work)
+                work.expand_mask(live)
                 work.reals.masked_fill_(work.mask == 0, 1.0)
+            elif not is_view:
+                work.reals_array[part.shape.gaps] = 1.0
             np.divide(move.numpy(), work.reals_array, out=move.numpy())
             largest = part.per_element(c.largest_move)
             np.clip(move.numpy(), -largest, largest, out=move.numpy())
@@ -276,7 +280,7 @@ class CpuKernels:
             else:  # there it would round the number to bfloat16 first: 0.999 to 1
                 for param, shrink in zip(params, shrinks, strict=True):
                     param.mul_(shrink)
-        torch._foreach_add_(params, [move[place] for _, _, place in part.members])
+        torch._foreach_add_(params, part.split(move))
 
     def _commit_(self, memory: BucketMemory, index: int, step: StepInputs) -> None:
         """Write both errors, from the messages."""
@@ -289,15 +293,16 @@ class CpuKernels:
                 gradient = self._gradient(memory, index, part, step, c, work)
                 if part.second_moment is not None:
                     self._renew_second_moment_(memory, index, part, step, gradient, c, work)
-                self._add_local_momentum_(part.error, memory, part, average_before(memory, part), gradient, c, work)
-                self._add_decoded_(part.error, part.error, part.sent, live_bits(memory.live, part), -1.0, work)
+                before, live = average_before(memory, part), live_bits(memory.live, part)
+                self._add_local_momentum_(part.error, memory, part, before, live, gradient, c, work)
+                self._add_decoded_(part.error, part.error, part.sent, live, -1.0, work)
         for view in span_views(memory, range(memory.chunk, memory.chunk + 1)):
             for part in active_parts(memory, view, step, check=True):
                 work = self._memory.cut(part.shape)
                 assert part.server_error is not None
                 assert part.served is not None
-                self._add_mean_(part.server_error, memory, part, work)
                 live = live_bits(memory.live, part)
+                self._add_mean_(part.server_error, part, live, work)
                 self._add_decoded_(part.server_error, part.server_error, part.served, live, -1.0, work)
 
     # The second moment
@@ -340,18 +345,19 @@ class CpuKernels:
 
     def _quantize_(self, values: Tensor, encoded: Encoded, live: Tensor | None, work: Workspace) -> None:
         """Quantize ``values`` into ``encoded``, and leave the error in ``values``."""
-        live = self._effective(live, work)
         if live is None:
             self._measure_(encoded.scales, values, work.divisors, work)
-            np.greater_equal(values.numpy(), 0, out=work.bits)
-            work.pack_bits()
         else:
-            self._expand_mask(live, work)
-            counted = torch.mul(values, work.mask, out=work.reals)
-            divisors = scale_divisors(self._sums(work.mask, work).clamp_(min=1), self.scale)
-            self._measure_(encoded.scales, counted, divisors, work)
-            np.greater_equal(values.numpy(), 0, out=work.bits)
-            work.pack_bits()
+            work.indices[:] = live.numpy()
+            counts = self._num_bits_of_byte.take(work.indices, out=work.reals_array[: len(work.indices)], mode="clip")
+            sizes = torch.from_numpy(np.add.reduceat(counts, work.shape.block_starts // BITS_PER_BYTE))
+            divisors = scale_divisors(sizes.clamp_(min=1), self.scale)
+            self._measure_(encoded.scales, work.put_live(values, live), divisors, work)
+        np.greater_equal(values.numpy(), 0, out=work.bits)
+        if work.shape.numels is not None:
+            work.bits[work.shape.gaps] = False
+        work.pack_bits()
+        if live is not None:
             np.bitwise_and(work.bytes, live.numpy(), out=work.bytes)
         encoded.signs.numpy()[:] = work.indices
         self._add_decoded_(values, values, encoded, live, -1.0, work)
@@ -418,33 +424,16 @@ class CpuKernels:
         Of a packed span, the products themselves.
         """
         np.multiply(encoded.scales.numpy(), factor, out=work.factors, dtype=self._real)
-        live = self._effective(live, work)
-        if live is None:
-            # `take` would make a copy of this type itself, and allocate it.
-            work.indices[:] = encoded.signs.numpy()
-            self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
-        else:
-            self._expand_mask(live, work)
-            # Where an element is not live: the sign that, times the zero of the mask and the factor, gives -0.0.
-            signs = encoded.signs.numpy()
-            if np.any(np.signbit(factor)):  # -0.0, as of a step size of 0, as well
-                np.invert(work.bytes, out=work.bytes)
-                np.bitwise_or(work.bytes, signs, out=work.bytes)
-            else:
-                np.bitwise_and(work.bytes, signs, out=work.bytes)
-            self._signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
-            work.reals.mul_(work.mask)
+        signs_of_byte = self._signs_of_byte
+        if live is not None:
+            work.expand_mask(live)
+            if not np.any(np.signbit(factor)):  # 0.0, times what is not positive, is -0.0; a step size may be -0.0 itself
+                np.negative(work.factors, out=work.factors)
+                signs_of_byte = self._opposite_signs_of_byte
+        work.indices[:] = encoded.signs.numpy()  # `take` would make a copy of this type itself, and allocate it
+        signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
+        if live is not None:
+            work.put_live(work.reals, live)
         if work.shape.numels is not None:
             np.multiply(work.reals_array, np.repeat(work.factors, work.shape.elements_of_block), out=work.reals_array)
-
-    def _expand_mask(self, live: Tensor, work: Workspace) -> None:
-        """Put 1 where an element is live and 0 elsewhere into the workspace, and the bytes of ``live``."""
-        work.indices[:] = live.numpy()
-        self._mask_of_byte.take(work.indices, axis=0, out=work.mask_bytes, mode="clip")
-
-    @staticmethod
-    def _effective(live: Tensor | None, work: Workspace) -> Tensor | None:
-        """Which elements take part in their block: the live ones without padding; ``None`` if all do."""
-        if live is None or work.inside is None:
-            return work.inside if live is None else live
-        return live & work.inside
+            work.reals_array[work.shape.gaps] = -0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeAlias
 
@@ -43,6 +43,7 @@ class SpanViews:
     second_moment_residual: Tensor | None = None
     received: Sequence[Encoded] = ()
     served: Encoded | None = None
+    _views: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def coefficients(self, step: StepInputs) -> Coefficients:
         """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
@@ -67,6 +68,13 @@ class SpanViews:
     def spread(self, by_block: NDArray[Any]) -> NDArray[Any]:
         """What blocks have, ``[blocks]``, spread over their elements, padding included."""
         return np.repeat(by_block, self.shape.elements_of_block)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Views of ``values``, a tensor of the workspace, for each parameter. They are kept."""
+        views = self._views.get(values.data_ptr())
+        if views is None:
+            views = self._views[values.data_ptr()] = [values[place] for _, _, place in self.members]
+        return views
 
 
 def span_views(memory: BucketMemory, chunks: range) -> list[SpanViews]:
@@ -165,7 +173,11 @@ def average_before(memory: BucketMemory, part: SpanViews) -> Encoded:
 
 
 def live_bits(live: Tensor | None, part: SpanViews) -> Tensor | None:
-    return None if live is None else live[part.flat.start // 8 : part.flat.stop // 8]
+    """Which elements of a span take part in their blocks, uint8 ``[bytes]``; ``None`` if all of them do, without padding."""
+    if live is None:
+        return None
+    bits = live[part.flat.start // 8 : part.flat.stop // 8]
+    return None if torch.equal(bits, part.shape.inside) else bits
 
 
 def is_whole(param: Tensor, elements: slice) -> bool:
@@ -175,13 +187,13 @@ def is_whole(param: Tensor, elements: slice) -> bool:
 def gather_(out: Tensor, part: SpanViews, tensors: Sequence[Tensor | None]) -> Tensor:
     """The elements of a span's parameters, in ``out``: those of ``None`` are zero."""
     sources, targets = [], []
-    for p, elements, place in part.members:
+    for (p, elements, _), target in zip(part.members, part.split(out), strict=True):
         tensor = tensors[p]
         if tensor is None:
-            out[place].zero_()
+            target.zero_()
         else:
             sources.append(tensor if is_whole(tensor, elements) else tensor[elements])
-            targets.append(out[place])
+            targets.append(target)
     if sources:
         torch._foreach_copy_(targets, sources)
     return out

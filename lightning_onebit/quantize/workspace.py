@@ -19,6 +19,11 @@ from lightning_onebit.quantize.layout import BITS_PER_BYTE, sign_nbytes
 GATHER_BITS = np.uint64(0x0102040810204080)
 TOP_BYTE = np.uint64(56)
 
+BITS_OF_BYTE = (np.arange(256)[:, None] >> np.arange(8)) & 1
+"""``[256, 8]``: the bits of each value of a byte, least significant first."""
+MASKS_OF_BYTE = {dtype: np.negative(BITS_OF_BYTE).astype(dtype) for dtype in (np.dtype(np.int32), np.dtype(np.int64))}
+"""The same with all bits of an integer set, or none."""
+
 
 @dataclass(frozen=True)
 class SpanShape:
@@ -48,6 +53,23 @@ class SpanShape:
         """First element of each block in the span."""
         return np.cumsum(self.elements_of_block) - self.elements_of_block
 
+    @cached_property
+    def gaps(self) -> NDArray[np.intp]:
+        """Of a packed span, places of the padding."""
+        assert self.numels is not None
+        inside = np.zeros(self.numel, dtype=bool)
+        for start, numel in zip(self.block_starts, self.numels, strict=True):
+            inside[start : start + numel] = True
+        return np.flatnonzero(~inside)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """uint8 ``[bytes]``: bit set where there is an element, and no padding."""
+        bits = np.ones(self.numel, dtype=bool)
+        if self.numels is not None:
+            bits[self.gaps] = False
+        return torch.from_numpy(np.packbits(bits, bitorder="little"))
+
 
 class Memory:
     """Allocated once, for spans of up to ``numel`` elements and ``blocks`` blocks, of ``dtype``."""
@@ -56,7 +78,7 @@ class Memory:
         nbytes = sign_nbytes(numel)
         self.scale: Scale = scale
         self.reals = torch.empty(8 * nbytes, dtype=dtype)
-        self.mask = torch.empty(8 * nbytes, dtype=dtype)
+        self.mask = torch.empty(8 * nbytes, dtype=torch.int32 if dtype == torch.float32 else torch.int64)
         self.values = torch.empty(8 * nbytes, dtype=dtype)
         """For the caller: a gradient, a move."""
         self.out = torch.empty(8 * nbytes, dtype=dtype)
@@ -66,6 +88,8 @@ class Memory:
         self.words = np.empty(nbytes, dtype=np.uint64)
         self.norms = torch.empty(blocks, dtype=dtype)
         self.factors = torch.empty(blocks, dtype=dtype)
+        self.masked: Tensor | None = None
+        """The bits of which :attr:`mask` is."""
         self._views: dict[SpanShape, Workspace] = {}
 
     def cut(self, shape: SpanShape) -> Workspace:
@@ -82,7 +106,7 @@ class Workspace:
     def __init__(self, memory: Memory, shape: SpanShape) -> None:
         numel, blocks = shape.numel, shape.num_blocks
         nbytes = sign_nbytes(numel)
-        self.shape = shape
+        self.shape, self._memory = shape, memory
         self._rest = numel % shape.block_size
         self._whole = numel - self._rest
 
@@ -91,8 +115,10 @@ class Workspace:
         self.reals_array = self.reals.numpy()
         self.real_bytes = memory.reals[: 8 * nbytes].numpy().reshape(nbytes, 8)
         self.mask = memory.mask[:numel]
-        """1 where an element is live, else 0."""
-        self.mask_bytes = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
+        """Integers of the size of reals: all bits set where an element is live, else none."""
+        self._mask_array = self.mask.numpy()
+        self._mask_by_eight = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
+        self._reals_as_integers = self.reals_array.view(self._mask_array.dtype)
         self.values, self.out = memory.values[:numel], memory.out[:numel]
         self.ints = memory.ints[:numel]
         """int32; where reals are float32, the same memory."""
@@ -144,25 +170,18 @@ class Workspace:
         np.multiply(self._bits_by_eight, GATHER_BITS, out=self._words)
         np.right_shift(self._words, TOP_BYTE, out=self._words)
 
-    # Of packed spans, whose blocks have any size
+    def expand_mask(self, live: Tensor) -> None:
+        """Make :attr:`mask` of bits, unless it is that of this very tensor. Overwrites :attr:`indices`."""
+        if self._memory.masked is not live:
+            self.indices[:] = live.numpy()
+            MASKS_OF_BYTE[self._mask_array.dtype].take(self.indices, axis=0, out=self._mask_by_eight, mode="clip")
+            self._memory.masked = live
 
-    @cached_property
-    def gaps(self) -> NDArray[np.intp]:
-        """Places of the padding."""
-        assert self.shape.numels is not None
-        inside = np.zeros(self.shape.numel, dtype=bool)
-        for start, numel in zip(self.shape.block_starts, self.shape.numels, strict=True):
-            inside[start : start + numel] = True
-        return np.flatnonzero(~inside)
-
-    @cached_property
-    def inside(self) -> Tensor | None:
-        """uint8 ``[bytes]``: bit set where there is an element; ``None`` if there is no padding."""
-        if self.shape.numels is None or not len(self.gaps):
-            return None
-        bits = np.ones(self.shape.numel, dtype=bool)
-        bits[self.gaps] = False
-        return torch.from_numpy(np.packbits(bits, bitorder="little"))
+    def put_live(self, values: Tensor, live: Tensor) -> Tensor:
+        """Put ``values`` into :attr:`reals`; where an element is not live, 0.0, also for NaN."""
+        self.expand_mask(live)
+        np.bitwise_and(values.numpy().view(self._mask_array.dtype), self._mask_array, out=self._reals_as_integers)
+        return self.reals
 
 
 def scale_divisors(sizes: Tensor, scale: Scale) -> Tensor:

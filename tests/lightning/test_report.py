@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from lightning.fabric import Fabric
-from ranks import run_trainers
+from ranks import run_ranks, run_trainers
 from test_strategy import Messages
 from trainers import Classifier, adam, data, fit, same_params
 
@@ -18,6 +18,7 @@ from lightning_onebit import (
     PhaseSwitch,
     VarianceStability,
 )
+from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import MEBIBYTE
 from lightning_onebit.lightning import baseline, phase_controller
 from lightning_onebit.lightning.report import step_time
@@ -148,12 +149,32 @@ def test_with_too_few_dense_steps_dense_exchanges_are_timed_and_nothing_else_cha
             assert 1.5 < least < most < 15
             assert most < least + 1.0  # neither the first step nor the first exchange, a second longer, is in it
             assert "estimated, as the warm-up had fewer than 11 steps here. A compressed step took " in said
-            assert "a dense exchange of the gradients 20" in said
+            assert "a dense exchange of the gradients 200.0 ms (median of 3, 200.0-200.0)" in said
         else:
             assert "Speed-up: none. Steps are " in said
             assert "than dense ones would be at most, by an estimate" in said
     assert len(advice) == (not pays)
     assert not none
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_dense_exchanges_send_what_the_warmup_would(precision, width):
+    """Of float64, which is narrowed as well; several buckets of it, the last one short. Zeros: nothing is changed."""
+
+    def fn(rank):
+        gradients = [torch.full((300_000,), 1.0 + rank), torch.full((50_000,), 2.0 + rank, dtype=torch.float64)]
+        counters = PhaseCounters()
+        options = {"bucket_cap_mb": 0.5, "precision": precision}
+        exchange = baseline.time_dense_exchanges(gradients, torch.device("cpu"), counters, **options)
+        assert all(bool((g == g.flatten()[0]).all()) and float(g[0]) == i + 1 + rank for i, g in enumerate(gradients))
+        return exchange, counters
+
+    for exchange, counters in run_ranks(2, fn):
+        assert exchange.bytes_sent == 300_000 * width + 50_000 * (8 if precision == "fp32" else 2)
+        assert counters.bytes_sent == counters.bytes_received == counters.baseline_bytes_sent == 4 * exchange.bytes_sent
+        assert counters.collectives == 4 * (3 + 1)
+        assert counters.seconds_waited == 0
+        assert len(exchange.seconds) == 3
 
 
 def test_where_nothing_was_measured_nothing_is_told():

@@ -13,6 +13,7 @@ from buckets import (
     assert_same_bits,
     copy_of_memory,
     copy_of_step,
+    exists,
     randn,
     random_layouts,
     random_memory,
@@ -29,7 +30,7 @@ from lightning_onebit.quantize import make_kernels
 from lightning_onebit.quantize.cpu import CpuKernels
 from lightning_onebit.quantize.layout import SMALL_NUMEL, SPAN_NUMEL
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
-from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
+from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits, unpack_bits
 
 SMALL = [5, 300, 1, 17, 0, 200, 64, 100]
 """They share spans."""
@@ -291,6 +292,38 @@ def test_all_tails(numel, is_packed, masked):
     numels = [3, numel, 5] if is_packed else [SMALL_NUMEL + numel]
     memory, step, reference, cpu = make_case(numels, block_size=64, masked=masked)
     assert_a_step_is_that_of_the_reference(memory, step, reference, cpu, scales_tolerance(torch.float32, 64, numels))
+
+
+@pytest.mark.parametrize("kind", ["reference", "cpu"])
+@pytest.mark.parametrize("coefficients", [ADAM, SGD, ADAM._replace(step_size=0.0)], ids=["adam", "nesterov", "no step"])
+def test_not_even_the_sign_of_a_zero_that_is_not_live_changes(kind, coefficients):
+    memory, step, *_ = make_case(MIXED, block_size=64, masked=True, coefficients=coefficients)
+    memory.live_before = memory.live
+    for param in step.params:
+        param.fill_(-0.0)
+    kernels_of(kind, 64).apply_(memory, 0, step, commit=False)
+    by_element = [
+        unpack_bits(memory.live),
+        memory.spread(torch.from_numpy(memory.layout.parameter), (0, memory.layout.num_blocks)),
+    ]
+    for p, param in enumerate(step.params):
+        live, parameter = by_element
+        still = param[~live[parameter == p][: len(param)]]
+        assert len(still) > 0
+        assert still.signbit().all()
+        assert still.eq(0).all()
+
+
+@pytest.mark.parametrize("space", ["update", "momentum"])
+@every_mask
+def test_without_eps_padding_is_not_divided_by_its_d_of_0(space, masked):
+    memory, step, reference, cpu = make_case(
+        MIXED, block_size=64, masked=masked, space=space, coefficients=ADAM._replace(eps=0.0)
+    )
+    live = exists(memory.layout) if memory.live is None else unpack_bits(memory.live)
+    memory.rms.copy_(torch.where(live, memory.rms.clamp(min=0.1), 0.0))
+    with np.errstate(all="raise"):
+        assert_a_step_is_that_of_the_reference(memory, step, reference, cpu, scales_tolerance(torch.float32, 64, MIXED))
 
 
 @pytest.mark.parametrize("numels", [SMALL, MIXED], ids=str)
