@@ -5,7 +5,7 @@
 encode  steps 1 and 2: divide by D, clamp, momentum, error, norm, signs, residual
 serve   step 4: decode n messages, average, error, norm, signs, residual, for 1/n of the elements
 apply   step 6: decode and add to the parameter
-renewed  step 1 and 2 where D is a code, and v_i is updated
+renewed  step 1 and 2 where D is a code, and v_i is updated; the same where 1/8 of the elements of each block is not live
 refresh  what is exchanged every 64 steps to renew D: code v_i; average n codes; take the result over
 
 Each is one call of the kernels for CPUs, for a bucket of one large tensor or of 400 small ones. Its time is that of the
@@ -48,6 +48,7 @@ def traffic_bytes(ranks: int) -> dict[str, float]:
         "encode": 4 * FLOAT32_BYTES + 2 * MESSAGE_BYTES,  # gradient, D, error in, error out; u, message
         # gradient, error in and out, v_i in and out; the code of D; u, message
         "encode, renewed": 5 * FLOAT32_BYTES + CODE_BYTES + 2 * MESSAGE_BYTES,
+        "encode, renewed, 1/8 not live": 5 * FLOAT32_BYTES + CODE_BYTES + 2 * MESSAGE_BYTES,
         "refresh, encode": refreshed,  # v_i; message
         "refresh, serve": 2 * FLOAT32_BYTES + (ranks + 1) * CODE_BYTES,  # residual in and out; per element of the chunk
         "refresh, apply": 2 * FLOAT32_BYTES + 3 * CODE_BYTES,  # v_i in and out; both messages, the code of D
@@ -101,8 +102,16 @@ def renewed_calls(memory: BucketMemory, step: StepInputs, kernels: Kernels) -> d
     messages.received.fill_(0x3F)
     messages.result.fill_(0x3F)
     numel, chunk_numel = int(layout.numel.sum()), len(renewed.server_error)
+
+    def encode_masked() -> None:
+        renewed.live = renewed.live_before = masks
+        kernels.encode_(renewed, 0, step, commit=True)
+        renewed.live = renewed.live_before = None
+
+    masks = torch.full((layout.flat_numel // 8,), 0x7F, dtype=torch.uint8)
     return {
         "encode, renewed": (numel, lambda: kernels.encode_(renewed, 0, step, commit=True)),
+        "encode, renewed, 1/8 not live": (numel, encode_masked),
         "refresh, encode": (numel, lambda: kernels.encode_variance_(renewed, messages, correction)),
         "refresh, serve": (chunk_numel, lambda: kernels.serve_variance_(renewed, messages)),
         "refresh, apply": (numel, lambda: kernels.apply_variance_(renewed, messages, taken_over)),
