@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from thread_ranks import run_threads
+from thread_ranks import exchange_groups, run_threads
 from torch import nn
 
 from lightning_onebit.config import CompressionConfig
@@ -22,7 +22,7 @@ def gradients(rank, step, scale):
     return [torch.randn(shape, generator=generator) * scale for shape in SHAPES]
 
 
-def train(communicator, steps, growth, **config):
+def train(communicator, steps, growth, groups=None, **config):
     """The optimizer after ``steps`` compressed ones, of which those from the 20th on have gradients ``growth`` as large."""
     n, rank = communicator.world_size, communicator.rank
     params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
@@ -39,7 +39,7 @@ def train(communicator, steps, growth, **config):
         if compressed is None:
             v_hat = [optimizer.state[p]["exp_avg_sq"] / (1 - BETA2**WARMUP_STEPS) for p in params]
             settings = CompressionConfig(block_size=64, **config)
-            compressed = CompressedOptimizer(optimizer, settings, communicator, {})
+            compressed = CompressedOptimizer(optimizer, settings, communicator, {}, groups=groups)
         compressed.step()
         if (step + 1) % 16 == 0:
             truth.append([])
@@ -109,22 +109,33 @@ def test_errors_over_updates():
         assert ratio == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_norm_of_an_update_of_which_some_elements_took_no_part():
+@pytest.mark.parametrize("local_world_size", [1, 2])
+def test_the_norm_of_an_update_of_which_some_elements_took_no_part(local_world_size):
+    """Of each rank's share: of all of a bucket, or of a part of it; those of a node make up the bucket."""
+
     def fn(communicator):
-        compressed, _, _ = train(communicator, 3, 1.0, variance_refresh=None)
+        groups = exchange_groups(communicator, local_world_size) if local_world_size > 1 else None
+        compressed, _, _ = train(communicator, 3, 1.0, groups, variance_refresh=None)
         (buckets,) = [each.buckets for each in compressed._sets]
         found = []
         for memory in buckets.memories:
             generator = torch.Generator().manual_seed(0)
             memory.live_before = pack_bits(torch.rand(memory.layout.flat_numel, generator=generator) < 0.3)
-            decoded = buckets.last_average(memory)[memory.share_flat]
-            found.append((buckets.squared_norms(memory)[1], float(decoded.double().square().sum())))
+            decoded = buckets.last_average(memory)
+            errors = float(memory.error.double().square().sum())
+            squares = [float(each.double().square().sum()) for each in (decoded[memory.share_flat], decoded)]
+            found.append((buckets.squared_norms(memory), errors, *squares))
         return found
 
-    for found in run_threads(2, fn):
+    all_found = run_threads(2 * local_world_size, fn)
+    for found in all_found:
         assert found
-        assert [of_update for of_update, _ in found] == pytest.approx([expected for _, expected in found], rel=1e-5)
-        assert all(expected > 0 for _, expected in found)
+        for (of_error, of_update), errors, squares, _ in found:
+            assert of_error == pytest.approx(errors, rel=1e-5)
+            assert of_update == pytest.approx(squares, rel=1e-5)
+            assert squares > 0
+    for of_node in zip(*all_found[:local_world_size], strict=True):
+        assert sum(norms[1] for norms, *_ in of_node) == pytest.approx(of_node[0][3], rel=1e-5)
 
 
 @pytest.mark.parametrize("refresh", [None, 8])
