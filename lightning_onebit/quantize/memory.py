@@ -209,7 +209,8 @@ class BucketMemory(Messages):
         if is_coded:
             self._make_codes_()
         self.live: Tensor | None = None
-        """uint8 ``[flat_numel / 8]``: bit set where an element takes part in its block. ``None`` if all do."""
+        """uint8 ``[flat_numel / 8]``: bit set where an element takes part in its block. ``None`` if all do.
+        Those of padding may be either."""
         self.live_before: Tensor | None = None
         """The same at the time of the last average."""
 

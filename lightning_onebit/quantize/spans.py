@@ -176,7 +176,7 @@ def live_bits(live: Tensor | None, part: SpanViews) -> Tensor | None:
     """Which elements of a span take part in their blocks, uint8 ``[bytes]``; ``None`` if all of them do, without padding."""
     if live is None:
         return None
-    bits = live[part.flat.start // 8 : part.flat.stop // 8]
+    bits = live[part.flat.start // 8 : part.flat.stop // 8] & part.shape.inside
     return None if torch.equal(bits, part.shape.inside) else bits
 
 

@@ -295,6 +295,25 @@ def test_all_tails(numel, is_packed, masked):
 
 
 @pytest.mark.parametrize("kind", ["reference", "cpu"])
+@pytest.mark.parametrize("numels", [SMALL, MIXED], ids=str)
+@every_mask
+def test_whether_padding_is_called_live_makes_no_difference(kind, numels, masked):
+    """Masks of a run that goes on and of one that was resumed differ there."""
+    memory, step, *_ = make_case(numels, block_size=64, masked=masked)
+    element, results = exists(memory.layout), []
+    masks = [unpack_bits(each) if masked else element for each in (memory.live, memory.live_before)]
+    for padding in (False, True):
+        own, inputs = copies(memory, step)
+        own.live, own.live_before = (pack_bits(torch.where(element, mask, padding)) for mask in masks)
+        kernels = kernels_of(kind, 64)
+        kernels.encode_(own, 0, inputs, commit=True)
+        kernels.serve_(own, inputs, commit=True)
+        kernels.apply_(own, 0, inputs, commit=False)
+        results.append([own.error, own.server_error, own.sent, own.served, *inputs.params])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["reference", "cpu"])
 @pytest.mark.parametrize("coefficients", [ADAM, SGD, ADAM._replace(step_size=0.0)], ids=["adam", "nesterov", "no step"])
 def test_not_even_the_sign_of_a_zero_that_is_not_live_changes(kind, coefficients):
     memory, step, *_ = make_case(MIXED, block_size=64, masked=True, coefficients=coefficients)
