@@ -43,7 +43,7 @@ class SpanViews:
     second_moment_residual: Tensor | None = None
     received: Sequence[Encoded] = ()
     served: Encoded | None = None
-    _views: dict[int, list[Tensor]] = field(default_factory=dict)
+    _splits: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def coefficients(self, step: StepInputs) -> Coefficients:
         """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
@@ -71,9 +71,9 @@ class SpanViews:
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Views of ``values``, a tensor of the workspace, for each parameter. They are kept."""
-        views = self._views.get(values.data_ptr())
+        views = self._splits.get(values.data_ptr())
         if views is None:
-            views = self._views[values.data_ptr()] = [values[place] for _, _, place in self.members]
+            views = self._splits[values.data_ptr()] = [values[place] for _, _, place in self.members]
         return views
 
 

@@ -321,12 +321,9 @@ def test_not_even_the_sign_of_a_zero_that_is_not_live_changes(kind, coefficients
     for param in step.params:
         param.fill_(-0.0)
     kernels_of(kind, 64).apply_(memory, 0, step, commit=False)
-    by_element = [
-        unpack_bits(memory.live),
-        memory.spread(torch.from_numpy(memory.layout.parameter), (0, memory.layout.num_blocks)),
-    ]
+    live = unpack_bits(memory.live)
+    parameter = memory.spread(torch.from_numpy(memory.layout.parameter), (0, memory.layout.num_blocks))
     for p, param in enumerate(step.params):
-        live, parameter = by_element
         still = param[~live[parameter == p][: len(param)]]
         assert len(still) > 0
         assert still.signbit().all()
