@@ -1,10 +1,13 @@
 """What a whole run sends, from its first dense step to its last: a GPT of 7.1 million parameters, 4 nodes.
 
     python benchmarks/whole_run.py --steps 1000 --marks 100 250 500 --out benchmarks/results/whole_run.txt
+    python benchmarks/whole_run.py --steps 400 --rate 200mbit --batch-size 2 --context 64 --lr 1e-3 \\
+        --against ddp fp16 powersgd --out benchmarks/results/whole_run_against.txt
 
 Defaults throughout, with a DivergenceGuard: when to switch is the criterion's decision, on real text. Bytes are counted on
-the links, with all headers; a step of DDP is counted in the same run, and sends the same at every step. Windows are few and
-short, as bytes do not depend on them: so this says nothing of time, nor of the loss.
+the links, with all headers; a step of DDP is counted in the same run, and sends the same at every step. By default windows
+are few and short, as bytes do not depend on them: that says nothing of time, nor of the loss. With ``--against``, others
+train as long, one after the other: time from the first batch to the last, held-out loss after it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,9 @@ import lightning.pytorch as pl
 import torch
 from lab import LOOPBACK, LabError, check_requirements, exit_on_sigterm, make_lab, sent_bytes
 from lightning.pytorch.strategies import DDPStrategy
-from report import describe, environment, save, size, table
+from report import SHARED_CORES, describe, environment, save, size, table
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from training_step import COMPETITORS, POWERSGD_RANK, HookedDDPStrategy
 
 from lightning_onebit import DivergenceGuard, OneBitDDPStrategy, Phase
 from lightning_onebit.comm.stats import ring_all_reduce_nbytes
@@ -34,7 +40,14 @@ from gpt_stdlib import GPT, StdlibSources
 
 DDP_STEPS = 10
 LONG_RUN = 10_000
-"""Steps of the run that the last interval is extended to: computed, not run."""
+"""Steps of the run that the last interval of a shorter one is extended to: computed, not run."""
+ONEBIT = "onebit_ddp"
+LABELS = {
+    "ddp": "DDP, fp32",
+    "fp16": "DDP, fp16 hook",
+    "powersgd": f"DDP, PowerSGD hook, rank {POWERSGD_RANK}, one bucket, 5% dense",
+    ONEBIT: "onebit_ddp, defaults",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +61,20 @@ class Mark:
     dense_steps: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training, as one node saw it."""
+
+    parameters: int
+    marks: list[Mark]
+    seconds: float
+    """From before its first batch to the end of its last."""
+    loss: float | None
+    """On the held-out windows of all nodes after the last step; ``None`` if there was nothing to compare with."""
+
+
 class Marks(pl.Callback):
-    """Notes what was sent so far."""
+    """Notes what was sent so far, and how long it took."""
 
     def __init__(self, steps: set[int]) -> None:
         self.steps = steps
@@ -57,12 +82,14 @@ class Marks(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.before = sent_bytes()
+        self.start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step not in self.steps:
             return
+        self.seconds = time.perf_counter() - self.start
         now, payload, dense_steps = sent_bytes(), {}, trainer.global_step
         if isinstance(trainer.strategy, OneBitDDPStrategy):
             warmup, compressed = (trainer.strategy.comm_stats[phase] for phase in (Phase.WARMUP, Phase.COMPRESSED))
@@ -80,53 +107,92 @@ class Marks(pl.Callback):
             print(f"step {trainer.global_step}", file=sys.stderr, flush=True)
 
 
-def train(name: str, settings: argparse.Namespace) -> tuple[int, list[Mark], float]:
-    """Train; runs on every node. Returns the number of parameters, what was sent, and seconds."""
+def make_strategy(name: str, settings: argparse.Namespace) -> DDPStrategy:
+    """Of one who takes part."""
+    timeout = timedelta(seconds=settings.timeout)
+    if name == ONEBIT:
+        return OneBitDDPStrategy(timeout=timeout)
+    if name == "powersgd":
+        dense_steps = max(2, settings.steps // 20)  # as in the study of where training ends
+        state = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": dense_steps}
+        return HookedDDPStrategy(
+            lambda: PowerSGDState(process_group=None, **state), powerSGD_hook, timeout=timeout, bucket_cap_mb=1 << 20
+        )
+    strategy = COMPETITORS[name].strategy(timeout)
+    assert isinstance(strategy, DDPStrategy)
+    return strategy
+
+
+def train(name: str, steps: int, settings: argparse.Namespace) -> Training:
+    """Runs on every node."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
     pl.seed_everything(0, verbose=False)
-    model = GPT(context=settings.context, d_model=settings.d_model, layers=settings.layers)
-    if name == "ddp":
-        steps, callbacks = DDP_STEPS, []
-        strategy: DDPStrategy = DDPStrategy()
-    else:
-        steps, callbacks = settings.steps, [DivergenceGuard()]
-        strategy = OneBitDDPStrategy()
-    marks = Marks({steps} if name == "ddp" else {*settings.marks, steps})
+    model = GPT(context=settings.context, d_model=settings.d_model, layers=settings.layers, lr=settings.lr)
+    marks = Marks({steps, *(mark for mark in settings.marks if name == ONEBIT)})
     trainer = pl.Trainer(
-        strategy=strategy,
+        strategy=make_strategy(name, settings),
         accelerator="cpu",
         devices=1,
         num_nodes=settings.nodes,
         max_steps=steps,
-        callbacks=[*callbacks, marks],
+        callbacks=[DivergenceGuard(), marks] if name == ONEBIT else [marks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if settings.against else 0,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
     )
-    start = time.perf_counter()
     trainer.fit(model, datamodule=StdlibSources(context=settings.context, batch_size=settings.batch_size))
-    return sum(p.numel() for p in model.parameters()), marks.marks, time.perf_counter() - start
+    loss = trainer.callback_metrics.get("val_loss")
+    return Training(
+        parameters=sum(p.numel() for p in model.parameters()),
+        marks=marks.marks,
+        seconds=marks.seconds,
+        loss=None if loss is None else float(loss),
+    )
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
-    """DDP for a few steps, then the whole run; ready for JSON."""
+    """DDP for a few steps, or all of them; the others; then the whole run. Ready for JSON."""
+    trainings: dict[str, list[Training]] = {}
     with make_lab(nodes=settings.nodes, rate=settings.rate) as network:
-        (parameters, [dense], _), *_ = network.call(train, "ddp", settings, timeout_seconds=settings.timeout)
-        ranks = network.call(train, "onebit_ddp", settings, timeout_seconds=settings.timeout)
+        for name in ("ddp", *(name for name in settings.against if name != "ddp"), ONEBIT):
+            steps = settings.steps if name in (*settings.against, ONEBIT) else DDP_STEPS
+            trainings[name] = network.call(train, name, steps, settings, timeout_seconds=settings.timeout)
+            print(f"{name}: {steps} steps in {_seconds(trainings[name]):.0f} s", flush=True)
+    first = trainings["ddp"][0]
+    dense, parameters = first.marks[-1], first.parameters
     per_step = ring_all_reduce_nbytes(FLOAT32_NBYTES * parameters, settings.nodes)
     if dense.link_bytes is not None:
-        per_step = dense.link_bytes / DDP_STEPS
+        per_step = dense.link_bytes / dense.step
+    ranks = trainings[ONEBIT]
     return {
         "parameters": parameters,
-        "seconds": max(seconds for _, _, seconds in ranks),
+        "seconds": _seconds(ranks),
         "ddp_bytes_per_step": per_step,
         "counted": "as payload" if dense.link_bytes is None else "on the links, with all headers",
-        "marks": [[asdict(mark) for mark in marks] for marks in zip(*(marks for _, marks, _ in ranks), strict=True)],
+        "marks": [[asdict(mark) for mark in marks] for marks in zip(*(training.marks for training in ranks), strict=True)],
+        "rate": settings.rate,
+        "against": [
+            {
+                "name": name,
+                "seconds": _seconds(ranks),
+                "link_bytes": [training.marks[-1].link_bytes for training in ranks],
+                "loss": ranks[0].loss,
+            }
+            for name, ranks in trainings.items()
+            if settings.against
+        ],
     }
+
+
+def _seconds(ranks: list[Training]) -> float:
+    return max(training.seconds for training in ranks)
 
 
 def as_text(document: dict[str, Any]) -> str:
@@ -149,7 +215,9 @@ def as_text(document: dict[str, Any]) -> str:
         f" {document['counted']} (payload: of rank 0, without headers); {document['seconds']:.0f} s",
         table(header, rows),
     ]
-    if len(steps) > 1:
+    if document["against"]:
+        parts += [_as_table(document), SHARED_CORES]
+    elif len(steps) > 1 and steps[-1] < LONG_RUN:
         rate = (sent[-1] - sent[-2]) / (steps[-1] - steps[-2])
         long = LONG_RUN * ddp / (sent[-1] + (LONG_RUN - steps[-1]) * rate)
         parts.append(
@@ -157,6 +225,20 @@ def as_text(document: dict[str, Any]) -> str:
             f" would send {long:.1f} times less (computed, not run)."
         )
     return "\n\n".join(parts)
+
+
+def _as_table(document: dict[str, Any]) -> str:
+    """Whole runs side by side."""
+    ddp = next(each for each in document["against"] if each["name"] == "ddp")
+    rows = []
+    for each in document["against"]:
+        counts = each["link_bytes"]
+        known = None not in (*counts, *ddp["link_bytes"])
+        row = [LABELS[each["name"]], f"{each['seconds']:.0f}", f"{ddp['seconds'] / each['seconds']:.2f}"]
+        row += [size(sum(counts) / len(counts)), f"{sum(ddp['link_bytes']) / sum(counts):.1f}"] if known else ["-", "-"]
+        rows.append([*row, f"{each['loss']:.4f}", f"{each['loss'] - ddp['loss']:+.4f}"])
+    header = ["", "seconds", "times faster", "sent per node", "times less", "held-out loss", "minus DDP's"]
+    return f"Whole runs on links of {document['rate']}, one after the other, one seed\n\n{table(header, rows)}"
 
 
 def main() -> int:
@@ -184,7 +266,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/whole_run.py",
-        description="Bytes of a whole run with the default settings. Rates other than loopback need root and iproute2.",
+        description="Bytes of a whole run with the default settings, and time and loss against others."
+        " Rates other than loopback need root and iproute2.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=1000, help="length of the run")
@@ -195,12 +278,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8, help="its blocks")
     parser.add_argument("--context", type=int, default=16, help="words per window")
     parser.add_argument("--batch-size", type=int, default=1, help="windows per step and node")
+    parser.add_argument("--lr", type=float, default=3e-3, help="largest learning rate")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        choices=[name for name in LABELS if name != ONEBIT],
+        help="train as long with these, too; needs 'ddp'",
+    )
     parser.add_argument("--timeout", type=float, default=7200.0, metavar="S", help="a training that takes longer has failed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a .txt; what was counted goes beside it, as JSON")
     parser.add_argument("--report", type=Path, metavar="JSON", help="run nothing; print what that says")
     settings = parser.parse_args()
     if settings.steps < 1 or settings.nodes < 2 or not all(0 < mark <= settings.steps for mark in settings.marks):
         parser.error("--steps must be at least 1, --nodes at least 2, --marks within the run")
+    if settings.against and "ddp" not in settings.against:
+        parser.error("--against needs ddp, which the others are compared with")
     return settings
 
 

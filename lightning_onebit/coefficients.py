@@ -11,6 +11,11 @@ LARGEST_VALUE = 1e30
 """Nothing larger is quantized: scales travel as float32, and what error feedback adds up must stay far below 3e38, or an
 infinity would stay in it for ever."""
 
+SERVER_GAIN_OF_BETA = 0.5
+"""A server returns scales that are ``1 + SERVER_GAIN_OF_BETA beta`` times those of C: what it owes is paid back sooner, so
+that the run lags less behind that of an exact average. Without a momentum that feeds noise back, C's own are the best.
+Settled in ``benchmarks/convergence/trial.py``: docs/quality.md."""
+
 
 class Coefficients(NamedTuple):
     """What steps 1 and 6 of the algorithm need of one parameter::
@@ -51,6 +56,11 @@ class Coefficients(NamedTuple):
     """beta2."""
     root_r: float = 1.0
     """Brings the gradient of one rank to the scale of the mean of all."""
+
+    @property
+    def server_gain(self) -> float:
+        """What a server multiplies the scales of C by."""
+        return 1.0 + SERVER_GAIN_OF_BETA * self.beta
 
     @property
     def square_root_weight(self) -> float:

@@ -67,9 +67,26 @@ class Arm:
     """Two: the server sends back four levels, those of Lloyd and Max for a Gaussian."""
     worker_bits: int = 1
     """Likewise, what workers send."""
+    twice: bool = False
+    """Two bits are those of C(c) + C(c - C(c)), with a scale each, instead of the levels for a Gaussian."""
+    worker_scale: float = 1.0
+    """What workers multiply their scales by."""
+    server_scale: float = 1.0
+    """Likewise, servers."""
+    server_gain_of_beta: float = 0.0
+    """And by 1 + this times beta."""
+    l1: bool = False
+    """Scales are mean absolute values."""
+    renew_above: float | None = None
+    """D is renewed at once where the mean of a_bar^2 over all coordinates, bounded by kappa^2, is larger."""
+    momentum: str = "shared"
+    """Of what is quantized: "shared": beta times the last average is part of it; "local": each rank's own; "after": none,
+    gradients are quantized, and their average goes into a momentum that all ranks have alike."""
 
 
 RENEWED = Arm()
+BUILT = Arm(interval=lambda step: max(1, min(64, step // 8)), rescale_u=True, r_sketch=True)
+"""As near as this comes to what the library does."""
 ARMS = {
     "adam": Arm(dense=True),
     "frozen15": Arm(dense_steps=0.15, refreshes=False),
@@ -104,9 +121,25 @@ ARMS = {
     "kappa_sqrt20": replace(RENEWED, kappa_power=0.5),
     "block512_20": replace(RENEWED, block_size=512),
     "small_dense20": replace(RENEWED, dense_below=2048),
-    "server_bits_2": replace(RENEWED, server_bits=2),
-    "worker_bits_2": replace(RENEWED, worker_bits=2),
-    "both_bits_2": replace(RENEWED, server_bits=2, worker_bits=2),
+    "built20": BUILT,
+    "server_bits_2": replace(BUILT, server_bits=2),
+    "worker_bits_2": replace(BUILT, worker_bits=2),
+    "both_bits_2": replace(BUILT, server_bits=2, worker_bits=2),
+    "l1_20": replace(BUILT, l1=True),
+    "block256_20": replace(BUILT, block_size=256),
+    "renew_above_2": replace(BUILT, renew_above=2.0),
+    "worker_twice": replace(BUILT, worker_bits=2, twice=True),
+    "both_twice": replace(BUILT, worker_bits=2, server_bits=2, twice=True),
+    "worker_scale_1.5": replace(BUILT, worker_scale=1.5),
+    "worker_scale_2": replace(BUILT, worker_scale=2.0),
+    "server_gain20": replace(BUILT, server_gain_of_beta=0.5),
+    "server_scale_1.25": replace(BUILT, server_scale=1.25),
+    "server_scale_1.5": replace(BUILT, server_scale=1.5),
+    "server_scale_1.75": replace(BUILT, server_scale=1.75),
+    "both_scale_1.5": replace(BUILT, worker_scale=1.5, server_scale=1.5),
+    "local20": replace(BUILT, momentum="local"),
+    "after20": replace(BUILT, momentum="after"),
+    "after_server_bits_2": replace(BUILT, momentum="after", server_bits=2),
 }
 
 
@@ -172,7 +205,7 @@ class Simulation:
         self.m, self.v, self.D, self.u = zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone()
         self.shadow_m, self.v_true, self.adam_moved = zeros.clone(), zeros.clone(), zeros.clone()
         self.e, self.s = torch.zeros(ranks, self.layout.numel), zeros.clone()
-        self.v_i, self.residual = torch.zeros(0), zeros.clone()
+        self.v_i, self.local_u, self.residual = torch.zeros(0), torch.zeros(0), zeros.clone()
         self.step_number, self.next_refresh, self.compressed_steps = 0, 0, 0
         self.dense_steps = round(arm.dense_steps * steps) if arm.dense_steps < 1 else int(arm.dense_steps)
         tensors = len(params)
@@ -218,6 +251,7 @@ class Simulation:
 
     def switch_(self) -> None:
         self.u = torch.where(self.v > 0, self.m / self.D, 0.0)
+        self.local_u = self.u.expand(self.ranks, -1).clone()
         self.v_i = self.v.expand(self.ranks, -1).clone()
         self.next_refresh = self.step_number + self.arm.interval(self.step_number)
 
@@ -229,12 +263,20 @@ class Simulation:
     def compressed_step_(self, eta: float, beta1: float) -> None:
         a, beta2 = self.clamped_(), self.workload.beta2
         if self.arm.quantized:
-            c = self.e.add_(beta1 * self.u + (1 - beta1) * a)
-            q = self.signs(c, self.arm.worker_bits)
+            if self.arm.momentum == "shared":
+                c = self.e.add_(beta1 * self.u + (1 - beta1) * a)
+            elif self.arm.momentum == "local":
+                self.local_u = beta1 * self.local_u + (1 - beta1) * a
+                c = self.e.add_(self.local_u)
+            else:
+                c = self.e.add_(a)
+            q = self.signs(c, self.arm.worker_bits) * self.arm.worker_scale
             self.e = c - q
             c_bar = q.mean(0) + self.s
-            self.u = self.signs(c_bar, self.arm.server_bits)
-            self.s = c_bar - self.u
+            gain = self.arm.server_scale * (1 + self.arm.server_gain_of_beta * beta1)
+            average = self.signs(c_bar, self.arm.server_bits) * gain
+            self.s = c_bar - average
+            self.u = beta1 * self.u + (1 - beta1) * average if self.arm.momentum == "after" else average
         else:
             self.u = beta1 * self.u + (1 - beta1) * a.mean(0)
         self.bits += (self.arm.worker_bits + self.arm.server_bits) / 2
@@ -248,15 +290,21 @@ class Simulation:
         if self.arm.r_fixed is None and (first or self.step_number % 16 == 0):
             self.learn_r_(a, exact=False)
         self.compressed_steps += 1
-        if self.step_number >= self.next_refresh:
+        above = self.arm.renew_above is not None and float(a.mean(0).square().mean()) > self.arm.renew_above
+        if above or self.step_number >= self.next_refresh:
             self.refresh_()
 
     def signs(self, c: Tensor, bits: int = 1) -> Tensor:
         """C of DESIGN 2: coordinates that are not seen are no part of their block. With two bits, one of four levels."""
         layout, live = self.layout, (self.v > 0).float()
         count = layout.sums(live, layout.block_of, layout.blocks).clamp(min=1)
-        scale = (layout.sums((c * live).square(), layout.block_of, layout.blocks) / count).sqrt()
+        norms = (c * live).abs() if self.arm.l1 else (c * live).square()
+        scale = layout.sums(norms, layout.block_of, layout.blocks) / count
+        scale = scale if self.arm.l1 else scale.sqrt()
         scale = layout.spread(scale, layout.block_of)
+        if bits == 2 and self.arm.twice:
+            q = torch.where(c >= 0, 1.0, -1.0) * scale * live
+            return q + self.signs(c - q)
         level = torch.where(c.abs() < LLOYD_MAX_THRESHOLD * scale, *LLOYD_MAX_LEVELS) if bits == 2 else 1.0
         q = torch.where(c >= 0, 1.0, -1.0) * level * scale * live
         return torch.where(self.is_exact, c, q) if self.arm.dense_below else q
@@ -273,7 +321,8 @@ class Simulation:
             self.v_i += self.v - sent
         self.D = (self.v / (1 - beta2**t)).sqrt() + EPS
         if self.arm.rescale_u:
-            self.u = self.u * torch.where(before > 0, before / self.D, 1.0)
+            rescaling = torch.where(before > 0, before / self.D, 1.0)
+            self.u, self.local_u = self.u * rescaling, self.local_u * rescaling
         self.next_refresh = t + self.arm.interval(t)
         self.refreshes += 1
         self.bits += 8

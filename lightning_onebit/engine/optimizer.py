@@ -5,7 +5,7 @@ One formula serves every method (1-bit Adam, arXiv 2102.02888, algorithm 1; 1-bi
     1.  c_i = e_i + beta u + w clamp(g_i / D, +-kappa)      local momentum, preconditioned
     2.  q_i = C(c_i);   e_i = c_i - q_i                     worker compression, error kept locally
     3.  exchange q_i by all-to-all                          every rank is the server of its own 1/n of the blocks
-    4.  c_bar = mean_i(q_i) + s;   u = C(c_bar);   s = c_bar - u      server compression, error kept by the owner
+    4.  c_bar = mean_i(q_i) + s;   u = (1 + beta / 2) C(c_bar);   s = c_bar - u      on the server; error kept by the owner
     5.  all-gather u                                        every rank now has the same u, bit for bit
     6.  x = a x - eta u
 """

@@ -213,7 +213,7 @@ class CpuKernels:
                 assert part.served is not None
                 out, live = part.server_error if commit else work.out, live_bits(memory.live, part)
                 self._add_mean_(out, part, live, work)
-                self._quantize_(out, part.served, live, work)
+                self._quantize_(out, part.served, live, work, part.per_block(part.coefficients(step).server_gain))
 
     def _add_mean_(self, out: Tensor, part: SpanViews, live: Tensor | None, work: Workspace) -> None:
         """``out = server error + sum_i q_i / n``, in the order of the ranks."""
@@ -343,16 +343,22 @@ class CpuKernels:
 
     # The quantizer C
 
-    def _quantize_(self, values: Tensor, encoded: Encoded, live: Tensor | None, work: Workspace) -> None:
-        """Quantize ``values`` into ``encoded``, and leave the error in ``values``."""
+    def _quantize_(
+        self, values: Tensor, encoded: Encoded, live: Tensor | None, work: Workspace, gain: Numbers = 1.0
+    ) -> None:
+        """Quantize ``values`` into ``encoded``, with ``gain`` times the scales of C; leave the error in ``values``."""
         if live is None:
-            self._measure_(encoded.scales, values, work.divisors, work)
+            divisors = work.divisors
         else:
             work.indices[:] = live.numpy()
             counts = self._num_bits_of_byte.take(work.indices, out=work.reals_array[: len(work.indices)], mode="clip")
             sizes = torch.from_numpy(np.add.reduceat(counts, work.shape.block_starts // BITS_PER_BYTE))
             divisors = scale_divisors(sizes.clamp_(min=1), self.scale)
-            self._measure_(encoded.scales, work.put_live(values, live), divisors, work)
+        if not isinstance(gain, float):  # rounded as numpy rounds a number
+            divisors = torch.from_numpy(divisors.numpy() / gain.astype(self._real))
+        elif gain != 1.0:
+            divisors = torch.from_numpy(divisors.numpy() / gain)
+        self._measure_(encoded.scales, values if live is None else work.put_live(values, live), divisors, work)
         np.greater_equal(values.numpy(), 0, out=work.bits)
         if work.shape.numels is not None:
             work.bits[work.shape.gaps] = False

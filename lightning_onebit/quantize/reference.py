@@ -30,7 +30,8 @@ class ReferenceKernels:
     """One bit per element and one scale per block (Seide et al. 2014; 1-bit Adam, arXiv 2102.02888, section 4).
 
     The quantizer C maps a block c to ``+scale`` where ``c >= 0`` and ``-scale`` elsewhere, with
-    ``scale = ||c||_2 / sqrt(size)`` (``"l2"``) or ``||c||_1 / size`` (``"l1"``). A block of zeros has scale 0.
+    ``scale = ||c||_2 / sqrt(size)`` (``"l2"``) or ``||c||_1 / size`` (``"l1"``). A block of zeros has scale 0. A server
+    multiplies its scales by ``1 + beta / 2``.
 
     **Live elements.** An element of which no rank has seen a gradient yet is not *live*: it is no part of its block
     (neither of norm nor of size), its bit is 0, and it decodes to -0.0, which added to anything leaves its bits alone. So
@@ -117,14 +118,16 @@ class ReferenceKernels:
 
         Args:
             memory: the bucket; ``served`` is written, and ``server_error``, if ``commit``, where parameters are active.
-            step: which parameters are active, if ``commit``.
+            step: its numbers, and which parameters are active, if ``commit``.
             commit: whether the step is known to count. Then parameters that sit out are served their last average.
         """
         assert memory.chunk is not None
-        signs, scales = self.quantize(self.mean_received(memory), memory, memory.chunk_blocks)
+        parameters = memory.layout.parameter[slice(*memory.chunk_blocks)]
+        gains = Coefficients(*step.numbers[parameters].T).server_gain
+        signs, scales = self.quantize(self.mean_received(memory), memory, memory.chunk_blocks, torch.from_numpy(gains))
         if commit:
             last_signs, last_scales = self._read(memory, memory.result, 0, memory.chunk_blocks)
-            active = step.is_active[torch.from_numpy(memory.layout.parameter[slice(*memory.chunk_blocks)])]
+            active = step.is_active[torch.from_numpy(parameters)]
             signs = torch.where(memory.spread(active, memory.chunk_blocks), signs, last_signs)
             scales = torch.where(active, scales, last_scales)
         self._write(memory, memory.served, memory.chunk, memory.chunk_blocks, signs, scales)
@@ -220,8 +223,13 @@ class ReferenceKernels:
 
     # The quantizer C
 
-    def quantize(self, c: Tensor, memory: BucketMemory, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """C: bits, ``bool [elements]``, and scales, float32 ``[blocks]``, of blocks [first, last) in flat memory."""
+    def quantize(
+        self, c: Tensor, memory: BucketMemory, blocks: tuple[int, int], gains: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """C: bits, ``bool [elements]``, and scales, float32 ``[blocks]``, of blocks [first, last) in flat memory.
+
+        ``gains``, float64 ``[blocks]``: what scales are multiplied by.
+        """
         live = self._live(memory, blocks, memory.live)
         block_of = memory.block_of(blocks)
         counted = torch.where(live, c, 0.0).double()
@@ -229,7 +237,8 @@ class ReferenceKernels:
         sums.index_add_(0, block_of, counted.abs() if self.scale == "l1" else counted.square())
         sizes = torch.zeros_like(sums).index_add_(0, block_of, live.double()).clamp_(min=1.0)
         mean = sums / sizes
-        return live & (c >= 0), (mean if self.scale == "l1" else mean.sqrt()).float()
+        scales = mean if self.scale == "l1" else mean.sqrt()
+        return live & (c >= 0), (scales if gains is None else scales * gains.to(scales.device)).float()
 
     def decode(
         self,

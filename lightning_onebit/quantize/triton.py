@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_onebit import coefficients
 from lightning_onebit.config import Scale
 from lightning_onebit.quantize.layout import SCALE_NBYTES
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
@@ -117,12 +118,15 @@ class TritonKernels:
         )  # fmt: skip
 
     def serve_(self, memory: BucketMemory, step: StepInputs, *, commit: bool) -> None:
-        """As the reference."""
+        """As the reference, with the numbers that this step's :meth:`encode_` has sent."""
         assert memory.chunk is not None
         first, last = memory.chunk_blocks
+        tables = tables_of(memory)
+        if not tables.has(step):
+            tables.update_(step)
         launch(
             _serve_kernel, last - first, memory,
-            tables_of(memory).blocks, step.flags,
+            tables.blocks, tables.numbers, step.flags,
             memory.server_error, memory.result, memory.live, memory.received, memory.served,
             first, memory.chunk_flat.start, memory.chunk * memory.layout.chunk_nbytes,
             len(memory.share), memory.layout.chunk_nbytes, 1 / len(memory.share),
@@ -188,7 +192,7 @@ def _encode_kernel(
         PARAM_DTYPE, COUPLED,
     )  # fmt: skip
     # 2. q = C(c), error = c - q
-    bits, value = quantize(c, alive, L1)
+    bits, value = quantize(c, alive, L1, 1.0)
     store_message(
         sent, sign - share_byte, scale - share_byte // SCALE_BYTES, byte, byte_exists, pack(bits), value
     )  # fmt: skip
@@ -208,21 +212,22 @@ def _encode_kernel(
 
 @block_kernel(PLACES)
 def _serve_kernel(
-    blocks, flags, server_error, last_average, live, received, served,
+    blocks, numbers, flags, server_error, last_average, live, received, served,
     first_block, chunk_start, chunk_byte, ranks, chunk_nbytes, weight: tl.float64,
     L1: tl.constexpr, COMMIT: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    row, _, numel, _, offset, sign, scale = _place(blocks, first_block + tl.program_id(0))
+    row, step_row, numel, _, offset, sign, scale = _place(blocks, first_block + tl.program_id(0))
     byte, element, exists, byte_exists = tile(numel, BYTES)
     alive = load_live(live, offset, byte, exists, byte_exists)
     sign_here, scale_here = sign - chunk_byte, scale - chunk_byte // SCALE_BYTES
 
-    # 4. c_bar = mean_i(q_i) + server error, u = C(c_bar), server error = c_bar - u
+    # 4. c_bar = mean_i(q_i) + server error, u = gain C(c_bar), server error = c_bar - u
     c_bar = _mean_received(
         server_error, offset - chunk_start, received, sign_here, scale_here, ranks, chunk_nbytes, weight,
         alive, byte, element, byte_exists,
     )  # fmt: skip
-    bits, value = quantize(c_bar, alive, L1)
+    gain = 1.0 + SERVER_GAIN_OF_BETA * tl.load(numbers + step_row + BETA)
+    bits, value = quantize(c_bar, alive, L1, gain)
     packed = pack(bits)
     if COMMIT:
         if tl.load(flags + 1 + tl.load(row + PARAMETER)) != 0:
@@ -309,6 +314,7 @@ def _apply_kernel(
 
 
 SCALE_BYTES = tl.constexpr(SCALE_NBYTES)
+SERVER_GAIN_OF_BETA = tl.constexpr(coefficients.SERVER_GAIN_OF_BETA)
 
 
 @triton.jit

@@ -109,13 +109,13 @@ def store_message(messages, sign, scale, byte, byte_exists, packed, value):
 
 
 @triton.jit
-def quantize(c, alive, L1: tl.constexpr):
-    """C: bits and float32 scale of a block."""
+def quantize(c, alive, L1: tl.constexpr, gain):
+    """C: bits and float32 scale of a block, that of C times ``gain``."""
     counted = tl.where(alive, c, 0.0).to(tl.float64)
     total = ordered_sum(tl.abs(counted) if L1 else counted * counted)
     size = tl.sum(tl.sum(alive.to(tl.int32), axis=1), axis=0)
     mean = total / tl.maximum(size, 1).to(tl.float64)
-    return alive & (c >= 0), (mean if L1 else tl.sqrt(mean)).to(tl.float32)
+    return alive & (c >= 0), ((mean if L1 else tl.sqrt(mean)) * gain).to(tl.float32)
 
 
 @triton.jit

@@ -281,7 +281,7 @@ def test_late_coordinates_take_part_after_the_refresh(monkeypatch, dtypes):
     from lightning_onebit.engine import optimizer
 
     monkeypatch.setattr(optimizer, "REFRESH_STEPS", 8)
-    results, _ = run_both(monkeypatch, 2, 10, LateReferenceKernels, late=True, dtypes=dtypes, options={"weight_decay": 0.0})
+    results, _ = run_both(monkeypatch, 2, 9, LateReferenceKernels, late=True, dtypes=dtypes, options={"weight_decay": 0.0})
     start, _ = make(torch.optim.AdamW, dtypes, weight_decay=0.0)
     x = results[0][1]["parameter 0"]
     for rows in ROWS:

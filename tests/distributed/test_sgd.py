@@ -129,7 +129,7 @@ class SGDModel:
         self.lr, self.momentum, self.dampening = lr, momentum, dampening
         self.weight_decay, self.nesterov, self.sign = weight_decay, nesterov, -1.0 if maximize else 1.0
         self.u, self.first = np.zeros_like(self.x), True
-        self.reduction = ErrorFeedbackModel(len(self.x), world_size, BLOCK_SIZE)
+        self.reduction = ErrorFeedbackModel(len(self.x), world_size, BLOCK_SIZE, beta=self.momentum)
 
     def _local(self, gradients):
         return [self.sign * np.ravel(g) + self.weight_decay * self.x for g in gradients]

@@ -8,24 +8,25 @@ import numpy as np
 REFRESH_STEPS = 64
 
 
-def quantize(values, block_size, scale="l2", live=None):
-    """C: +-scale per block of a flat array, the last block short; 0 where an element is not ``live``."""
+def quantize(values, block_size, scale="l2", live=None, gain=1.0):
+    """C, times ``gain``: +-scale per block of a flat array, the last block short; 0 where an element is not ``live``."""
     result = np.zeros_like(values)
     live = np.ones(len(values), dtype=bool) if live is None else live
     for start in range(0, len(values), block_size):
         part = slice(start, start + block_size)
         block, counted = values[part], values[part][live[part]]
         if len(counted):
-            size = np.sqrt(np.mean(counted**2)) if scale == "l2" else np.mean(np.abs(counted))
+            size = gain * (np.sqrt(np.mean(counted**2)) if scale == "l2" else np.mean(np.abs(counted)))
             result[part] = live[part] * np.where(block >= 0, 1.0, -1.0) * np.float64(np.float32(size))
     return result
 
 
 class ErrorFeedbackModel:
-    """Steps 2 to 5 for one flat tensor: what every rank gets, from what every rank has."""
+    """Steps 2 to 5 for one flat tensor: what every rank gets, from what every rank has, of which beta times the last result
+    is part."""
 
-    def __init__(self, numel, world_size, block_size, scale="l2"):
-        self.block_size, self.scale = block_size, scale
+    def __init__(self, numel, world_size, block_size, scale="l2", beta=0.0):
+        self.block_size, self.scale, self.server_gain = block_size, scale, 1 + beta / 2
         self.worker_errors = np.zeros((world_size, numel))
         self.server_error = np.zeros(numel)
 
@@ -37,7 +38,7 @@ class ErrorFeedbackModel:
             worker_error[:] = c - q
             quantized.append(q)
         c_bar = np.mean(quantized, axis=0) + self.server_error
-        result = quantize(c_bar, self.block_size, self.scale, live)
+        result = quantize(c_bar, self.block_size, self.scale, live, self.server_gain)
         self.server_error = c_bar - result
         return result
 
@@ -59,7 +60,9 @@ class AdamModel:
         self.space = space
         self.kappa = world_size / np.sqrt(1 - self.beta2)
         self.world_size = world_size
-        self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale) if world_size > 1 else None
+        self.compression = None
+        if world_size > 1:
+            self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale, self.beta1)
 
     @property
     def bound(self):

@@ -165,6 +165,19 @@ def test_square_roots_are_correctly_rounded():
     assert np.array_equal(roots.numpy(), np.sqrt(values.numpy().astype(np.float64)).astype(np.float32))
 
 
+@every_scale
+def test_a_server_returns_scales_that_are_larger_by_half_of_beta(scale):
+    betas = torch.tensor([0.9, 0.5, 0.0])
+    coefficients = [ADAM._replace(beta=beta) for beta in betas.tolist()]
+    memory, step, reference, _ = make_case(MIXED, block_size=64, masked=True, coefficients=coefficients, scale=scale)
+    signs, scales = reference.quantize(reference.mean_received(memory), memory, memory.chunk_blocks)
+    reference.serve_(memory, step, commit=True)
+    served_signs, served_scales = reference._read(memory, memory.served, memory.chunk, memory.chunk_blocks)
+    parameters = torch.from_numpy(memory.layout.parameter[slice(*memory.chunk_blocks)])
+    assert_same_bits(served_signs, signs)
+    torch.testing.assert_close(served_scales, scales * (1 + betas / 2)[parameters % len(betas)])
+
+
 # One call after the other, against the reference: the same bits, given the same scales
 
 
