@@ -78,7 +78,7 @@ class Arm:
     l1: bool = False
     """Scales are mean absolute values."""
     renew_above: float | None = None
-    """D is renewed at once where the mean of a_bar^2 over all coordinates, bounded by kappa^2, is larger."""
+    """D is renewed at once where the mean of a_bar^2 over all coordinates is larger."""
     momentum: str = "shared"
     """Of what is quantized: "shared": beta times the last average is part of it; "local": each rank's own; "after": none,
     gradients are quantized, and their average goes into a momentum that all ranks have alike."""
@@ -86,7 +86,7 @@ class Arm:
 
 RENEWED = Arm()
 BUILT = Arm(interval=lambda step: max(1, min(64, step // 8)), rescale_u=True, r_sketch=True)
-"""As near as this comes to what the library does."""
+"""What the library did before servers had their gain, as near as this comes to it."""
 ARMS = {
     "adam": Arm(dense=True),
     "frozen15": Arm(dense_steps=0.15, refreshes=False),
@@ -445,9 +445,9 @@ def main() -> None:
     if arguments.summary:
         arguments.out.with_suffix(".txt").write_text(summary(lines), encoding="utf-8")
         return
-    done = {(each["workload"], each["arm"], each["seed"], each["ranks"]) for each in lines}
+    done = {(each["workload"], each["arm"], each["seed"], each["ranks"], each["steps"]) for each in lines}
     for seed, workload, arm in itertools.product(arguments.seeds, arguments.workloads, arguments.arms):
-        if (workload, arm, seed, arguments.ranks) not in done:
+        if (workload, arm, seed, arguments.ranks, arguments.steps or WORKLOADS[workload].steps) not in done:
             result = simulate(WORKLOADS[workload], arm, seed, ranks=arguments.ranks, steps=arguments.steps)
             with arguments.out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
