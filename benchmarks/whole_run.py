@@ -215,7 +215,7 @@ def as_text(document: dict[str, Any]) -> str:
         f" {document['counted']} (payload: of rank 0, without headers); {document['seconds']:.0f} s",
         table(header, rows),
     ]
-    if document["against"]:
+    if document.get("against"):
         parts += [_as_table(document), SHARED_CORES]
     elif len(steps) > 1 and steps[-1] < LONG_RUN:
         rate = (sent[-1] - sent[-2]) / (steps[-1] - steps[-2])
