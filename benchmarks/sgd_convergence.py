@@ -39,6 +39,8 @@ from lightning_onebit.config import CompressionConfig  # noqa: E402
 from lightning_onebit.engine.optimizer import CompressedOptimizer  # noqa: E402
 
 RANKS = 4
+BEYOND_USE = 1e6
+"""A loss, or a displacement, that is larger, or NaN, is called diverged."""
 SGD, ONE_BIT, NO_FEEDBACK = "SGD", "1-bit SGD", "no error feedback"
 COMPETITORS = (SGD, ONE_BIT, NO_FEEDBACK)
 LARGEST_SHIFT = 1
@@ -181,7 +183,12 @@ def report(outcomes: list[Outcome], settings: Settings, seeds: list[int]) -> str
     spread = statistics.stdev([by[SGD, seed].loss for seed in seeds])
 
     def mean_and_sd(values: list[float], digits: int) -> str:
+        if not all(abs(value) < BEYOND_USE for value in values):
+            return "diverged"
         return f"{statistics.mean(values):.{digits}f} ({statistics.stdev(values):.{digits}f})"
+
+    def in_spreads(above: list[float]) -> str:
+        return f"{statistics.mean(above) / spread:+.2f}" if all(abs(value) < BEYOND_USE for value in above) else "diverged"
 
     rows, conclusions = [], []
     for competitor in COMPETITORS:
@@ -192,14 +199,16 @@ def report(outcomes: list[Outcome], settings: Settings, seeds: list[int]) -> str
             [
                 competitor,
                 mean_and_sd([o.loss for o in each], 4),
-                " ".join(f"{value:+.4f}" for value in above) if competitor != SGD else "-",
-                f"{statistics.mean(above) / spread:+.2f}" if competitor != SGD else "-",
+                " ".join(f"{value:+.4f}" if abs(value) < BEYOND_USE else "diverged" for value in above)
+                if competitor != SGD
+                else "-",
+                in_spreads(above) if competitor != SGD else "-",
                 mean_and_sd([100 * o.accuracy for o in each], 2),
                 mean_and_sd(moved, 3) if competitor != SGD else "1",
             ]
         )
         if competitor != SGD:
-            conclusions.append(f"{competitor}: {statistics.mean(above) / spread:+.2f} standard deviations")
+            conclusions.append(f"{competitor}: {in_spreads(above)}")
     header = ["", "held-out loss", "above SGD, by seed", "in sd of SGD", "accuracy %", "displacement"]
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
     return (
