@@ -129,7 +129,7 @@ class SGDModel:
         self.lr, self.momentum, self.dampening = lr, momentum, dampening
         self.weight_decay, self.nesterov, self.sign = weight_decay, nesterov, -1.0 if maximize else 1.0
         self.u, self.first = np.zeros_like(self.x), True
-        self.reduction = ErrorFeedbackModel(len(self.x), world_size, BLOCK_SIZE, beta=self.momentum)
+        self.reduction = ErrorFeedbackModel(len(self.x), world_size, BLOCK_SIZE)
 
     def _local(self, gradients):
         return [self.sign * np.ravel(g) + self.weight_decay * self.x for g in gradients]
@@ -155,7 +155,7 @@ class SGDModel:
 
     def step(self, gradients):
         c = [self.momentum * self.u + self._weight() * g for g in self._local(gradients)]
-        self._move(self.reduction.reduce(c), self.u)
+        self._move(self.reduction.reduce(c, beta=self.momentum), self.u)
 
 
 MODEL_OPTIONS = [

@@ -360,7 +360,7 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
                 v_hats = [s["exp_avg_sq"] / c for s, c in zip((entry, before), corrections, strict=True)]
                 assert torch.allclose(*v_hats, rtol=1e-5)
             momenta = [torch.cat([e["exp_avg"].view(-1) for e in s.values()]) for s in (after.states[-1], other[0]["state"])]
-            assert momenta[0].norm() < 1.5 * momenta[1].norm()
+            assert momenta[0].norm() < 2.2 * momenta[1].norm()  # that of servers' larger scales: 1.8
 
     run_trainers(2, fn)
 

@@ -22,15 +22,15 @@ def quantize(values, block_size, scale="l2", live=None, gain=1.0):
 
 
 class ErrorFeedbackModel:
-    """Steps 2 to 5 for one flat tensor: what every rank gets, from what every rank has, of which beta times the last result
-    is part."""
+    """Steps 2 to 5 for one flat tensor: what every rank gets, from what every rank has."""
 
-    def __init__(self, numel, world_size, block_size, scale="l2", beta=0.0):
-        self.block_size, self.scale, self.server_gain = block_size, scale, 1 + beta / 2
+    def __init__(self, numel, world_size, block_size, scale="l2"):
+        self.block_size, self.scale = block_size, scale
         self.worker_errors = np.zeros((world_size, numel))
         self.server_error = np.zeros(numel)
 
-    def reduce(self, values, live=None):
+    def reduce(self, values, live=None, beta=0.0):
+        """``beta``: that of the last result in ``values``."""
         quantized = []
         for worker_error, value in zip(self.worker_errors, values, strict=True):
             c = value + worker_error
@@ -38,7 +38,7 @@ class ErrorFeedbackModel:
             worker_error[:] = c - q
             quantized.append(q)
         c_bar = np.mean(quantized, axis=0) + self.server_error
-        result = quantize(c_bar, self.block_size, self.scale, live, self.server_gain)
+        result = quantize(c_bar, self.block_size, self.scale, live, gain=1 + beta / 2)
         self.server_error = c_bar - result
         return result
 
@@ -60,9 +60,7 @@ class AdamModel:
         self.space = space
         self.kappa = world_size / np.sqrt(1 - self.beta2)
         self.world_size = world_size
-        self.compression = None
-        if world_size > 1:
-            self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale, self.beta1)
+        self.compression = ErrorFeedbackModel(len(self.x), world_size, block_size, scale) if world_size > 1 else None
 
     @property
     def bound(self):
@@ -101,7 +99,7 @@ class AdamModel:
         if self.space == "update":
             local = [self.live * np.clip(g / self.D, -self.kappa, self.kappa) for g in local]
         momenta = [self.beta1 * self.u + (1 - self.beta1) * g for g in local]
-        self.u = self.compression.reduce(momenta, self.live) if self.compression else momenta[0]
+        self.u = self.compression.reduce(momenta, self.live, self.beta1) if self.compression else momenta[0]
         update = self.u if self.space == "update" else np.clip(self.u / self.D, -self.bound, self.bound)
         self.x -= self.lr / (1 - self.beta1**self.t) * update
         self.collect(grads)
@@ -172,7 +170,7 @@ class RenewedAdamModel(AdamModel):
         self.decay()
         self.t += 1
         momenta = [self.beta1 * self.u + (1 - self.beta1) * each for each in a]
-        self.u = self.compression.reduce(momenta, self.live) if self.compression else momenta[0]
+        self.u = self.compression.reduce(momenta, self.live, self.beta1) if self.compression else momenta[0]
         self.x -= self.lr / (1 - self.beta1**self.t) * self.u
         if self.t % 16 == 0 or self.num_estimates < 16:
             self.estimate_r(bare)
