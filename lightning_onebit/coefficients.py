@@ -12,9 +12,9 @@ LARGEST_VALUE = 1e30
 infinity would stay in it for ever."""
 
 SERVER_GAIN_OF_BETA = 0.5
-"""A server returns scales that are ``1 + SERVER_GAIN_OF_BETA beta`` times those of C: what it owes is paid back sooner, so
-that the run lags less behind that of an exact average. Without a momentum that feeds noise back, C's own are the best.
-Settled in ``benchmarks/convergence/trial.py``: docs/quality.md."""
+"""A server returns scales that are ``1 + SERVER_GAIN_OF_BETA beta`` times those of C. Along c_bar, C returns three quarters of
+it; what it owes would make the momentum longer than beta says. Without momentum, larger scales than those of C make errors
+grow. Settled in ``benchmarks/convergence/trial.py``: docs/quality.md."""
 
 
 class Coefficients(NamedTuple):

@@ -214,6 +214,7 @@ class Simulation:
         self.code = Log8(self.layout)
         self.refreshes = 0
         self.scatter: list[list[Any]] = []
+        self.returned: list[float] = []
         exact = [p.numel() < arm.dense_below for p in params]
         self.is_exact = self.layout.spread(torch.tensor(exact), self.layout.tensor_of)
         self.bits = 0.0
@@ -273,6 +274,8 @@ class Simulation:
             q = self.signs(c, self.arm.worker_bits) * self.arm.worker_scale
             self.e = c - q
             c_bar = q.mean(0) + self.s
+            if self.step_number % 10 == 0:
+                self.returned.append(self.share_returned(c_bar))
             gain = self.arm.server_scale * (1 + self.arm.server_gain_of_beta * beta1)
             average = self.signs(c_bar, self.arm.server_bits) * gain
             self.s = c_bar - average
@@ -308,6 +311,14 @@ class Simulation:
         level = torch.where(c.abs() < LLOYD_MAX_THRESHOLD * scale, *LLOYD_MAX_LEVELS) if bits == 2 else 1.0
         q = torch.where(c >= 0, 1.0, -1.0) * level * scale * live
         return torch.where(self.is_exact, c, q) if self.arm.dense_below else q
+
+    def share_returned(self, c: Tensor) -> float:
+        """<C(c), c> / <c, c>: the mean of |c| over its root mean square; the median over blocks."""
+        layout, live = self.layout, self.v > 0
+        counts = layout.sums(live.float(), layout.block_of, layout.blocks)
+        means, squares = (layout.sums(x * live, layout.block_of, layout.blocks) / counts for x in (c.abs(), c.square()))
+        used = (counts > layout.block_size // 2) & (squares > 0)
+        return float((means[used] / squares[used].sqrt()).median())
 
     def refresh_(self) -> None:
         beta2, t, before = self.workload.beta2, self.step_number, self.D
@@ -396,6 +407,7 @@ def simulate(workload: Workload, name: str, seed: int, *, ranks: int = 4, steps:
         "refreshes": optimizers[0].refreshes,
         "scatter": optimizers[0].scatter,
         "r": [round(float(r), 3) for r in optimizers[0].r],
+        "returned": round(statistics.mean(optimizers[0].returned), 3) if optimizers[0].returned else None,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -416,15 +428,18 @@ def summary(lines: list[dict[str, Any]]) -> str:
                 quartiles = [
                     f"{statistics.mean(line['scatter'][k][i] for line in own):.2f}" for k in (0, 1) for i in (3, 4, 5)
                 ]
-                rows.append([*row, " ".join(quartiles[3:]), " ".join(quartiles[:3]), str(own[0]["bits"])])
+                returned = [line["returned"] for line in own if line.get("returned") is not None]
+                row += [" ".join(quartiles[3:]), " ".join(quartiles[:3]), str(own[0]["bits"])]
+                rows.append([*row, f"{statistics.mean(returned):.3f}" if returned else "-"])
         spread = statistics.stdev(adam.values()) if len(adam) > 1 else float("nan")
-        header = ["arm", "loss - Adam's", "by seed", "speed", "D / D_true", "v_i / v_true", "bits"]
+        header = ["arm", "loss - Adam's", "by seed", "speed", "D / D_true", "v_i / v_true", "bits", "|c| / rms"]
         parts.append(
             f"{workload}, {ranks} ranks, {steps} steps; Adam {statistics.mean(adam.values()):.4f} (sd {spread:.4f})\n\n"
             + table(header, rows)
         )
     explanation = (
-        "Quartiles of square roots, 50 steps after the dense ones; bits: per element and step, over the whole run.\n"
+        "Quartiles of square roots, 50 steps after the dense ones; bits: per element and step, over the whole run;\n"
+        "|c| / rms: of what servers quantize, the mean of |c| over its root mean square (median over blocks, mean over steps).\n"
         "Not the library's own code: benchmarks/convergence/trial.py says what it is."
     )
     return "\n\n".join([explanation, *parts]) + "\n"
