@@ -317,7 +317,7 @@ class Simulation:
         layout, live = self.layout, self.v > 0
         counts = layout.sums(live.float(), layout.block_of, layout.blocks)
         means, squares = (layout.sums(x * live, layout.block_of, layout.blocks) / counts for x in (c.abs(), c.square()))
-        used = (counts > layout.block_size // 2) & (squares > 0)
+        used = (counts > self.arm.block_size // 2) & (squares > 0)
         return float((means[used] / squares[used].sqrt()).median())
 
     def refresh_(self) -> None:
@@ -439,7 +439,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
         )
     explanation = (
         "Quartiles of square roots, 50 steps after the dense ones; bits: per element and step, over the whole run;\n"
-        "|c| / rms: of what servers quantize, the mean of |c| over its root mean square (median over blocks, mean over steps).\n"
+        "|c| / rms: of what servers quantize, mean of |c| over root mean square (median over blocks, mean over steps).\n"
         "Not the library's own code: benchmarks/convergence/trial.py says what it is."
     )
     return "\n\n".join([explanation, *parts]) + "\n"
