@@ -12,8 +12,8 @@ LARGEST_VALUE = 1e30
 infinity would stay in it for ever."""
 
 SERVER_GAIN_OF_BETA = 0.5
-"""A server returns scales that are ``1 + SERVER_GAIN_OF_BETA beta`` times those of C. Along c_bar, C returns three quarters of
-it; what it owes would make the momentum longer than beta says. Without momentum, larger scales than those of C make errors
+"""A server returns scales that are ``1 + SERVER_GAIN_OF_BETA beta`` times those of C. Along c_bar, C returns three quarters
+of it; what it owes would make the momentum longer than beta says. Without momentum, scales larger than those of C let errors
 grow. Settled in ``benchmarks/convergence/trial.py``: docs/quality.md."""
 
 
