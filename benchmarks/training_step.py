@@ -75,9 +75,9 @@ class WaitingDDPStrategy(HookedDDPStrategy):
         dist.all_reduce(torch.zeros(1))
 
 
-def powersgd_state() -> PowerSGDState:
+def powersgd_state(dense_steps: int = WARMUP_STEPS) -> PowerSGDState:
     return PowerSGDState(
-        process_group=None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=max(2, WARMUP_STEPS)
+        process_group=None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=max(2, dense_steps)
     )
 
 

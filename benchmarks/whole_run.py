@@ -1,7 +1,7 @@
 """What a whole run sends, from its first dense step to its last: a GPT of 7.1 million parameters, 4 nodes.
 
     python benchmarks/whole_run.py --steps 1000 --marks 100 250 500 --out benchmarks/results/whole_run.txt
-    python benchmarks/whole_run.py --steps 400 --rate 200mbit --batch-size 2 --context 64 --lr 1e-3 \\
+    python benchmarks/whole_run.py --steps 250 --rate 200mbit --batch-size 2 --context 64 --lr 1e-3 \\
         --against ddp fp16 powersgd --out benchmarks/results/whole_run_against.txt
 
 Defaults throughout, with a DivergenceGuard: when to switch is the criterion's decision, on real text. Bytes are counted on
@@ -20,6 +20,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import torch
 from lab import LOOPBACK, LabError, check_requirements, exit_on_sigterm, make_lab, sent_bytes
 from lightning.pytorch.strategies import DDPStrategy
 from report import SHARED_CORES, describe, environment, save, size, table
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from training_step import COMPETITORS, POWERSGD_RANK, HookedDDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+from training_step import COMPETITORS, POWERSGD_RANK, HookedDDPStrategy, powersgd_state
 
 from lightning_onebit import DivergenceGuard, OneBitDDPStrategy, Phase
 from lightning_onebit.comm.stats import ring_all_reduce_nbytes
@@ -113,11 +114,8 @@ def make_strategy(name: str, settings: argparse.Namespace) -> DDPStrategy:
     if name == ONEBIT:
         return OneBitDDPStrategy(timeout=timeout)
     if name == "powersgd":
-        dense_steps = max(2, settings.steps // 20)  # as in the study of where training ends
-        state = {"matrix_approximation_rank": POWERSGD_RANK, "start_powerSGD_iter": dense_steps}
-        return HookedDDPStrategy(
-            lambda: PowerSGDState(process_group=None, **state), powerSGD_hook, timeout=timeout, bucket_cap_mb=1 << 20
-        )
+        make_state = partial(powersgd_state, settings.steps // 20)  # 5%: as in the study of where training ends
+        return HookedDDPStrategy(make_state, powerSGD_hook, timeout=timeout, bucket_cap_mb=1 << 20)
     strategy = COMPETITORS[name].strategy(timeout)
     assert isinstance(strategy, DDPStrategy)
     return strategy

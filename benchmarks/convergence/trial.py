@@ -139,7 +139,6 @@ ARMS = {
     "both_scale_1.5": replace(BUILT, worker_scale=1.5, server_scale=1.5),
     "local20": replace(BUILT, momentum="local"),
     "after20": replace(BUILT, momentum="after"),
-    "after_server_bits_2": replace(BUILT, momentum="after", server_bits=2),
 }
 
 

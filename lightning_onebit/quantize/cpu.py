@@ -354,10 +354,9 @@ class CpuKernels:
             counts = self._num_bits_of_byte.take(work.indices, out=work.reals_array[: len(work.indices)], mode="clip")
             sizes = torch.from_numpy(np.add.reduceat(counts, work.shape.block_starts // BITS_PER_BYTE))
             divisors = scale_divisors(sizes.clamp_(min=1), self.scale)
-        if not isinstance(gain, float):  # rounded as numpy rounds a number
-            divisors = torch.from_numpy(divisors.numpy() / gain.astype(self._real))
-        elif gain != 1.0:
-            divisors = torch.from_numpy(divisors.numpy() / gain)
+        if any_number(gain - 1.0):
+            # In the dtype of the errors, whether it is one number or several: spans of other members round alike.
+            divisors = torch.from_numpy(divisors.numpy() / np.asarray(gain, dtype=self._real))
         self._measure_(encoded.scales, values if live is None else work.put_live(values, live), divisors, work)
         np.greater_equal(values.numpy(), 0, out=work.bits)
         if work.shape.numels is not None:

@@ -160,12 +160,12 @@ def test_displacement_is_that_of_adam(world_size):
     assert not failed, ratios
 
 
-@pytest.mark.parametrize(("world_size", "times_less"), [(2, 0.8), (4, 1.3), (16, 1.3), (32, 1.3)])
+@pytest.mark.parametrize(("world_size", "times_less"), [(2, 1.03), (4, 1.4), (16, 1.4), (32, 1.4)])
 def test_servers_gain_keeps_a_run_nearer_to_that_of_an_exact_average(world_size, times_less, monkeypatch):
     """The lag: where a run is, minus where exact Adam with the same D would be; root of the mean square over coordinates and
-    steps. At 2 ranks, of which noise is all but everything, it is a tenth larger."""
+    steps. Coordinates drift unequally, as real ones do: at 2 ranks, equal drifts lag as much without the gain, or less."""
     beta2, steps = 0.999, 120
-    _, common = drift(world_size)
+    common = noise(NUMEL, 7) * (DRIFT / math.sqrt(world_size))
 
     def mean_gradient(step):
         return [common + noise(NUMEL, 1, step, 0) / math.sqrt(world_size)]

@@ -341,6 +341,7 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
             def on_load_checkpoint(self, trainer, pl_module, checkpoint):
                 checkpoint["optimizer_states"] = copy.deepcopy(other)
 
+        growth = []
         for block_size in (2048, 64):
             after = Edits()
             callbacks = [PhaseSwitch(FixedStep(FREEZE)), TakesAnother(), after]
@@ -360,7 +361,9 @@ def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
                 v_hats = [s["exp_avg_sq"] / c for s, c in zip((entry, before), corrections, strict=True)]
                 assert torch.allclose(*v_hats, rtol=1e-5)
             momenta = [torch.cat([e["exp_avg"].view(-1) for e in s.values()]) for s in (after.states[-1], other[0]["state"])]
-            assert momenta[0].norm() < 2.2 * momenta[1].norm()  # that of servers' larger scales: 1.8
+            growth.append((momenta[0].norm() / momenta[1].norm()).item())
+        assert growth[0] < 1.5 * (1 + 0.9 / 2)  # the scales of servers
+        assert growth[1] == pytest.approx(growth[0], rel=0.1)
 
     run_trainers(2, fn)
 
