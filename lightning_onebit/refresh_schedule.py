@@ -9,8 +9,8 @@ from lightning_onebit.config import VarianceRefresh
 LONGEST_INTERVAL = 64
 """Steps between refreshes at last, by "auto": 1/8 bit per element and step."""
 STEPS_PER_INTERVAL = 8
-"""While v still moves fast, an old D is what is wrong with the updates, not v_i: on a small ViT they went 1.27 times as far
-as Adam's with an interval of a fourth of the steps so far, 1.21 times with an eighth (docs/quality.md)."""
+"""While v still moves fast, an old D is what is wrong with the updates, not v_i: on a small ViT they went 1.19 times as far
+as Adam's with an interval of a fourth of the steps so far, 1.12 times with an eighth (docs/quality.md)."""
 COLLECTING_STEPS = 16
 """Steps that a refresh is made of where it was asked for and no second moment goes on."""
 SKETCH_STEPS = 16

@@ -288,7 +288,10 @@ def patches(method: Method) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", one_rank_at_a_time))
         if method.steps_per_interval is not None:
+            forget = refresh_schedule._first_refreshes.cache_clear  # those of another training of this process
+            stack.callback(forget)
             stack.enter_context(mock.patch.object(refresh_schedule, "STEPS_PER_INTERVAL", method.steps_per_interval))
+            forget()
         if not method.keeps_momentum:
             stack.enter_context(mock.patch.object(Buckets, "refresh_numbers", _without_beta))
         yield

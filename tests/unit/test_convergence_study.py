@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.convergence import __main__ as command
 from benchmarks.convergence import report, trial
-from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS
+from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS, patches
 from benchmarks.convergence.training import Setting, train
 from benchmarks.convergence.workloads import WORKLOADS
+from lightning_onebit.refresh_schedule import is_refresh_due
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,16 @@ def test_methods_see_the_same_data(results):
 
 def test_powersgd_is_another_method(results):
     assert results["powersgd2"]["loss"] != results["adam"]["loss"]
+
+
+def test_another_interval_counts_also_after_other_trainings_of_this_process():
+    def refreshes():
+        return [step for step in range(1, 400) if is_refresh_due(step, "auto")]
+
+    usual = refreshes()
+    with patches(METHODS["renewed_4"]):
+        assert len(refreshes()) < 0.7 * len(usual)
+    assert refreshes() == usual
 
 
 @pytest.mark.parametrize("name", ["cnn", "table", "vae"])
