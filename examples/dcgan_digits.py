@@ -171,7 +171,7 @@ def train(settings: argparse.Namespace) -> None:
     strategy, switch = settings.strategy, []
     # As for every GAN under DDP: each backward leaves one network's parameters out.
     if strategy == "onebit_ddp":
-        # A renewed second moment did not become these networks: docs/quality.md
+        # With a frozen second moment two of three such trainings ended nearer to Adam's: docs/quality.md
         strategy = OneBitDDPStrategy(find_unused_parameters=True, variance_refresh=None)
         switch = [PhaseSwitch(FixedStep(max(1, settings.steps // 5)))]
     else:
