@@ -42,7 +42,7 @@ def core() -> Iterator[Setting]:
 
 
 def further() -> Iterator[Setting]:
-    """On two workloads: other methods, more ranks, another beta2, other learning rates, a long run."""
+    """On two workloads: other methods, more ranks, another beta2, other learning rates and their decay, a long run."""
     for seed, workload in itertools.product(SEEDS, TWO):
         for method in FURTHER:
             yield Setting(workload=workload, method=method, seed=seed)
@@ -52,6 +52,8 @@ def further() -> Iterator[Setting]:
             yield Setting(workload=workload, method=method, seed=seed, beta2=0.95)
             for lr_scale in (0.5, 2.0):
                 yield Setting(workload=workload, method=method, seed=seed, lr_scale=lr_scale)
+        for method, lr_end in itertools.product(("adam", "renewed", "frozen15"), (0.0, 1.0)):
+            yield Setting(workload=workload, method=method, seed=seed, lr_end=lr_end)
     for method in CORE:
         yield Setting(workload="vit", method=method, seed=0, steps=5000)
 
@@ -69,7 +71,10 @@ SETS = {"core": core, "further": further, "warmups": warmups}
 def chosen(arguments: argparse.Namespace) -> Iterator[Setting]:
     if arguments.set is not None:
         settings: Iterator[Setting] = SETS[arguments.set]()
-    elif any((arguments.ranks, arguments.steps, arguments.beta2, arguments.lr_scale, arguments.methods)):
+    elif (
+        any((arguments.ranks, arguments.steps, arguments.beta2, arguments.lr_scale, arguments.methods))
+        or arguments.lr_end is not None
+    ):
         settings = (
             Setting(
                 workload=workload,
@@ -79,6 +84,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[Setting]:
                 steps=arguments.steps,
                 beta2=arguments.beta2,
                 lr_scale=arguments.lr_scale or 1.0,
+                lr_end=arguments.lr_end,
             )
             for seed, workload, method in itertools.product(
                 arguments.seeds or SEEDS, arguments.workloads or WORKLOADS, arguments.methods or CORE
@@ -97,7 +103,7 @@ def chosen(arguments: argparse.Namespace) -> Iterator[Setting]:
 
 def key(line: dict[str, object]) -> tuple[object, ...]:
     """What is the same in two lines about the same training."""
-    return tuple(line[name] for name in ("workload", "method", "seed", "ranks", "steps", "beta2", "lr_scale"))
+    return tuple(line.get(name) for name in ("workload", "method", "seed", "ranks", "steps", "beta2", "lr_scale", "lr_end"))
 
 
 def read(path: Path) -> list[dict[str, object]]:
@@ -108,9 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     done = {key(line) for line in read(arguments.results)}
     for setting in chosen(arguments):
-        steps = setting.of_workload().steps
-        wanted = (setting.workload, setting.method, setting.seed, setting.ranks, steps, setting.beta2, setting.lr_scale)
-        if wanted in done:
+        if key({**vars(setting), "steps": setting.of_workload().steps}) in done:
             continue
         line = train(setting)
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--beta2", type=float)
     parser.add_argument("--lr-scale", type=float)
+    parser.add_argument("--lr-end", type=float, help="the last learning rate over the largest")
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments)

@@ -21,12 +21,14 @@ def write_report(lines: Sequence[Line], results: Path) -> str:
     """Write a .txt and, where matplotlib is installed, a .png beside ``results``; return the text."""
     versions = {**environment("scikit-learn"), "command": "python -m benchmarks.convergence report"}
     parts = [describe(versions), EXPLANATION]
-    for (ranks, steps, beta2, lr_scale), group in _groups(lines).items():
+    for (ranks, steps, beta2, lr_scale, lr_end), group in _groups(lines).items():
         changes = [f"{ranks} ranks"]
         changes += [f"{steps} steps"] if steps is not None else []
         changes += [f"beta2 {beta2}"] if beta2 is not None else []
         changes += [f"learning rate x {lr_scale:g}"] if lr_scale != 1 else []
+        changes += [f"learning rate falls to {lr_end:g} of the largest"] if lr_end is not None else []
         parts.append(f"## {', '.join(changes)}\n\n{_summary(group)}\n\n{_details(group)}")
+    parts.append(f"## Each method at its own best learning rate\n\n{_at_own_best(lines)}")
     parts.append(f"## Length of the warm-up\n\n{_by_warmup(next(iter(_groups(lines).values())))}")
     text = "\n\n".join(parts) + "\n"
     results.with_suffix(".txt").write_text(text, encoding="utf-8")
@@ -45,14 +47,14 @@ no bytes."""
 
 
 def _groups(lines: Sequence[Line]) -> dict[tuple[Any, ...], list[Line]]:
-    """Lines that may be compared: of the same ranks, steps, beta2, and learning rate."""
+    """Lines that may be compared: of the same ranks, steps, beta2, and learning rates."""
     usual: dict[str, int] = {}
     for line in lines:
         usual[line["workload"]] = min(line["steps"], usual.get(line["workload"], line["steps"]))
     groups = defaultdict(list)
     for line in lines:
         steps = line["steps"] if line["steps"] != usual[line["workload"]] else None
-        groups[line["ranks"], steps, line["beta2"], line["lr_scale"]].append(line)
+        groups[line["ranks"], steps, line["beta2"], line["lr_scale"], line.get("lr_end")].append(line)
     return dict(sorted(groups.items(), key=lambda item: (len(item[1]) * -1, str(item[0]))))
 
 
@@ -113,6 +115,27 @@ def _by_warmup(group: Sequence[Line]) -> str:
                 cells = ["-" if line is None else f"{line['loss'] - adam:+.4f}" for line in lines]
                 rows.append([f"{workload} ({spread:.4f})", kind, *cells])
     return "Seed 0 alone, minus Adam's; in brackets Adam's sd over the seeds.\n\n" + table(["workload", "v", *WARMUPS], rows)
+
+
+def _at_own_best(lines: Sequence[Line]) -> str:
+    """Mean losses by learning rate, of methods that were tried with several: at 4 ranks, else as usual."""
+    scales = sorted({line["lr_scale"] for line in lines})
+    losses = defaultdict(list)
+    for (ranks, steps, beta2, lr_scale, lr_end), group in _groups(lines).items():
+        if (ranks, steps, beta2, lr_end) == (4, None, None, None):
+            for line in group:
+                losses[line["workload"], line["method"], lr_scale].append(line["loss"])
+    rows = []
+    for workload in _names(lines, "workload"):
+        for method in CORE:
+            means = {s: statistics.mean(each) for s in scales if len(each := losses[workload, method, s]) >= 3}
+            if len(means) > 1:
+                best = min(means, key=lambda scale: means[scale])
+                cells = [f"{means[s]:.4f}{' <' if s == best else ''}" if s in means else "-" for s in scales]
+                rows.append([workload, method, *cells])
+    return "Means over three seeds or more; < marks the best.\n\n" + table(
+        ["workload", "method", *(f"x {scale:g}" for scale in scales)], rows
+    )
 
 
 def _details(group: Sequence[Line]) -> str:

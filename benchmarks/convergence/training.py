@@ -35,6 +35,8 @@ class Setting:
     """``None``: the workload's."""
     beta2: float | None = None
     lr_scale: float = 1.0
+    lr_end: float | None = None
+    """The last learning rate over the largest; ``None``: the workload's."""
 
     def of_workload(self) -> Workload:
         workload = WORKLOADS[self.workload]
@@ -43,6 +45,7 @@ class Setting:
             steps=self.steps or workload.steps,
             beta2=self.beta2 or workload.beta2,
             lr=workload.lr * self.lr_scale,
+            lr_end=workload.lr_end if self.lr_end is None else self.lr_end,
             batch_size=max(1, workload.batch_size * 4 // self.ranks),
         )
 

@@ -90,6 +90,31 @@ def test_learning_rate_warms_up_and_decays():
     assert max(factors) == factors[50] == 1.0
     assert factors[0] == 1 / 50
     assert factors[-1] == pytest.approx(workload.lr_end, abs=1e-3)
+    constant = Setting(workload="gpt", method="adam", seed=0, lr_end=1.0).of_workload()
+    assert {constant.lr_factor(step, 400) for step in range(50, 400)} == {1.0}
+
+
+def test_each_method_is_shown_at_its_own_best_learning_rate(tmp_path):
+    setting = {"workload": "cnn", "ranks": 4, "steps": 300, "beta2": None, "seconds": 1.0, "seed": 0}
+    numbers = {"bytes": 1, "ddp_bytes": 30, "speed": [1.0], "scatter": [[1.0] * 5], "ranks_equal": True}
+    losses = {("adam", 1.0): 1.0, ("adam", 2.0): 2.0, ("renewed", 1.0): 3.0, ("renewed", 2.0): 2.5}
+    lines = [
+        {
+            **setting,
+            **numbers,
+            "method": method,
+            "lr_scale": scale,
+            "seed": seed,
+            "loss": loss + seed,
+            "curve": [[300, loss]],
+        }
+        for (method, scale), loss in losses.items()
+        for seed in range(3)
+    ]
+    another = [{**line, "lr_end": 1.0, "loss": line["seed"]} for line in lines]  # decays otherwise: in no row of this table
+    text = report.write_report(lines + another, tmp_path / "r.jsonl").split("own best learning rate")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cnn")]
+    assert rows == [["cnn", "adam", "2.0000 <", "3.0000"], ["cnn", "renewed", "4.0000", "3.5000 <"]]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -104,7 +129,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "train", train_nothing)
     chosen = dict(set=None, workloads=["vit"], methods=["adam", "bf16"], seeds=[0, 1], ranks=None, steps=None)
-    arguments = argparse.Namespace(results=tmp_path / "r.jsonl", beta2=None, lr_scale=None, **chosen)
+    arguments = argparse.Namespace(results=tmp_path / "r.jsonl", beta2=None, lr_scale=None, lr_end=None, **chosen)
     with pytest.raises(KeyboardInterrupt):
         command.run(arguments)
     command.run(arguments)
@@ -134,6 +159,7 @@ def test_sets_hold_what_they_say():
     assert len(list(command.core())) == 11 * 5 * 3
     further = list(command.further())
     assert {setting.ranks for setting in further} == {4, 16, 32}
+    assert {setting.lr_end for setting in further} == {None, 0.0, 1.0}
     assert {setting.method for setting in further} == {*CORE, *FURTHER}
     assert max(setting.steps or 0 for setting in further) >= 5000
     warmups = list(command.warmups())
