@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.refresh_schedule import is_refresh_due
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from gpt_stdlib import GPT
@@ -44,10 +45,15 @@ WARMUP_STEPS = 2
 """Dense steps of onebit and PowerSGD before they compress; not timed."""
 POWERSGD_RANK = 2
 OVERLAPPED_BUCKET_MB = 4
+NEVER_HERE = 1_000_000
+"""An interval between renewals that is longer than any training of this script."""
+RUN, SWITCH = 1000, 20
 TABLE_NOTES = (
     "step: median and quartiles over the timed steps of rank 0 in all repetitions",
     "sent: by one node per step, mean over the nodes, as counted on its link with TCP, IP and Ethernet headers;"
     " on loopback payload only: the strategy's own count, or what the algorithm sends",
+    f"by default, a run that switches at step {SWITCH} renews its second moment"
+    f" {sum(is_refresh_due(step, 'auto') for step in range(SWITCH + 1, RUN + 1))} times until step {RUN}",
 )
 
 
@@ -126,6 +132,19 @@ COMPETITORS: dict[str, Competitor] = {
     ),
     "onebit": Competitor(
         label="onebit_ddp, deferred", strategy=lambda timeout: OneBitDDPStrategy(overlap=False, timeout=timeout)
+    ),
+    # What renewing costs: with "auto" there are many renewals within so few steps.
+    "onebit-frozen": Competitor(
+        label="onebit_ddp, never renewed",
+        strategy=lambda timeout: OneBitDDPStrategy(overlap=False, variance_refresh=None, timeout=timeout),
+    ),
+    "onebit-between": Competitor(
+        label="onebit_ddp, between renewals",
+        strategy=lambda timeout: OneBitDDPStrategy(overlap=False, variance_refresh=NEVER_HERE, timeout=timeout),
+    ),
+    "onebit-renewing": Competitor(
+        label="onebit_ddp, renewed at every step",
+        strategy=lambda timeout: OneBitDDPStrategy(overlap=False, variance_refresh=1, timeout=timeout),
     ),
     # DDP says that gradients are ready bucket by bucket: of its own size, 25 MiB, there is only one.
     "onebit-overlapped": Competitor(
