@@ -187,9 +187,9 @@ class EmptyMemory:
         return getattr(torch, name)
 
 
-@pytest.mark.parametrize("ranks", [2, 64])
-def test_launches_of_a_step_of_bert_large(monkeypatch, ranks):
-    """At most 200 launches with clipping, the same at any number of ranks. Nothing is computed."""
+def test_launches_of_a_step_of_bert_large(monkeypatch):
+    """At most 200 launches with clipping, on 64 ranks; above, that they do not depend on the ranks. Nothing is computed."""
+    ranks = 64
     use_triton(monkeypatch)
     replace_kernels(monkeypatch)
     monkeypatch.setattr(memory, "torch", EmptyMemory())

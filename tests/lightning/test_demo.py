@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +65,10 @@ def test_demo(demo, tmp_path, monkeypatch, capfd):
     assert "less_sent=" in said.out + said.err  # the progress bar
 
 
-def test_steps_that_do_not_divide_are_refused(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--steps", "41", "--output", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "--steps 41" in done.stderr
+def test_steps_that_do_not_divide_are_refused(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--steps", "41", "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as refused:
+        demo.main()
+    assert refused.value.code == 2
+    assert "--steps 41" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
