@@ -155,6 +155,10 @@ BY_WARMUP = {
 FURTHER = tuple(name for name in METHODS if name not in CORE and "_steps" not in name and "%" not in name)
 
 
+class Diverged(Exception):
+    """A training that has no end: on all ranks at the same step."""
+
+
 class Averaging:
     """The mean gradient by an all-reduce, then the optimizer. Also the dense steps of all other methods."""
 
@@ -247,7 +251,7 @@ class Compressing:
 
     def step(self) -> None:
         if not self.compressed.step():
-            raise RuntimeError("A step was skipped: the gradient is not finite.")
+            raise Diverged("A step was skipped on all ranks: the gradient is not finite.")
         if not self.method.has_error_feedback:
             for each in self.compressed._sets:
                 for memory in each.buckets.memories:

@@ -18,9 +18,16 @@ HALF = EVALUATIONS // 2
 
 
 def write_report(lines: Sequence[Line], results: Path) -> str:
-    """Write a .txt and, where matplotlib is installed, a .png beside ``results``; return the text."""
+    """Write a .txt and, where matplotlib is installed, a .png beside ``results``; return the text.
+
+    Trainings that diverged are told, and left out of all means.
+    """
     versions = {**environment("scikit-learn"), "command": "python -m benchmarks.convergence report"}
     parts = [describe(versions), EXPLANATION]
+    diverged = [line for line in lines if line["loss"] is None]
+    lines = [line for line in lines if line["loss"] is not None]
+    for line in diverged:
+        parts.append(f"Diverged: {line['workload']}, {line['method']}, seed {line['seed']}, at step {line['diverged_at']}.")
     for (ranks, steps, beta2, lr_scale, lr_end), group in _groups(lines).items():
         changes = [f"{ranks} ranks"]
         changes += [f"{steps} steps"] if steps is not None else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.convergence.methods import METHODS, Averaging, begin, gradient_of, patches
+from benchmarks.convergence.methods import METHODS, Averaging, Diverged, begin, gradient_of, patches
 from benchmarks.convergence.workloads import WORKLOADS, Part, Task, Workload
 from lightning_onebit.comm.primitives import Communicator
 
@@ -119,7 +120,7 @@ class PartTraining:
 
 
 def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
-    """One line of results."""
+    """One line of results. ``loss`` is None, and ``diverged_at`` the step, where gradients are not finite any more."""
     workload, method = setting.of_workload(), METHODS[setting.method]
     threads = 1 if method.kind == "exact" else setting.ranks
     tasks = [workload.make(setting.seed, workload.batch_size, workload.steps) for _ in range(threads)]
@@ -132,9 +133,14 @@ def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
         curve, dense_bytes = [], 0
         every = max(1, workload.steps // EVALUATIONS)
         dense_steps = method.dense_steps_of(workload.steps)
+        diverged_at = None
         for step in range(workload.steps):
-            for part in parts:
-                part.step(step, setting.ranks // threads)
+            try:
+                for part in parts:
+                    part.step(step, setting.ranks // threads)
+            except Diverged:
+                diverged_at = step
+                break
             if step + 1 == dense_steps:
                 dense_bytes = communicator.counters.bytes_sent
             if communicator.rank == 0 and (step + 1) % every == 0 and step + 1 < workload.steps:
@@ -143,8 +149,11 @@ def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
         counters = communicator.counters
         result: dict[str, Any] = {"x": x.detach(), "bytes": counters.bytes_sent, "dense_bytes": dense_bytes}
         result |= {"refresh_bytes": counters.refresh_bytes_sent, "sketch_bytes": counters.sketch_bytes_sent}
-        if communicator.rank == 0:
-            result["loss"] = task.evaluate()
+        if communicator.rank == 0 and diverged_at is not None:
+            result |= {"diverged_at": diverged_at, "loss": None}
+            result["curve"] = [point for point in curve if math.isfinite(point[1])]
+        elif communicator.rank == 0:
+            result["loss"] = round(task.evaluate(), 6)
             result["curve"] = [*curve, [workload.steps, round(result["loss"], 5)]]
             result["speed"] = [round(part.shadow.speed(), 4) for part in parts]
             result["scatter"] = [part.shadow.scatter(part.exp_avg_sq()) for part in parts]
@@ -160,8 +169,7 @@ def train(setting: Setting, *, timeout: float = HOUR) -> dict[str, Any]:
         **dataclasses.asdict(setting),
         "steps": workload.steps,
         "numel": numel,
-        **{name: value for name, value in first.items() if name != "loss"},
-        "loss": round(first["loss"], 6),
+        **first,
         # A dense all-reduce of float32, for comparison, as counted by the library.
         "ddp_bytes": 2 * (n - 1) * 4 * numel // n * workload.steps,
         "ranks_equal": all(torch.equal(x, other["x"]) for other in results[1:]),

@@ -66,6 +66,26 @@ def test_powersgd_is_another_method(results):
     assert results["powersgd2"]["loss"] != results["adam"]["loss"]
 
 
+def test_a_training_without_an_end_is_told_and_in_no_mean(tmp_path, monkeypatch):
+    gradient = torch.autograd.grad
+    steps = []
+
+    def infinite(loss, params):
+        steps.append(1)
+        return tuple(g * math.inf if len(steps) > 4 * 30 else g for g in gradient(loss, params))
+
+    line = {"seed": 0, "speed": [1.0], "scatter": [[1.0] * 5]}
+    adam = train(Setting(workload="table", method="adam", seed=0, steps=40), timeout=60)
+    monkeypatch.setattr(torch.autograd, "grad", infinite)
+    diverged = train(Setting(workload="table", method="renewed", seed=0, steps=40), timeout=60)
+    assert diverged["loss"] is None
+    assert 28 <= diverged["diverged_at"] <= 31  # ranks are threads, and compute their gradients in turn
+    assert diverged["curve"][-1][0] <= diverged["diverged_at"]
+    text = report.write_report([adam, {**line, **diverged}], tmp_path / "r.jsonl")
+    assert f"Diverged: table, renewed, seed 0, at step {diverged['diverged_at']}." in text
+    assert "| table | renewed" not in " ".join(text.split())
+
+
 def test_another_interval_counts_also_after_other_trainings_of_this_process():
     def refreshes():
         return [step for step in range(1, 400) if is_refresh_due(step, "auto")]
