@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.optim import Optimizer
 
-from lightning_onebit import refresh_schedule
+from lightning_onebit import coefficients, refresh_schedule
 from lightning_onebit.coefficients import RefreshNumbers
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import ring_all_reduce_nbytes
@@ -127,7 +127,7 @@ METHODS = {
             dense_steps=20,
             variance_refresh="auto",
             has_error_feedback=False,
-            text="renewed, no error feedback",
+            text="renewed, no error feedback; scales of C, as the momentum of larger ones would grow without bound",
         ),
         Method(name="bf16", kind="bf16", text="Adam, three lines that cast to bf16 and all-reduce"),
         Method(name="powersgd1", kind="powersgd", dense_steps=0.05, rank=1, text="PowerSGD rank 1, 5% dense"),
@@ -296,6 +296,8 @@ def patches(method: Method) -> Iterator[None]:
             stack.callback(forget)
             stack.enter_context(mock.patch.object(refresh_schedule, "STEPS_PER_INTERVAL", method.steps_per_interval))
             forget()
+        if not method.has_error_feedback:
+            stack.enter_context(mock.patch.object(coefficients, "SERVER_GAIN_OF_BETA", 0.0))
         if not method.keeps_momentum:
             stack.enter_context(mock.patch.object(Buckets, "refresh_numbers", _without_beta))
         yield
