@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def is_dense(tensor: Tensor) -> bool:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is infinite or NaN."""
     # One pass at the speed of memory nearly always answers: a finite norm has finite elements. The reverse does not hold.
-    return bool(torch.isfinite(get_total_norm(tensors))) or all(bool(torch.isfinite(t).all()) for t in tensors)
+    return math.isfinite(float(get_total_norm(tensors))) or all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def all_within(tensors: Sequence[Tensor], limit: float) -> bool:

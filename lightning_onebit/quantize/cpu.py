@@ -31,8 +31,9 @@ from lightning_onebit.quantize.cpu_variance import (
     serve_variance_,
 )
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, SPAN_NUMEL
-from lightning_onebit.quantize.memory import BucketMemory, Encoded, Messages, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.spans import (
+    EncodedSpan,
     Numbers,
     SpanViews,
     active_parts,
@@ -102,8 +103,8 @@ class CpuKernels:
         out: Tensor,
         memory: BucketMemory,
         part: SpanViews,
-        last: Encoded,
-        live: Tensor | None,
+        last: EncodedSpan,
+        live: NDArray[np.uint8] | None,
         gradient: Tensor,
         c: Coefficients,
         work: Workspace,
@@ -116,10 +117,10 @@ class CpuKernels:
         if not memory.has_rms or self.space == "momentum":
             term.copy_(gradient)
         else:
-            if memory.rms is None:
-                add_decoded_rms(memory, part, c.eps, work)
+            if part.rms is None:
+                add_decoded_rms(part, c.eps, work)
             else:
-                np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=array)
+                np.add(part.rms, part.per_element(c.eps), out=array)
             torch.div(gradient, term, out=term)
             if live is not None:
                 work.put_live(term, live)
@@ -147,7 +148,7 @@ class CpuKernels:
 
         ``gradient`` is that of :meth:`_gradient`, with decay.
         """
-        term = work.out.numpy()
+        term = work.out_array
         if not any_number(c.coupled_decay):  # the sign makes no difference to the square
             np.multiply(gradient.numpy(), part.per_element(c.root_r * c.square_root_weight), out=term)
         else:
@@ -205,8 +206,8 @@ class CpuKernels:
         for view in span_views(memory, range(memory.chunk, memory.chunk + 1)):
             if commit and not all_active(view, step):
                 assert view.served is not None
-                view.served.signs.copy_(last_average(memory, view).signs)
-                view.served.scales.copy_(last_average(memory, view).scales)
+                view.served.signs[:] = last_average(memory, view).signs
+                view.served.scales[:] = last_average(memory, view).scales
             for part in active_parts(memory, view, step, check=commit):
                 work = self._memory.cut(part.shape)
                 assert part.server_error is not None
@@ -215,7 +216,7 @@ class CpuKernels:
                 self._add_mean_(out, part, live, work)
                 self._quantize_(out, part.served, live, work, part.per_block(part.coefficients(step).server_gain))
 
-    def _add_mean_(self, out: Tensor, part: SpanViews, live: Tensor | None, work: Workspace) -> None:
+    def _add_mean_(self, out: Tensor, part: SpanViews, live: NDArray[np.uint8] | None, work: Workspace) -> None:
         """``out = server error + sum_i q_i / n``, in the order of the ranks."""
         assert part.server_error is not None
         source = part.server_error
@@ -236,8 +237,8 @@ class CpuKernels:
                 for part in parts_of(memory, view):
                     if not all_active(part, step):
                         new, before = last_average(memory, part), average_before(memory, part)
-                        new.signs.copy_(before.signs)
-                        new.scales.copy_(before.scales)
+                        new.signs[:] = before.signs
+                        new.scales[:] = before.scales
             for part in active_parts(memory, view, step, check=True):
                 self._apply_part_(memory, part, step, self._memory.cut(part.shape))
 
@@ -259,8 +260,8 @@ class CpuKernels:
         if looks_ahead:
             before, factor = average_before(memory, part), part.per_block(c.step_size * c.nesterov)
             self._add_decoded_(move, move, before, live_bits(memory.live_before, part), factor, work)
-        if memory.rms is not None and self.space == "momentum":
-            np.add(memory.rms[part.flat].numpy()[: part.shape.numel], part.per_element(c.eps), out=work.reals_array)
+        if part.rms is not None and self.space == "momentum":
+            np.add(part.rms, part.per_element(c.eps), out=work.reals_array)
             if live is not None:
                 work.expand_mask(live)
                 work.reals.masked_fill_(work.mask == 0, 1.0)
@@ -321,7 +322,7 @@ class CpuKernels:
         for part in span_views(memory, memory.share):
             work = self._memory.cut(part.shape)
             assert part.error is not None
-            change = rescaling_less_one(memory, messages, part, numbers.eps, work)
+            change = rescaling_less_one(messages, part, numbers.eps, work)
             beta, live = part.per_block(numbers_of(part, numbers.beta)), live_bits(memory.live_before, part)
             self._decode(work.out, last_average(memory, part), live, beta, work)
             part.error.add_(work.out.mul_(change))
@@ -344,52 +345,62 @@ class CpuKernels:
     # The quantizer C
 
     def _quantize_(
-        self, values: Tensor, encoded: Encoded, live: Tensor | None, work: Workspace, gain: Numbers = 1.0
+        self,
+        values: Tensor,
+        encoded: EncodedSpan,
+        live: NDArray[np.uint8] | None,
+        work: Workspace,
+        gain: Numbers = 1.0,
     ) -> None:
         """Quantize ``values`` into ``encoded``, with ``gain`` times the scales of C; leave the error in ``values``."""
         if live is None:
             divisors = work.divisors
         else:
-            work.indices[:] = live.numpy()
+            work.indices[:] = live
             counts = self._num_bits_of_byte.take(work.indices, out=work.reals_array[: len(work.indices)], mode="clip")
             sizes = torch.from_numpy(np.add.reduceat(counts, work.shape.block_starts // BITS_PER_BYTE))
-            divisors = scale_divisors(sizes.clamp_(min=1), self.scale)
+            divisors = scale_divisors(sizes.clamp_(min=1), self.scale).numpy()
         if any_number(gain - 1.0):
             # In the dtype of the errors, whether it is one number or several: spans of other members round alike.
-            divisors = torch.from_numpy(divisors.numpy() / np.asarray(gain, dtype=self._real))
+            divisors = divisors / np.asarray(gain, dtype=self._real)
         self._measure_(encoded.scales, values if live is None else work.put_live(values, live), divisors, work)
         np.greater_equal(values.numpy(), 0, out=work.bits)
         if work.shape.numels is not None:
             work.bits[work.shape.gaps] = False
         work.pack_bits()
         if live is not None:
-            np.bitwise_and(work.bytes, live.numpy(), out=work.bytes)
-        encoded.signs.numpy()[:] = work.indices
+            np.bitwise_and(work.bytes, live, out=work.bytes)
+        encoded.signs[:] = work.indices
         self._add_decoded_(values, values, encoded, live, -1.0, work)
 
-    def _measure_(self, scales: Tensor, values: Tensor, divisors: Tensor, work: Workspace) -> None:
+    def _measure_(
+        self, scales: NDArray[np.float32], values: Tensor, divisors: NDArray[np.floating], work: Workspace
+    ) -> None:
         """Scales of all blocks, of values that are 0 where they do not count."""
         if work.shape.numels is None:
-            for part, norms in zip(work.rows(values), work.norm_parts, strict=True):
-                torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=norms)
+            for part, of_part in zip(work.rows(values), work.norm_parts, strict=True):
+                torch.linalg.vector_norm(part, ORDERS[self.scale], dim=1, out=of_part)
         else:
             terms = values.abs() if self.scale == "l1" else values.square()
-            np.add.reduceat(terms.numpy(), work.shape.block_starts, out=work.norms.numpy())
+            np.add.reduceat(terms.numpy(), work.shape.block_starts, out=work.norms_array)
             if self.scale == "l2":
                 work.norms.sqrt_()
-        torch.div(work.norms, divisors, out=scales)
-        smallest, largest = torch.aminmax(work.norms)
-        if not (float(smallest) > SMALLEST_SAFE_NORM and float(largest) < LARGEST_SAFE_NORM):
+        norms = work.norms_array
+        with np.errstate(all="ignore"):  # what was too large or small is done once more
+            np.divide(norms, divisors, out=scales, casting="same_kind")
+        if not (norms.min() > SMALLEST_SAFE_NORM and norms.max() < LARGEST_SAFE_NORM):
             self._measure_unsafe_(scales, values, divisors, work)
 
-    def _measure_unsafe_(self, scales: Tensor, values: Tensor, divisors: Tensor, work: Workspace) -> None:
+    def _measure_unsafe_(
+        self, scales: NDArray[np.float32], values: Tensor, divisors: NDArray[np.floating], work: Workspace
+    ) -> None:
         """Once more in float64, where squares may have under- or overflowed; the other blocks keep their rounding."""
-        unsafe = ~((work.norms > SMALLEST_SAFE_NORM) & (work.norms < LARGEST_SAFE_NORM))
+        unsafe = ~((work.norms_array > SMALLEST_SAFE_NORM) & (work.norms_array < LARGEST_SAFE_NORM))
         wide = values.double()
         sums = self._sums(wide.abs() if self.scale == "l1" else wide.square(), work)
-        exact = (sums if self.scale == "l1" else sums.sqrt()) / divisors.double()
-        scales.copy_(torch.where(unsafe, exact.to(scales.dtype), scales))
-        if not bool(torch.isfinite(scales).all()):
+        exact = (sums if self.scale == "l1" else sums.sqrt()) / torch.from_numpy(divisors).double()
+        np.copyto(scales, exact.float().numpy(), where=unsafe)
+        if not np.isfinite(scales).all():
             raise FloatingPointError(
                 "Cannot quantize infinite or NaN values, or values beyond float32. HINT: a non-finite gradient has to be"
                 " skipped on all ranks before compression, or it would stay in the error feedback for ever."
@@ -401,7 +412,9 @@ class CpuKernels:
             return torch.cat([part.sum(dim=1) for part in work.rows(values)])
         return torch.from_numpy(np.add.reduceat(values.numpy(), work.shape.block_starts))
 
-    def _decode(self, out: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> Tensor:
+    def _decode(
+        self, out: Tensor, encoded: EncodedSpan, live: NDArray[np.uint8] | None, factor: Numbers, work: Workspace
+    ) -> Tensor:
         """``factor q``, in ``out``."""
         self._load(encoded, live, factor, work)
         if work.shape.numels is None:
@@ -411,7 +424,13 @@ class CpuKernels:
         return out.copy_(work.reals)
 
     def _add_decoded_(
-        self, out: Tensor, values: Tensor, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace
+        self,
+        out: Tensor,
+        values: Tensor,
+        encoded: EncodedSpan,
+        live: NDArray[np.uint8] | None,
+        factor: Numbers,
+        work: Workspace,
     ) -> None:
         """``out = values + factor q``. The product is exact: it makes no difference whether it is rounded first."""
         self._load(encoded, live, factor, work)
@@ -423,19 +442,19 @@ class CpuKernels:
         else:
             torch.add(values, work.reals, out=out)
 
-    def _load(self, encoded: Encoded, live: Tensor | None, factor: Numbers, work: Workspace) -> None:
+    def _load(self, encoded: EncodedSpan, live: NDArray[np.uint8] | None, factor: Numbers, work: Workspace) -> None:
         """Put signs and ``factor scales`` into the workspace, such that the product of an element not live is -0.0.
 
         Of a packed span, the products themselves.
         """
-        np.multiply(encoded.scales.numpy(), factor, out=work.factors, dtype=self._real)
+        np.multiply(encoded.scales, factor, out=work.factors, dtype=self._real)
         signs_of_byte = self._signs_of_byte
         if live is not None:
             work.expand_mask(live)
             if not np.any(np.signbit(factor)):  # 0.0, times what is not positive, is -0.0; a step size may be -0.0 itself
                 np.negative(work.factors, out=work.factors)
                 signs_of_byte = self._opposite_signs_of_byte
-        work.indices[:] = encoded.signs.numpy()  # `take` would make a copy of this type itself, and allocate it
+        work.indices[:] = encoded.signs  # `take` would make a copy of this type itself, and allocate it
         signs_of_byte.take(work.indices, axis=0, out=work.real_bytes, mode="clip")
         if live is not None:
             work.put_live(work.reals, live)

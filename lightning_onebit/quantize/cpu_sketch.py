@@ -6,6 +6,8 @@ matrix of 251 columns, by BLAS.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -60,14 +62,14 @@ def add_span_(
         gathered: whether ``gradient`` is the mean of the node, of which all parameters have one.
     """
     c, a, array = part.coefficients(step), work.reals, work.reals_array
-    if memory.rms_code is None:
-        assert memory.rms is not None
-        rms = memory.rms[part.flat][: part.shape.numel].numpy()
-        np.add(rms, part.per_element(c.eps), out=array)
-        nonzero = rms
+    nonzero: NDArray[Any]
+    if part.rms_code is None:
+        assert part.rms is not None
+        np.add(part.rms, part.per_element(c.eps), out=array)
+        nonzero = part.rms
     else:
-        add_decoded_rms(memory, part, c.eps, work)
-        nonzero = memory.rms_code[part.flat][: part.shape.numel].numpy()
+        add_decoded_rms(part, c.eps, work)
+        nonzero = part.rms_code.codes
     torch.div(gradient, a, out=a)
     if np.count_nonzero(nonzero) < len(nonzero):  # not live, or padding
         np.copyto(array, 0, where=np.equal(nonzero, 0, out=work.bits))

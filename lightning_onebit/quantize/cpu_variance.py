@@ -6,6 +6,8 @@ anyway. A refresh is rarer, and may allocate a few arrays of the size of a span.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,25 +22,19 @@ from lightning_onebit.quantize.logarithm import (
     bits_of,
 )
 from lightning_onebit.quantize.memory import BucketMemory, Messages
-from lightning_onebit.quantize.spans import Numbers, SpanViews, span_views
+from lightning_onebit.quantize.spans import Numbers, RmsCode, SpanViews, rms_code, span_views
 from lightning_onebit.quantize.workspace import Memory, Workspace
 
 
-def add_decoded_rms(memory: BucketMemory, part: SpanViews, eps: Numbers, work: Workspace) -> None:
+def add_decoded_rms(part: SpanViews, eps: Numbers, work: Workspace) -> None:
     """``work.reals = rms + eps``, from the code of D. Where an element is not live, any positive number."""
-    _decode_rms(*_codes_of(memory, part), part, eps, work)
+    assert part.rms_code is not None
+    _decode_rms(part.rms_code, part, eps, work)
 
 
-def _codes_of(memory: BucketMemory, part: SpanViews) -> tuple[Tensor, Tensor]:
-    """D of a span: codes, scales."""
-    assert memory.rms_code is not None
-    assert memory.rms_scale is not None
-    return memory.rms_code[part.flat][: part.shape.numel], memory.rms_scale[part.span.first : part.span.last]
-
-
-def _decode_rms(codes: Tensor, scales: Tensor, part: SpanViews, eps: Numbers, work: Workspace) -> None:
+def _decode_rms(code: RmsCode, part: SpanViews, eps: Numbers, work: Workspace) -> None:
     """``work.reals``: what codes decode to, and eps; for code 0, any positive number."""
-    _decode_positive(codes, scales, part, work)
+    _decode_positive(code, part, work)
     if work.reals.dtype != torch.float32:
         work.reals.copy_(work.floats)
     np.add(work.reals_array, part.per_element(eps), out=work.reals_array)
@@ -49,11 +45,9 @@ def renew_second_moment_(part: SpanViews, term: Tensor, square_decay: Numbers) -
     assert part.second_moment is not None
     v = part.second_moment
     term.mul_(term)
-    if isinstance(square_decay, float):
-        v.mul_(square_decay)
-    else:
-        np.multiply(v.numpy(), part.per_element(square_decay), out=v.numpy())
-    if not torch.isfinite(v.add_(term).amax()):  # to look is faster than to write
+    array = v.numpy()
+    np.multiply(array, part.per_element(square_decay), out=array)
+    if not float(v.add_(term).amax()) < math.inf:  # to look is faster than to write
         v.clamp_(max=torch.finfo(v.dtype).max)
 
 
@@ -73,14 +67,14 @@ def serve_variance_(memory: BucketMemory, messages: Messages, workspace: Memory)
         assert part.second_moment_residual is not None
         mean, c = work.out.zero_(), work.values
         for message in messages.received.view(len(memory.share), -1):
-            _decode_square(_views(messages, message, memory.chunk, part), part, work)
+            _decode_square(rms_code(*_views(messages, message, memory.chunk, part)), part, work)
             mean.add_(work.reals.mul_(1 / len(memory.share)))
         torch.add(mean, part.second_moment_residual, out=c)
         _bound_(c, mean, work)
         part.second_moment_residual.copy_(c)
         served = _views(messages, messages.served, memory.chunk, part)
         _code_(served, part, work)
-        _decode_square(served, part, work)
+        _decode_square(rms_code(*served), part, work)
         part.second_moment_residual.sub_(work.reals)
 
 
@@ -91,9 +85,9 @@ def apply_variance_(memory: BucketMemory, messages: Messages, correction: NDArra
         assert part.second_moment is not None
         v_hat, renewed = work.values, work.out
         _corrected_second_moment(v_hat, part, correction)
-        _decode_square(_views(messages, messages.sent, memory.share.start, part), part, work)
+        _decode_square(rms_code(*_views(messages, messages.sent, memory.share.start, part)), part, work)
         v_hat.sub_(work.reals)
-        _decode_square(_views(messages, messages.result, 0, part), part, work)
+        _decode_square(rms_code(*_views(messages, messages.result, 0, part)), part, work)
         v_hat.add_(renewed.copy_(work.reals))
         _bound_(v_hat, renewed, work)
         np.divide(v_hat.numpy(), part.per_element(numbers_of(part, correction)), out=part.second_moment.numpy())
@@ -112,18 +106,17 @@ def _views(messages: Messages, buffer: Tensor, first_chunk: int, part: SpanViews
     return codes[: part.shape.numel], scales
 
 
-def rescaling_less_one(
-    memory: BucketMemory, messages: Messages, part: SpanViews, eps: NDArray[np.float64], work: Workspace
-) -> Tensor:
+def rescaling_less_one(messages: Messages, part: SpanViews, eps: NDArray[np.float64], work: Workspace) -> Tensor:
     """``min(D_old / D_new, 4) - 1``, in ``work.values``; 0 where an element has no D before or now."""
     change, eps_of = work.values, numbers_of(part, eps)
-    new = _views(messages, messages.result, 0, part)
-    add_decoded_rms(memory, part, eps_of, work)
+    new, old = rms_code(*_views(messages, messages.result, 0, part)), part.rms_code
+    assert old is not None
+    _decode_rms(old, part, eps_of, work)
     change.copy_(work.reals)
-    _decode_rms(*new, part, eps_of, work)
+    _decode_rms(new, part, eps_of, work)
     change.div_(work.reals).clamp_(max=LARGEST_RESCALING).sub_(1.0)
-    for codes, _ in (new, _codes_of(memory, part)):
-        np.equal(codes.numpy(), 0, out=work.bits)
+    for codes, _ in (new, old):
+        np.equal(codes, 0, out=work.bits)
         np.copyto(change.numpy(), 0, where=work.bits)
     return change
 
@@ -165,27 +158,25 @@ def _code_(target: tuple[Tensor, Tensor], part: SpanViews, work: Workspace) -> N
     np.multiply(codes, work.bits, out=codes)
 
 
-def _decode_square(source: tuple[Tensor, Tensor], part: SpanViews, work: Workspace) -> None:
-    """``work.reals``: squares of what ``source`` decodes to."""
-    codes, scales = source
-    _decode_positive(codes, scales, part, work)
-    np.equal(codes.numpy(), 0, out=work.bits)
+def _decode_square(code: RmsCode, part: SpanViews, work: Workspace) -> None:
+    """``work.reals``: squares of what ``code`` decodes to."""
+    _decode_positive(code, part, work)
+    np.equal(code.codes, 0, out=work.bits)
     np.copyto(work.ints_array, 0, where=work.bits)
     if work.reals.dtype != torch.float32:
         work.reals.copy_(work.floats)
     work.reals.mul_(work.reals)
 
 
-def _decode_positive(codes: Tensor, scales: Tensor, part: SpanViews, work: Workspace) -> None:
+def _decode_positive(code: RmsCode, part: SpanViews, work: Workspace) -> None:
     """``work.floats``: what codes decode to; for code 0, any positive number."""
-    lowest = bits_of(scales).numpy() - LARGEST_CODE * LOG_STEP  # of code 0, if there were one
-    work.ints.copy_(codes)
+    np.subtract(code.scale_bits, LARGEST_CODE * LOG_STEP, out=work.lowest)  # of code 0, if there were one
+    np.copyto(work.ints_array, code.codes)
     if work.shape.numels is None:
-        columns = work.split_blocks(torch.from_numpy(lowest)[:, None])
-        for rows, of_blocks in zip(work.int_rows, columns, strict=True):
+        for rows, of_blocks in zip(work.int_rows, work.lowest_columns, strict=True):
             torch.add(of_blocks, rows, alpha=LOG_STEP, out=rows)
     else:
-        work.ints.mul_(LOG_STEP)
-        np.add(work.ints_array, part.spread(lowest), out=work.ints_array)
-    if int(lowest.min()) < SMALLEST_NORMAL_BITS:
+        np.multiply(work.ints_array, LOG_STEP, out=work.ints_array)
+        np.add(work.ints_array, part.spread(work.lowest), out=work.ints_array)
+    if int(work.lowest.min()) < SMALLEST_NORMAL_BITS:
         work.ints.clamp_(min=SMALLEST_NORMAL_BITS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -13,17 +13,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.coefficients import Coefficients
-from lightning_onebit.quantize.layout import Span
-from lightning_onebit.quantize.memory import BucketMemory, Encoded, StepInputs
+from lightning_onebit.quantize.layout import BITS_PER_BYTE, Span
+from lightning_onebit.quantize.logarithm import bits_of
+from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.workspace import SpanShape
 
 Numbers: TypeAlias = "float | NDArray[np.floating]"
 """One for all, or one for each."""
 
 
+class EncodedSpan(NamedTuple):
+    """Quantized blocks of a span: arrays that are an :class:`~lightning_onebit.quantize.memory.Encoded`."""
+
+    signs: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+
+
+class RmsCode(NamedTuple):
+    """D of a span, or what a message says of it: codes, and the bits of their scales."""
+
+    codes: NDArray[np.uint8]
+    scale_bits: NDArray[np.int32]
+
+
 @dataclass(eq=False)
 class SpanViews:
-    """A span and its views of a bucket's memory, made once. What a span does not have on this rank is missing."""
+    """A span and its views of a bucket's memory, made once: to make them takes longer than to work on 1000 elements. What a
+    span does not have on this rank is missing."""
 
     span: Span
     shape: SpanShape
@@ -31,18 +47,20 @@ class SpanViews:
     """Its elements in the bucket's memory."""
     members: list[tuple[int, slice, slice]]
     """Of each parameter: index, elements of it, their place in the span."""
-    results: list[Encoded]
+    results: list[EncodedSpan]
     member_of_block: NDArray[np.int64]
     """Which of the parameters each block belongs to."""
     real: np.dtype[np.floating]
     """dtype of the errors."""
     error: Tensor | None = None
+    rms: NDArray[np.floating] | None = None
+    rms_code: RmsCode | None = None
     second_moment: Tensor | None = None
-    sent: Encoded | None = None
+    sent: EncodedSpan | None = None
     server_error: Tensor | None = None
     second_moment_residual: Tensor | None = None
-    received: Sequence[Encoded] = ()
-    served: Encoded | None = None
+    received: Sequence[EncodedSpan] = ()
+    served: EncodedSpan | None = None
     _splits: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def coefficients(self, step: StepInputs) -> Coefficients:
@@ -106,23 +124,37 @@ def _make_views(memory: BucketMemory, span: Span) -> SpanViews:
         members=members,
         member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
         real=memory.error.numpy().dtype,
-        results=[memory.encoded(result, 0, blocks) for result in memory.results],
+        results=[_encoded(memory, result, 0, blocks) for result in memory.results],
     )
+    if memory.rms is not None:
+        views.rms = memory.rms[start:][:numel].numpy()
+    if memory.rms_code is not None and memory.rms_scale is not None:
+        views.rms_code = rms_code(memory.rms_code[start:][:numel], memory.rms_scale[slice(*blocks)])
     first, last = memory.share_blocks
     if first <= span.first and span.last <= last:
         shift = memory.share_flat.start
         views.error = memory.error[start - shift :][:numel]
         if memory.second_moment is not None:
             views.second_moment = memory.second_moment[start - shift :][:numel]
-        views.sent = memory.encoded(memory.sent, memory.share.start, blocks)
+        views.sent = _encoded(memory, memory.sent, memory.share.start, blocks)
     if memory.chunk is not None and memory.chunk_blocks[0] <= span.first and span.last <= memory.chunk_blocks[1]:
         views.server_error = memory.server_error[start - memory.chunk_flat.start :][:numel]
         if memory.second_moment_residual is not None:
             views.second_moment_residual = memory.second_moment_residual[start - memory.chunk_flat.start :][:numel]
         messages = memory.received.view(len(memory.share), -1)
-        views.received = [memory.encoded(message, memory.chunk, blocks) for message in messages]
-        views.served = memory.encoded(memory.served, memory.chunk, blocks)
+        views.received = [_encoded(memory, message, memory.chunk, blocks) for message in messages]
+        views.served = _encoded(memory, memory.served, memory.chunk, blocks)
     return views
+
+
+def _encoded(memory: BucketMemory, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> EncodedSpan:
+    signs, scales = memory.encoded(messages, first_chunk, blocks)
+    return EncodedSpan(signs.numpy(), scales.numpy())
+
+
+def rms_code(codes: Tensor, scales: Tensor) -> RmsCode:
+    """Of uint8 ``[elements]`` and float32 ``[blocks]``: the same memory."""
+    return RmsCode(codes.numpy(), bits_of(scales).numpy())
 
 
 def parts_of(memory: BucketMemory, view: SpanViews) -> list[SpanViews]:
@@ -164,20 +196,20 @@ def any_number(numbers: Numbers) -> bool:
     return not isinstance(numbers, float) or numbers != 0.0
 
 
-def last_average(memory: BucketMemory, part: SpanViews) -> Encoded:
+def last_average(memory: BucketMemory, part: SpanViews) -> EncodedSpan:
     return part.results[memory.current]
 
 
-def average_before(memory: BucketMemory, part: SpanViews) -> Encoded:
+def average_before(memory: BucketMemory, part: SpanViews) -> EncodedSpan:
     return part.results[memory.current - 1]
 
 
-def live_bits(live: Tensor | None, part: SpanViews) -> Tensor | None:
+def live_bits(live: Tensor | None, part: SpanViews) -> NDArray[np.uint8] | None:
     """Which elements of a span take part in their blocks, uint8 ``[bytes]``; ``None`` if all of them do, without padding."""
     if live is None:
         return None
-    bits = live[part.flat.start // 8 : part.flat.stop // 8] & part.shape.inside
-    return None if torch.equal(bits, part.shape.inside) else bits
+    bits = live[part.flat.start // BITS_PER_BYTE : part.flat.stop // BITS_PER_BYTE] & part.shape.inside
+    return None if torch.equal(bits, part.shape.inside) else bits.numpy()
 
 
 def is_whole(param: Tensor, elements: slice) -> bool:

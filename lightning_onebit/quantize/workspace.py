@@ -88,7 +88,8 @@ class Memory:
         self.words = np.empty(nbytes, dtype=np.uint64)
         self.norms = torch.empty(blocks, dtype=dtype)
         self.factors = torch.empty(blocks, dtype=dtype)
-        self.masked: Tensor | None = None
+        self.lowest = torch.empty(blocks, dtype=torch.int32)
+        self.masked: NDArray[np.uint8] | None = None
         """The bits of which :attr:`mask` is."""
         self._views: dict[SpanShape, Workspace] = {}
 
@@ -120,6 +121,7 @@ class Workspace:
         self._mask_by_eight = memory.mask[: 8 * nbytes].numpy().reshape(nbytes, 8)
         self._reals_as_integers = self.reals_array.view(self._mask_array.dtype)
         self.values, self.out = memory.values[:numel], memory.out[:numel]
+        self.out_array = self.out.numpy()
         self.ints = memory.ints[:numel]
         """int32; where reals are float32, the same memory."""
         self.ints_array = self.ints.numpy()
@@ -136,17 +138,21 @@ class Workspace:
         """The same memory."""
 
         self.norms = memory.norms[:blocks]
-        factors = memory.factors[:blocks]
+        self.norms_array = self.norms.numpy()
+        factors, lowest = memory.factors[:blocks], memory.lowest[:blocks]
         self.factors = factors.numpy()
+        self.lowest = lowest.numpy()
+        """int32 ``[blocks]``"""
         if shape.numels is None:
             self.real_rows, self.int_rows = self.rows(self.reals), self.rows(self.ints)
             self.norm_parts, self.factor_columns = self.split_blocks(self.norms), self.split_blocks(factors[:, None])
+            self.lowest_columns = self.split_blocks(lowest[:, None])
             sizes = torch.full_like(self.norms, shape.block_size)
             if self._rest:
                 sizes[-1] = self._rest
         else:
             sizes = torch.tensor(shape.numels).to(self.norms)
-        self.divisors = scale_divisors(sizes, memory.scale)
+        self.divisors = scale_divisors(sizes, memory.scale).numpy()
         """What norms are divided by where all elements are live."""
 
     def rows(self, values: Tensor) -> Sequence[Tensor]:
@@ -170,14 +176,14 @@ class Workspace:
         np.multiply(self._bits_by_eight, GATHER_BITS, out=self._words)
         np.right_shift(self._words, TOP_BYTE, out=self._words)
 
-    def expand_mask(self, live: Tensor) -> None:
-        """Make :attr:`mask` of bits, unless it is that of this very tensor. Overwrites :attr:`indices`."""
+    def expand_mask(self, live: NDArray[np.uint8]) -> None:
+        """Make :attr:`mask` of bits, unless it is that of this very array. Overwrites :attr:`indices`."""
         if self._memory.masked is not live:
-            self.indices[:] = live.numpy()
+            self.indices[:] = live
             MASKS_OF_BYTE[self._mask_array.dtype].take(self.indices, axis=0, out=self._mask_by_eight, mode="clip")
             self._memory.masked = live
 
-    def put_live(self, values: Tensor, live: Tensor) -> Tensor:
+    def put_live(self, values: Tensor, live: NDArray[np.uint8]) -> Tensor:
         """Put ``values`` into :attr:`reals`; where an element is not live, 0.0, also for NaN."""
         self.expand_mask(live)
         np.bitwise_and(values.numpy().view(self._mask_array.dtype), self._mask_array, out=self._reals_as_integers)
