@@ -302,7 +302,7 @@ class StepInputs:
     gradients: Sequence[Tensor | None]
     """Flat, in the memory order and dtype of their parameters; ``None`` is zero. Only read."""
     numbers: NDArray[np.float64]
-    """``[parameters, len(Coefficients)]``"""
+    """``[parameters, len(Coefficients)]``: another array in each step, never written again."""
     flags: Tensor
     """int32 ``[1 + parameters]``, on the device: whether the step does not count, as a gradient is not finite on some rank,
     or for another reason; and by parameter, whether it is active. Those that are not sit out: nothing of theirs changes."""

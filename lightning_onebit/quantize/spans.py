@@ -62,9 +62,17 @@ class SpanViews:
     received: Sequence[EncodedSpan] = ()
     served: EncodedSpan | None = None
     _splits: dict[int, list[Tensor]] = field(default_factory=dict)
+    _coefficients: tuple[NDArray[np.float64], Coefficients] | None = None
+    """The numbers of all parameters in a step, and what this span makes of them."""
 
     def coefficients(self, step: StepInputs) -> Coefficients:
-        """The numbers of a span. Where its parameters differ, an array ``[parameters]`` takes the place of a number."""
+        """The numbers of a span, looked at once in a step. Where its parameters differ, an array ``[parameters]`` takes the
+        place of a number."""
+        if self._coefficients is None or self._coefficients[0] is not step.numbers:
+            self._coefficients = step.numbers, self._coefficients_of(step)
+        return self._coefficients[1]
+
+    def _coefficients_of(self, step: StepInputs) -> Coefficients:
         rows = step.numbers[self.span.parameters[0]] if len(self.members) == 1 else step.numbers[list(self.span.parameters)]
         if rows.ndim == 1:
             return Coefficients(*rows.tolist())
