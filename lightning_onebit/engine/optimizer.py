@@ -105,6 +105,7 @@ class CompressedOptimizer:
         self._queue = [(each, index) for each in self._sets for index in range(len(each.buckets.memories))]
         known = set(self._params)
         self._param_group_of = {p: i for p, i in _param_group_indices(optimizer).items() if p in known}
+        self._ids_of_groups = _ids_of_groups(optimizer)
         if not self._groups.topology.is_flat:
             for each in self._sets:
                 each.node_average = NodeAverage(each.buckets.memories, self._groups)
@@ -572,6 +573,9 @@ class CompressedOptimizer:
         return {**state_dict, "state": dict(sorted(state.items()))}
 
     def _changed_parameters(self) -> list[Tensor]:
+        ids = _ids_of_groups(self.optimizer)
+        if ids == self._ids_of_groups and sum(map(len, ids)) == len(self._param_group_of):  # at nearly every step, and cheap
+            return []
         now = _param_group_indices(self.optimizer)
         return [*self.added_parameters(), *(p for p, index in self._param_group_of.items() if now.get(p) != index)]
 
@@ -628,6 +632,11 @@ def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _first_of(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _ids_of_groups(optimizer: Optimizer) -> list[list[int]]:
+    """Of the parameters of each group."""
+    return [list(map(id, group["params"])) for group in optimizer.param_groups]
 
 
 def _param_group_indices(optimizer: Optimizer) -> dict[Tensor, int]:

@@ -115,8 +115,8 @@ class ParameterSet:
         """Note which parameters have a gradient on any rank."""
         if self._step is None or self._step.active is not None:
             return
-        active = dict(zip(params, outcome.active, strict=True))
-        self._step.active = np.array([active[p] for p in self.buckets.params], dtype=bool)
+        active = dict(zip(map(id, params), outcome.active, strict=True))  # to hash a tensor takes ten times as long
+        self._step.active = np.array([active[id(p)] for p in self.buckets.params], dtype=bool)
 
     def average_inside_node_(self, index: int, *, keep: bool) -> None:
         """The mean gradient of this node for this rank's share; ``keep`` it until the step is over."""

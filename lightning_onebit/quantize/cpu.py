@@ -41,7 +41,6 @@ from lightning_onebit.quantize.spans import (
     any_number,
     average_before,
     gather_,
-    is_whole,
     last_average,
     live_bits,
     parts_of,
@@ -273,7 +272,8 @@ class CpuKernels:
         if is_view:
             param.add_(move)
             return
-        params = [step.params[p] if is_whole(step.params[p], s) else step.params[p][s] for p, s, _ in part.members]
+        members = zip(part.members, part.are_whole, strict=True)
+        params = [step.params[p] if is_whole else step.params[p][s] for (p, s, _), is_whole in members]
         if not isinstance(c.shrink, float) or c.shrink != 1.0:
             shrinks = np.broadcast_to(c.shrink, len(params)).tolist()
             if params[0].dtype == memory.dtype:

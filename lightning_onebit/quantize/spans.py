@@ -47,6 +47,8 @@ class SpanViews:
     """Its elements in the bucket's memory."""
     members: list[tuple[int, slice, slice]]
     """Of each parameter: index, elements of it, their place in the span."""
+    are_whole: list[bool]
+    """Of each parameter, whether all its elements are here."""
     results: list[EncodedSpan]
     member_of_block: NDArray[np.int64]
     """Which of the parameters each block belongs to."""
@@ -130,6 +132,7 @@ def _make_views(memory: BucketMemory, span: Span) -> SpanViews:
         shape=SpanShape(layout.block_size, numel, numels),
         flat=flat,
         members=members,
+        are_whole=[elements.stop - elements.start == memory.parameter_numels[p] for p, elements, _ in members],
         member_of_block=np.searchsorted(changes, np.arange(span.last - span.first)),
         real=memory.error.numpy().dtype,
         results=[_encoded(memory, result, 0, blocks) for result in memory.results],
@@ -220,19 +223,15 @@ def live_bits(live: Tensor | None, part: SpanViews) -> NDArray[np.uint8] | None:
     return None if torch.equal(bits, part.shape.inside) else bits.numpy()
 
 
-def is_whole(param: Tensor, elements: slice) -> bool:
-    return elements.start == 0 and elements.stop == param.numel()
-
-
 def gather_(out: Tensor, part: SpanViews, tensors: Sequence[Tensor | None]) -> Tensor:
     """The elements of a span's parameters, in ``out``: those of ``None`` are zero."""
     sources, targets = [], []
-    for (p, elements, _), target in zip(part.members, part.split(out), strict=True):
+    for (p, elements, _), is_whole, target in zip(part.members, part.are_whole, part.split(out), strict=True):
         tensor = tensors[p]
         if tensor is None:
             target.zero_()
         else:
-            sources.append(tensor if is_whole(tensor, elements) else tensor[elements])
+            sources.append(tensor if is_whole else tensor[elements])
             targets.append(target)
     if sources:
         torch._foreach_copy_(targets, sources)
