@@ -198,6 +198,7 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
     figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False)
     for axis in axes.flat[len(workloads) :]:
         axis.axis("off")
+    palette, drawn = pyplot.get_cmap("tab20"), {}
     for axis, workload in zip(axes.flat, workloads, strict=False):
         seeds = len(_by_seed(group, workload, "adam"))
         for method in _methods(group):
@@ -206,11 +207,12 @@ def _draw(lines: Sequence[Line], path: Path) -> None:
                 means = [
                     statistics.mean(points) for points in zip(*([y for _, y in curve] for curve in curves), strict=True)
                 ]
-                axis.plot([step for step, _ in curves[0]], means, label=method, linewidth=1)
+                color = drawn[method].get_color() if method in drawn else palette(len(drawn) % palette.N)
+                (drawn[method],) = axis.plot([step for step, _ in curves[0]], means, color=color, linewidth=1)
         axis.set_title(workload, fontsize=9)
         axis.set_yscale("log")
         axis.tick_params(labelsize=7)
-    axes.flat[0].legend(fontsize=7)
+    figure.legend(drawn.values(), drawn, loc="lower right", fontsize=8, ncols=2)
     figure.suptitle("Held-out loss, mean over the seeds", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
