@@ -135,10 +135,12 @@ def with_r_of_bare_gradients(means):
     sketch_tensors_ = CpuKernels.sketch_tensors_
 
     def sketch_bare_(self, memory, *args):
-        code, scale = memory.rms_code, memory.rms_scale
-        memory.rms_code, memory.rms_scale = torch.full_like(code, 255), torch.ones_like(scale)
+        code, scale = memory.rms_code.clone(), memory.rms_scale.clone()
+        memory.rms_code.fill_(255)  # in place: kernels keep views
+        memory.rms_scale.fill_(1.0)
         sketch_tensors_(self, memory, *args)
-        memory.rms_code, memory.rms_scale = code, scale
+        memory.rms_code.copy_(code)
+        memory.rms_scale.copy_(scale)
 
     with mock.patch.object(CpuKernels, "sketch_tensors_", sketch_bare_):
         return displacement(means)
