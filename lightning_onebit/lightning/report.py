@@ -183,8 +183,8 @@ def gain(
         )
     if speedup >= WORTH_SAYING:
         return Gain(told, quick)
-    slower = "no faster" if speedup * WORTH_SAYING > 1 else f"{1 / speedup:.2f} times as slow"
-    estimated = "" if dense is not None else " than dense ones would be at most, by an estimate"
+    slower, than = ("no faster", "than") if speedup * WORTH_SAYING > 1 else (f"{1 / speedup:.2f} times as slow", "as")
+    estimated = "" if dense is not None else f" {than} dense ones would be at most, by an estimate"
     return Gain(
         f"Speed-up: none. Steps are {slower}{estimated}: {numbers}. HINT: the network is not what limits this job: stay with"
         " strategy='ddp' here, or accumulate fewer gradients per step, or use more nodes.",

@@ -340,7 +340,7 @@ class CpuKernels:
                 work, is_mean = self._memory.cut(part.shape), index in step.share_gradients
                 if is_mean or any(step.gradients[p] is not None for p, _, _ in part.members):
                     gradient = self._local_gradient(memory, index, part, step, work, work.values)
-                    add_span_(sketch, memory, part, step, gradient, work, self._sketch_workspace, gathered=is_mean)
+                    add_span_(sketch, part, step, gradient, work, self._sketch_workspace, gathered=is_mean)
 
     # The quantizer C
 

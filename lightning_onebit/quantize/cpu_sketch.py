@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_onebit.quantize.cpu_variance import add_decoded_rms
-from lightning_onebit.quantize.memory import BucketMemory, StepInputs
+from lightning_onebit.quantize.memory import StepInputs
 from lightning_onebit.quantize.spans import SpanViews
 from lightning_onebit.quantize.tensor_sketch import ROWS_PER_SEGMENT, SEGMENT_NUMEL, WIDTH, TensorSketch
 from lightning_onebit.quantize.workspace import Workspace
@@ -40,7 +40,6 @@ class SketchWorkspace:
 
 def add_span_(
     sketch: TensorSketch,
-    memory: BucketMemory,
     part: SpanViews,
     step: StepInputs,
     gradient: Tensor,
@@ -53,7 +52,6 @@ def add_span_(
 
     Args:
         sketch: of all tensors; float64.
-        memory: the bucket.
         part: the span, of which all parameters are active.
         step: which of them have a gradient, and their numbers.
         gradient: of the span, in any dtype.

@@ -142,7 +142,7 @@ class Workspace:
         factors, lowest = memory.factors[:blocks], memory.lowest[:blocks]
         self.factors = factors.numpy()
         self.lowest = lowest.numpy()
-        """int32 ``[blocks]``"""
+        """int32 ``[blocks]``: the bits of the smallest number that a block's codes of D can say."""
         if shape.numels is None:
             self.real_rows, self.int_rows = self.rows(self.reals), self.rows(self.ints)
             self.norm_parts, self.factor_columns = self.split_blocks(self.norms), self.split_blocks(factors[:, None])

@@ -361,15 +361,21 @@ def test_ranks_that_disagree_make_no_step(monkeypatch):
         ),
         (lambda groups: groups.pop(), "frozen: removed: 'other'. State"),
         (lambda groups: groups[-1]["params"].append(nn.Parameter(torch.zeros(3))), r"frozen: new: 'one of shape \(3,\)'. S"),
+        (lambda groups: groups[-1]["params"][-1].requires_grad_(True), "frozen: new: 'untrained'. S"),
+        (
+            lambda groups: groups[-1].update(params=[nn.Parameter(torch.zeros(3))]),
+            r"frozen: new: 'one of shape \(3,\)'; removed: 'other'. S",
+        ),
     ],
-    ids=["removed", "moved", "group", "new"],
+    ids=["removed", "moved", "group", "new", "trained now", "replaced"],
 )
 def test_it_is_said_which_parameters_have_changed_and_how(change, said):
     def fn(communicator):
         params, optimizer = make(torch.optim.AdamW, (torch.float32,))
-        other = nn.Parameter(torch.ones(4))
-        optimizer.add_param_group({"params": [other], "tokens": communicator.rank})
-        names = {params[0]: "first", other: "other"}
+        other, untrained = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(5), requires_grad=False)
+        group = [other, untrained] if "untrained" in said else [other]  # where there is one, groups are looked at closely
+        optimizer.add_param_group({"params": group, "tokens": communicator.rank})
+        names = {params[0]: "first", other: "other", untrained: "untrained"}
         compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=32), communicator, names)
         for i, p in enumerate([*params, other]):
             p.grad = randn(p.shape, communicator.rank, i, dtype=p.dtype)
