@@ -229,7 +229,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
 
         Of the run so far, or since it was resumed. Not collective.
         """
-        return self._phases.report()
+        return self._phases.comparison.report()
 
     def __repr__(self) -> str:
         return repr(self._phases)

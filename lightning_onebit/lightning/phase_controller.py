@@ -28,26 +28,23 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
 from lightning_onebit.comm.watch import meet, start_watch, stop_watch
-from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
 from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
 from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.freeze.drift import Drift
-from lightning_onebit.lightning.baseline import DenseExchange, time_dense_exchanges
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
+from lightning_onebit.lightning.dense_comparison import DenseComparison
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
-from lightning_onebit.lightning.outlook import dense_training
+from lightning_onebit.lightning.outlook import compression_ratio
 from lightning_onebit.lightning.process_groups import make_process_groups
-from lightning_onebit.lightning.report import FEWEST_ENDS, WORTH_SAYING, gain, report
 from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
-from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
 from lightning_onebit.quantize.reference import ReferenceKernels
-from lightning_onebit.quantize.tensor_sketch import WIDTH
-from lightning_onebit.refresh_schedule import COLLECTING_STEPS, SKETCH_STEPS, longest_interval
+from lightning_onebit.refresh_schedule import COLLECTING_STEPS
 
 REPLACED_TOO_LATE = (
     "The optimizer's state was reset or replaced in the compressed phase, while gradients of this rank were waiting for a"
@@ -110,12 +107,7 @@ class PhaseController:
         self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
         self._timeout: timedelta | None = None
-        self._switches: list[tuple[int, str]] = []
-        """Optimizer steps after which the compressed phase began in this run, and why."""
-        self._has_compared = False
-        """Whether the first compressed steps were compared with dense ones."""
-        self._dense_exchange: DenseExchange | None = None
-        """Timed where there are too few dense steps."""
+        self.comparison = DenseComparison(self.steps, self.comm_stats, strategy.config)
 
     @property
     def phase(self) -> Phase:
@@ -153,23 +145,11 @@ class PhaseController:
 
     @property
     def expected_compression_ratio(self) -> float:
-        """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters.
-
-        Refreshes and sketches count as often as they are late in a run.
-        """
+        """See :func:`~lightning_onebit.lightning.outlook.compression_ratio`, of the parameters that are trained."""
         trained = {p for p in self.names if p.requires_grad}
         compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
-        stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in trained - compressed)
-        config = self._strategy.config
-        sent: float = stay_dense
-        for p in compressed:
-            sent += encoded_nbytes(p.numel(), config.block_size)
-        for p in compressed & {p for o in self.optimizers.compressed if needs_warmup(o) for p in parameters_of(o)}:
-            sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
-            if config.renews_variance:
-                interval = longest_interval(config.variance_refresh)
-                sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
-        return FLOAT32_NBYTES * sum(p.numel() for p in trained | compressed) / max(1, sent)
+        with_second_moment = compressed & set(parameters_of(*filter(needs_warmup, self.optimizers.compressed)))
+        return compression_ratio(trained - compressed, compressed, with_second_moment, self._strategy.config)
 
     @property
     def options(self) -> dict[str, object]:
@@ -210,7 +190,7 @@ class PhaseController:
         with agreement(Communicator(), self._strategy.root_device, about="the second moments to be frozen"):
             for optimizer in self.optimizers.compressed:
                 check_second_moments(optimizer, self.names)
-        self._switches.append((self.optimizer_steps, reason))
+        self.comparison.note_switch(self.optimizer_steps, reason)
         self.enter_compressed_phase()
 
     def enter_compressed_phase(self) -> None:
@@ -573,9 +553,8 @@ class PhaseController:
         self.optimizers = CompressibleOptimizers()
         self._models.clear()
         self._agreed_after = None
-        self._switches.clear()
-        self._has_compared, self._dense_exchange = False, None
         self.comm_stats = CommStats()
+        self.comparison = DenseComparison(self.steps, self.comm_stats, self._strategy.config)
         self._set_phase(Phase.WARMUP)
 
     def release(self, *, after_failure: bool) -> None:
@@ -630,48 +609,11 @@ class PhaseController:
         self._agreed_after = self.optimizer_steps
 
     def compare_with_dense(self) -> None:
-        """Once, after the first compressed steps: warn if they are no faster than dense ones. Between a step and a backward.
-
-        Where too few dense steps were timed, dense exchanges are now, all ranks together. Which step it is follows from how
-        many steps were made, so it is the same on all ranks.
-        """
-        steps, strategy = self.steps, self._strategy
-        if self._has_compared or self.phase is Phase.WARMUP or len(steps.ends[Phase.COMPRESSED]) < FEWEST_ENDS:
-            return
-        self._has_compared = True
-        if strategy.world_size == 1 or self.hook_state is None:
-            return
-        # With several optimizers it is not known how often a step of the first one exchanges what.
-        if len(steps.ends[Phase.WARMUP]) < FEWEST_ENDS and len(steps.made) == 1:
-            self._dense_exchange = time_dense_exchanges(
-                [p for p in self.hook_state.local if p.requires_grad],
-                strategy.root_device,
-                self.comm_stats[Phase.WARMUP],
-                bucket_cap_mb=strategy.config.bucket_cap_mb,
-                precision=strategy.config.warmup_precision,
-            )
-        found = gain(steps.ends, steps.waits, self._dense_exchange, warmup=self._warmup)
-        # The quickest quarter counts: second moments are renewed more often in the first steps than later.
-        if found.quick_steps is not None and found.quick_steps < WORTH_SAYING:
-            rank_zero_warn(f"{type(strategy).__name__}: after the first {FEWEST_ENDS} compressed steps: {found.text}")
-
-    @property
-    def _warmup(self) -> str:
-        return dense_training(self._strategy.config.warmup_precision)
-
-    def report(self) -> str:
-        """See the strategies."""
-        # Skipped steps are counted, but not made: what was made and not counted was before.
-        earlier = max(0, sum(self.steps.made.values()) - self.comm_stats.steps)
-        return report(
-            self.comm_stats,
-            self.steps.ends,
-            self.steps.waits,
-            self._switches,
-            exchange=self._dense_exchange,
-            warmup=self._warmup,
-            earlier_steps=earlier,
-        )
+        """Warn, once, if the first compressed steps were no faster than dense ones. Collective, on the training thread."""
+        if self.comparison.is_due() and self._strategy.world_size > 1 and self.hook_state is not None:
+            gradients = [p for p in self.hook_state.local if p.requires_grad]
+            device, of = self._strategy.root_device, type(self._strategy).__name__
+            self.comparison.warn_if_no_faster(gradients, device, of=of)
 
     def broadcast_decision(self, decision: bool) -> bool:
         """Rank 0's decision, on all ranks. Collective."""

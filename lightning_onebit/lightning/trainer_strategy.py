@@ -273,7 +273,7 @@ class OneBitDDPStrategy(DDPStrategy):
 
         Of the run so far, or since it was resumed. Rank 0 prints it at the end of every ``fit``. Not collective.
         """
-        return self._phases.report()
+        return self._phases.comparison.report()
 
     def __repr__(self) -> str:
         return repr(self._phases)

@@ -21,7 +21,7 @@ from lightning_onebit import (
 )
 from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import MEBIBYTE
-from lightning_onebit.lightning import baseline, phase_controller
+from lightning_onebit.lightning import baseline, dense_comparison
 from lightning_onebit.lightning.report import step_time
 
 DENSE_STEPS = 12
@@ -131,7 +131,7 @@ def test_with_too_few_dense_steps_dense_exchanges_are_timed_and_nothing_else_cha
         slow = model(dense=0.01, compressed=0.02, first=0.5)
         trainer, recorder, _, advice = report_of(slow, criterion=criterion)
         assert exchange.calls == 4
-        monkeypatch.setattr(phase_controller, "time_dense_exchanges", lambda *_, **__: None)
+        monkeypatch.setattr(dense_comparison, "time_dense_exchanges", lambda *_, **__: None)
         without, other, _, _ = report_of(model(dense=0.0, compressed=0.0), criterion=criterion)
         assert same_params(recorder.params, other.params)
         numel = sum(p.numel() for p in slow.parameters())
