@@ -3,7 +3,7 @@
 import csv
 import importlib.util
 import math
-import time
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -14,7 +14,7 @@ from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, P
 from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import MEBIBYTE
 from lightning_onebit.consistency.agreement import RanksDisagree
-from lightning_onebit.lightning.callbacks import monitor_plot
+from lightning_onebit.lightning.callbacks import comm_monitor, monitor_plot
 
 FREEZE = 12
 PHASES = ("warmup", "compressed")
@@ -123,23 +123,27 @@ def test_rows_are_lightnings_own_and_tell_what_was_sent_received_and_hidden_by_p
             assert each["onebit/all_ranks/longest_wait_seconds"] == pytest.approx(longest)
 
 
-def test_seconds_belong_to_the_phase_of_their_step(tmp_path):
-    """Whichever callback comes first, and although one entry covers both phases."""
+def test_seconds_belong_to_the_phase_of_their_step(tmp_path, monkeypatch):
+    """Whichever callback comes first, and although one entry covers both phases. By a clock that training steps move."""
+    now = 0.0
 
-    class Sleeps(Classifier):
+    class Takes(Classifier):
         def training_step(self, batch, batch_idx):
-            time.sleep(0.2 if self.trainer.strategy.phase is Phase.WARMUP else 0.0)
+            nonlocal now
+            now += 4.0 if self.trainer.strategy.phase is Phase.WARMUP else 1.0
             return super().training_step(batch, batch_idx)
 
     def fn(rank):
+        monkeypatch.setattr(comm_monitor, "time", SimpleNamespace(perf_counter=lambda: now))
         logger = Rows(tmp_path / str(rank))
-        fit("onebit_ddp", 2, callbacks=[CommMonitor(), PhaseSwitch(FixedStep(3))], model=Sleeps(), logger=logger)
+        fit("onebit_ddp", 2, callbacks=[CommMonitor(), PhaseSwitch(FixedStep(3))], model=Takes(), logger=logger)
         return ours(logger.rows)
 
     for rows in run_trainers(2, fn):
         ((_, metrics),) = rows
         assert metrics["onebit/warmup/total_steps"] == 3
-        assert metrics["onebit/warmup/total_seconds"] > 0.6 > metrics["onebit/compressed/total_seconds"] > 0
+        assert metrics["onebit/warmup/total_seconds"] == 3 * 4.0
+        assert metrics["onebit/compressed/total_seconds"] == metrics["onebit/compressed/total_steps"] > 0
 
 
 def test_totals_go_on_after_a_resume(tmp_path):
