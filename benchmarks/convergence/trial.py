@@ -412,11 +412,13 @@ def simulate(workload: Workload, name: str, seed: int, *, ranks: int = 4, steps:
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
-    """A table per workload and number of ranks."""
+    """A table per workload and number of ranks, where there is an Adam to compare with."""
     parts = []
     for workload, ranks, steps in sorted({(line["workload"], line["ranks"], line["steps"]) for line in lines}):
         here = [line for line in lines if (line["workload"], line["ranks"], line["steps"]) == (workload, ranks, steps)]
         adam = {line["seed"]: line["loss"] for line in here if line["arm"] == "adam"}
+        if not adam:
+            continue
         rows = []
         for arm in dict.fromkeys(line["arm"] for line in here):
             own = [line for line in here if line["arm"] == arm and line["seed"] in adam]
