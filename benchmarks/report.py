@@ -105,9 +105,10 @@ def size(nbytes: float) -> str:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Write JSON; dataclasses inside become objects."""
+    """Write JSON; dataclasses inside become objects, and what is infinite or NaN, for which JSON has no number, null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, default=asdict) + "\n", encoding="utf-8")
+    plain = json.loads(json.dumps(results, default=asdict), parse_constant=lambda _: None)
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {path}")
 
 
