@@ -29,16 +29,12 @@ class DenseComparison:
     def __init__(self, steps: OptimizerSteps, stats: CommStats, config: CompressionConfig) -> None:
         self._steps, self._stats, self._config = steps, stats, config
         self._warmup = dense_training(config.warmup_precision)
-        self._switches: list[tuple[int, str]] = []
-        """Optimizer steps after which the compressed phase began, and why."""
+        self.switches: list[tuple[int, str]] = []
+        """Optimizer steps after which the compressed phase began, and why; to be appended to."""
         self._is_done = False
         """Whether the first compressed steps were compared."""
         self._dense_exchange: DenseExchange | None = None
         """Timed where there are too few dense steps."""
-
-    def note_switch(self, step: int, reason: str) -> None:
-        """The compressed phase begins after optimizer step ``step``."""
-        self._switches.append((step, reason))
 
     def is_due(self) -> bool:
         """Whether the first compressed steps are to be compared now; once only. Alike on all ranks.
@@ -82,7 +78,7 @@ class DenseComparison:
             self._stats,
             self._steps.ends,
             self._steps.waits,
-            self._switches,
+            self.switches,
             exchange=self._dense_exchange,
             warmup=self._warmup,
             earlier_steps=earlier,

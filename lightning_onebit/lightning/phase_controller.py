@@ -190,7 +190,7 @@ class PhaseController:
         with agreement(Communicator(), self._strategy.root_device, about="the second moments to be frozen"):
             for optimizer in self.optimizers.compressed:
                 check_second_moments(optimizer, self.names)
-        self.comparison.note_switch(self.optimizer_steps, reason)
+        self.comparison.switches.append((self.optimizer_steps, reason))
         self.enter_compressed_phase()
 
     def enter_compressed_phase(self) -> None:
