@@ -58,8 +58,8 @@ def further() -> Iterator[Setting]:
             yield Setting(workload=workload, method=method, seed=seed, beta2=0.95)
         for method, lr_end in itertools.product(("adam", "renewed", "frozen15"), (0.0, 1.0)):
             yield Setting(workload=workload, method=method, seed=seed, lr_end=lr_end)
-    for method in ("adam", "renewed", "exact", "frozen15"):
-        yield Setting(workload="vit", method=method, seed=0, steps=5000)
+    for method, seed in (*itertools.product(("adam", "renewed"), (0, 1)), ("exact", 0), ("frozen15", 0)):
+        yield Setting(workload="vit", method=method, seed=seed, steps=5000)
 
 
 def warmups() -> Iterator[Setting]:
