@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
-from lightning_onebit.refresh_schedule import is_refresh_due
+from lightning_onebit.refresh_schedule import SKETCH_STEPS, is_refresh_due
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from gpt_stdlib import GPT
@@ -53,7 +53,9 @@ TABLE_NOTES = (
     "sent: by one node per step, mean over the nodes, as counted on its link with TCP, IP and Ethernet headers;"
     " on loopback payload only: the strategy's own count, or what the algorithm sends",
     f"by default, a run that switches at step {SWITCH} renews its second moment"
-    f" {sum(is_refresh_due(step, 'auto') for step in range(SWITCH + 1, RUN + 1))} times until step {RUN}",
+    f" {sum(is_refresh_due(step, 'auto') for step in range(SWITCH + 1, RUN + 1))} times until step {RUN}, and sketches"
+    f" gradients {SKETCH_STEPS + RUN // SKETCH_STEPS - (SWITCH + SKETCH_STEPS) // SKETCH_STEPS} times: in"
+    f" {SKETCH_STEPS} steps, then in one in {SKETCH_STEPS}",
 )
 
 

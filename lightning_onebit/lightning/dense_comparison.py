@@ -36,18 +36,14 @@ class DenseComparison:
         self._dense_exchange: DenseExchange | None = None
         """Timed where there are too few dense steps."""
 
+    @property
     def is_due(self) -> bool:
-        """Whether the first compressed steps are to be compared now; once only. Alike on all ranks.
-
-        It follows from how many steps were made.
-        """
-        if self._is_done or self._steps.phase is Phase.WARMUP:
-            return False
-        self._is_done = len(self._steps.ends[Phase.COMPRESSED]) >= FEWEST_ENDS
-        return self._is_done
+        """Whether the first compressed steps were made, and not compared yet. Alike on all ranks: steps are counted."""
+        is_compressed = self._steps.phase is Phase.COMPRESSED
+        return is_compressed and not self._is_done and len(self._steps.ends[Phase.COMPRESSED]) >= FEWEST_ENDS
 
     def warn_if_no_faster(self, gradients: Iterable[Tensor], device: torch.device, *, of: str) -> None:
-        """Warn if compressed steps are no faster than dense ones. Collective, on the training thread.
+        """Warn if compressed steps are no faster than dense ones; that is done then. Collective, on the training thread.
 
         Where too few dense steps were timed, dense exchanges are now, all ranks together.
 
@@ -56,6 +52,7 @@ class DenseComparison:
             device: where they are.
             of: who warns.
         """
+        self._is_done = True
         # With several optimizers it is not known how often a step of the first one exchanges what.
         if len(self._steps.ends[Phase.WARMUP]) < FEWEST_ENDS and len(self._steps.made) == 1:
             self._dense_exchange = time_dense_exchanges(

@@ -1,4 +1,4 @@
-"""What a run says of its warm-up: at the start what will happen, at the end why it was never over."""
+"""What a run says of its warm-up: at the start what will happen and save, at the end why it was never over."""
 
 from __future__ import annotations
 

@@ -610,7 +610,7 @@ class PhaseController:
 
     def compare_with_dense(self) -> None:
         """Warn, once, if the first compressed steps were no faster than dense ones. Collective, on the training thread."""
-        if self.comparison.is_due() and self._strategy.world_size > 1 and self.hook_state is not None:
+        if self.comparison.is_due and self._strategy.world_size > 1 and self.hook_state is not None:
             gradients = [p for p in self.hook_state.local if p.requires_grad]
             device, of = self._strategy.root_device, type(self._strategy).__name__
             self.comparison.warn_if_no_faster(gradients, device, of=of)

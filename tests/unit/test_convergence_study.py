@@ -18,6 +18,7 @@ from benchmarks.convergence import report, trial
 from benchmarks.convergence.methods import BY_WARMUP, CORE, FURTHER, METHODS, patches
 from benchmarks.convergence.training import Setting, train
 from benchmarks.convergence.workloads import WORKLOADS
+from benchmarks.report import save
 from lightning_onebit.refresh_schedule import is_refresh_due
 
 
@@ -176,6 +177,16 @@ def test_differences_are_paired_by_seed_and_in_units_of_adams_spread(tmp_path):
     assert (tmp_path / "r.png").exists()
 
 
+def test_json_has_null_for_what_is_no_number(tmp_path):
+    save(
+        tmp_path / "r.json",
+        {"loss": math.nan, "seeds": [math.inf, 1.5], "setting": Setting(workload="vit", method="adam", seed=0)},
+    )
+    text = (tmp_path / "r.json").read_text()
+    saved = json.loads(text, parse_constant=pytest.fail)
+    assert (saved["loss"], saved["seeds"], saved["setting"]["method"]) == (None, [None, 1.5], "adam")
+
+
 def test_sets_hold_what_they_say():
     assert len(list(command.core())) == 11 * 5 * 3
     further = list(command.further())
@@ -244,7 +255,9 @@ def test_the_trials_table_pairs_by_seed():
     scatter = [[70, "v_i", 0.8, 0.9, 1.0, 1.1, 1.2, 0.5], [70, "D", 0.6, 0.7, 0.8, 0.9, 1.0, 0.4]]
     line = {"workload": "cnn", "ranks": 4, "steps": 300, "speed": [1.1], "scatter": scatter, "bits": 3.0}
     losses = [("adam", 0, 1.0), ("adam", 1, 2.0), ("renewed20", 1, 2.5), ("renewed20", 0, 1.25)]
-    text = trial.summary([{**line, "arm": arm, "seed": seed, "loss": loss} for arm, seed, loss in losses])
+    alone = {**line, "workload": "vit", "arm": "renewed20", "seed": 0, "loss": 1.0}  # without an Adam to compare with
+    text = trial.summary([alone, *({**line, "arm": arm, "seed": seed, "loss": loss} for arm, seed, loss in losses)])
+    assert "vit" not in text
     assert "+0.3750 | +0.5000 +0.2500" in text
     assert "0.70 0.80 0.90" in text  # D, then v_i
     assert "0.90 1.00 1.10" in text
