@@ -44,16 +44,17 @@ def core() -> Iterator[Setting]:
 
 
 def further() -> Iterator[Setting]:
-    """On two workloads: other methods; the default with more ranks, another beta2, other learning rates; a long run."""
+    """On two workloads: other methods, all of them with other learning rates, too; the default with more ranks, another beta2,
+    other decays; a long run."""
     for seed, workload in itertools.product(SEEDS, TWO):
         for method in FURTHER:
             if seed == SEEDS[0] or method not in ONE_SEED:
                 yield Setting(workload=workload, method=method, seed=seed)
-        for method in ("adam", "renewed"):
-            for ranks in (16, 32):
-                yield Setting(workload=workload, method=method, seed=seed, ranks=ranks)
-            for lr_scale in (0.5, 2.0):
+        for method, lr_scale in itertools.product((*CORE, *FURTHER), (0.5, 2.0)):
+            if method not in ONE_SEED:
                 yield Setting(workload=workload, method=method, seed=seed, lr_scale=lr_scale)
+        for method, ranks in itertools.product(("adam", "renewed"), (16, 32)):
+            yield Setting(workload=workload, method=method, seed=seed, ranks=ranks)
         for method in ("adam", "renewed", "exact"):
             yield Setting(workload=workload, method=method, seed=seed, beta2=0.95)
         for method, lr_end in itertools.product(("adam", "renewed", "frozen15"), (0.0, 1.0)):

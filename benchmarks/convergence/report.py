@@ -27,14 +27,10 @@ def write_report(lines: Sequence[Line], results: Path) -> str:
     diverged = [line for line in lines if line["loss"] is None]
     lines = [line for line in lines if line["loss"] is not None]
     for line in diverged:
-        parts.append(f"Diverged: {line['workload']}, {line['method']}, seed {line['seed']}, at step {line['diverged_at']}.")
-    for (ranks, steps, beta2, lr_scale, lr_end), group in _groups(lines).items():
-        changes = [f"{ranks} ranks"]
-        changes += [f"{steps} steps"] if steps is not None else []
-        changes += [f"beta2 {beta2}"] if beta2 is not None else []
-        changes += [f"learning rate x {lr_scale:g}"] if lr_scale != 1 else []
-        changes += [f"learning rate falls to {lr_end:g} of the largest"] if lr_end is not None else []
-        parts.append(f"## {', '.join(changes)}\n\n{_summary(group)}\n\n{_details(group)}")
+        where = f"{line['workload']}, {line['method']}, seed {line['seed']}"
+        parts.append(f"Diverged: {where}, {_words(*_setting(line))}, at step {line['diverged_at']}.")
+    for setting, group in _groups(lines).items():
+        parts.append(f"## {_words(*setting)}\n\n{_summary(group)}\n\n{_details(group)}")
     parts.append(f"## Each method at its own best learning rate\n\n{_at_own_best(lines)}")
     parts.append(f"## Length of the warm-up\n\n{_by_warmup(next(iter(_groups(lines).values())))}")
     text = "\n\n".join(parts) + "\n"
@@ -60,9 +56,23 @@ def _groups(lines: Sequence[Line]) -> dict[tuple[Any, ...], list[Line]]:
         usual[line["workload"]] = min(line["steps"], usual.get(line["workload"], line["steps"]))
     groups = defaultdict(list)
     for line in lines:
-        steps = line["steps"] if line["steps"] != usual[line["workload"]] else None
-        groups[line["ranks"], steps, line["beta2"], line["lr_scale"], line.get("lr_end")].append(line)
+        groups[_setting(line, usual[line["workload"]])].append(line)
     return dict(sorted(groups.items(), key=lambda item: (len(item[1]) * -1, str(item[0]))))
+
+
+def _setting(line: Line, usual_steps: int | None = None) -> tuple[Any, ...]:
+    """Ranks, steps if they are not as usual, beta2, and what is done to the learning rate."""
+    steps = line["steps"] if line["steps"] != usual_steps else None
+    return line["ranks"], steps, line["beta2"], line["lr_scale"], line.get("lr_end")
+
+
+def _words(ranks: int, steps: int | None, beta2: float | None, lr_scale: float, lr_end: float | None) -> str:
+    changes = [f"{ranks} ranks"]
+    changes += [f"{steps} steps"] if steps is not None else []
+    changes += [f"beta2 {beta2}"] if beta2 is not None else []
+    changes += [f"learning rate x {lr_scale:g}"] if lr_scale != 1 else []
+    changes += [f"learning rate falls to {lr_end:g} of the largest"] if lr_end is not None else []
+    return ", ".join(changes)
 
 
 def _by_seed(group: Sequence[Line], workload: str, method: str) -> dict[int, Line]:
@@ -134,7 +144,7 @@ def _at_own_best(lines: Sequence[Line]) -> str:
                 losses[line["workload"], line["method"], lr_scale].append(line["loss"])
     rows = []
     for workload in _names(lines, "workload"):
-        for method in CORE:
+        for method in METHODS:
             means = {s: statistics.mean(each) for s in scales if len(each := losses[workload, method, s]) >= 3}
             if len(means) > 1:
                 best = min(means, key=lambda scale: means[scale])

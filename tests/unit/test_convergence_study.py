@@ -1,6 +1,7 @@
 """The study's own arithmetic: what its numbers mean. Its results are those of a run by hand, not of these tests."""
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -84,7 +85,7 @@ def test_a_training_without_an_end_is_told_and_in_no_mean(tmp_path, monkeypatch)
     assert 28 <= diverged["diverged_at"] <= 31  # ranks are threads, and compute their gradients in turn
     assert diverged["curve"][-1][0] <= diverged["diverged_at"]
     text = report.write_report([adam, {**line, **diverged}], tmp_path / "r.jsonl")
-    assert f"Diverged: table, renewed, seed 0, at step {diverged['diverged_at']}." in text
+    assert f"Diverged: table, renewed, seed 0, 4 ranks, 40 steps, at step {diverged['diverged_at']}." in text
     assert "| table | renewed" not in " ".join(text.split())
 
 
@@ -120,6 +121,7 @@ def test_each_method_is_shown_at_its_own_best_learning_rate(tmp_path):
     setting = {"workload": "cnn", "ranks": 4, "steps": 300, "beta2": None, "seconds": 1.0, "seed": 0}
     numbers = {"bytes": 1, "ddp_bytes": 30, "speed": [1.0], "scatter": [[1.0] * 5], "ranks_equal": True}
     losses = {("adam", 1.0): 1.0, ("adam", 2.0): 2.0, ("renewed", 1.0): 3.0, ("renewed", 2.0): 2.5}
+    losses |= {("bf16", 1.0): 5.0, ("bf16", 2.0): 4.5}
     lines = [
         {
             **setting,
@@ -136,7 +138,11 @@ def test_each_method_is_shown_at_its_own_best_learning_rate(tmp_path):
     another = [{**line, "lr_end": 1.0, "loss": line["seed"]} for line in lines]  # decays otherwise: in no row of this table
     text = report.write_report(lines + another, tmp_path / "r.jsonl").split("own best learning rate")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| cnn")]
-    assert rows == [["cnn", "adam", "2.0000 <", "3.0000"], ["cnn", "renewed", "4.0000", "3.5000 <"]]
+    assert rows == [
+        ["cnn", "adam", "2.0000 <", "3.0000"],
+        ["cnn", "renewed", "4.0000", "3.5000 <"],
+        ["cnn", "bf16", "6.0000", "5.5000 <"],
+    ]
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -192,7 +198,13 @@ def test_sets_hold_what_they_say():
     further = list(command.further())
     assert {setting.ranks for setting in further} == {4, 16, 32}
     assert {setting.lr_end for setting in further} == {None, 0.0, 1.0}
-    assert {setting.method for setting in further} == {*CORE, *FURTHER} - {"powersgd2"}
+    assert {setting.method for setting in further} == {*CORE, *FURTHER}
+    rates = {(setting.method, setting.lr_scale, setting.workload, setting.seed) for setting in further}
+    with_a_spread = {*CORE, *FURTHER} - {*command.ONE_SEED}
+    for method, lr_scale in itertools.product(with_a_spread, (0.5, 2.0)):
+        assert {place[2:] for place in rates if place[:2] == (method, lr_scale)} == {
+            *itertools.product(command.TWO, (0, 1, 2))
+        }
     for setting in further:  # an Adam with the same seed and setting is there, or in the core
         adam = replace(setting, method="adam")
         assert adam in further or adam in command.core(), setting
