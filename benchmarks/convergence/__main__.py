@@ -44,8 +44,8 @@ def core() -> Iterator[Setting]:
 
 
 def further() -> Iterator[Setting]:
-    """On two workloads: other methods, all of them with other learning rates, too; the default with more ranks, another beta2,
-    other decays; a long run."""
+    """On two workloads: other methods, all of them with other learning rates, too; the default with more ranks, another
+    beta2, other decays; a long run."""
     for seed, workload in itertools.product(SEEDS, TWO):
         for method in FURTHER:
             if seed == SEEDS[0] or method not in ONE_SEED:
