@@ -72,6 +72,9 @@ def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torc
 
     On a GPU that is Triton's, or plain torch where Triton is not installed, or does not compute there what the reference
     does, which it warns of; which one it is, its ``name`` tells.
+
+    Raises:
+        torch.OutOfMemoryError: if the GPU has no room to compare Triton's kernels with the reference.
     """
     settings: dict[str, Any] = {"scale": config.scale, "space": config.space}
     if device.type == "cpu" and sys.byteorder == "little":
@@ -83,6 +86,8 @@ def make_kernels(config: CompressionConfig, *, device: torch.device, dtype: torc
 
             check_kernels(device)
             return TritonKernels(**settings)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             warnings.warn(
                 f"The Triton kernels do not work here, so this GPU runs plain torch, which takes longer: {error} HINT:"

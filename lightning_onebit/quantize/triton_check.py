@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,16 +38,29 @@ def check_kernels(device: torch.device) -> None:
 
     Raises:
         KernelMismatchError: names the kernel, and what is different. At each call, not only at the first one.
+        torch.OutOfMemoryError: if there is no room for the comparison, of which nothing is known then.
     """
     if device not in _checked:
-        _checked[device] = None
         try:
             _compare_all(device)
         except KernelMismatchError as error:
             _checked[device] = error
+        else:
+            _checked[device] = None
     verdict = _checked[device]
     if verdict is not None:
         raise verdict
+
+
+@contextmanager
+def _running(kernel: str, device: torch.device) -> Iterator[None]:
+    """What fails within is a failure of ``kernel``, unless memory has run out, for which no kernel is to blame."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise KernelMismatchError(f"Triton's kernel '{kernel}' fails on {device}: {error!r}") from error
 
 
 def _compare_all(device: torch.device) -> None:
@@ -52,7 +68,7 @@ def _compare_all(device: torch.device) -> None:
     expected_memory, expected_step = _bucket(CPU), _step(CPU)
     pairs = ((TritonKernels(), memory, step), (ReferenceKernels(), expected_memory, expected_step))
     for name in ("encode", "serve", "apply"):
-        try:
+        with _running(name, device):
             for kernels, each_memory, each_step in pairs:
                 if name == "encode":
                     kernels.encode_(each_memory, 0, each_step, commit=False)
@@ -61,8 +77,6 @@ def _compare_all(device: torch.device) -> None:
                 else:
                     each_memory.turn_results_()
                     kernels.apply_(each_memory, 0, each_step, commit=True)
-        except Exception as error:
-            raise KernelMismatchError(f"Triton's kernel '{name}' fails on {device}: {error!r}") from error
         for (what, one), other in zip(
             _written(memory, step).items(), _written(expected_memory, expected_step).values(), strict=True
         ):
@@ -81,7 +95,7 @@ def _compare_variance(device: torch.device) -> None:
     correction = np.linspace(1.0, 2.0, len(NUMELS))
     numbers = RefreshNumbers(correction, np.linspace(0.8, 0.9, len(NUMELS)), np.full(len(NUMELS), 1e-8))
     for name in ("encode", "encode_variance", "serve_variance", "apply_variance"):
-        try:
+        with _running(name, device):
             for kernels, memory, step, messages in pairs:
                 if name == "encode":
                     kernels.encode_(memory, 0, step, commit=True)
@@ -94,8 +108,6 @@ def _compare_variance(device: torch.device) -> None:
                     messages.result.copy_(messages.sent)
                     messages.result[: messages.wire.chunk_nbytes] = messages.served
                     kernels.apply_variance_(memory, messages, numbers)
-        except Exception as error:
-            raise KernelMismatchError(f"Triton's kernel '{name}' fails on {device}: {error!r}") from error
         (_, memory, _, messages), (_, expected, _, expected_messages) = pairs
         for what in ("error", "second_moment", "second_moment_residual", "rms_code", "rms_scale"):
             _compare(name, what, getattr(memory, what), getattr(expected, what), device)
@@ -106,13 +118,11 @@ def _compare_variance(device: torch.device) -> None:
 def _compare_sketches(device: torch.device) -> None:
     """Sketches of tensors: equal bit for bit, but for sums of squares, which are of float64."""
     sketches = []
-    try:
+    with _running("sketch_tensors", device):
         for kernels, where in ((TritonKernels(), device), (ReferenceKernels(), CPU)):
             sketch = TensorSketch(1, range(len(NUMELS)), NUMELS, dtype=torch.int64, device=where)
             kernels.sketch_tensors_(_bucket(where, renews=True), 0, _step(where), sketch)
             sketches.append(sketch)
-    except Exception as error:
-        raise KernelMismatchError(f"Triton's kernel 'sketch_tensors' fails on {device}: {error!r}") from error
     one, other = sketches
     _compare("sketch_tensors", "a sketch", one.values.flatten(), other.values.flatten(), device)
     _compare("sketch_tensors", "a count", one.sums[2:].flatten(), other.sums[2:].flatten(), device)
@@ -127,18 +137,15 @@ def _compare_gradients(memory: BucketMemory, step: StepInputs, expected_step: St
     draws, expected_draws = (draw_sketch(0, **sizes, device=each) for each in (device, CPU))
     partial = torch.zeros(2, SKETCH_NUMEL, device=device)
     first_places = np.cumsum([0, *NUMELS[:-1]])
-    name = "gather"
-    try:
+    total = torch.empty(SKETCH_NUMEL, device=device)
+    with _running("gather", device):
         gather_(flat, memory, step, 0.37)
-        name = "sketch"
+    with _running("sketch", device):
         sketch_(partial, memory, step, draws, first_places)
-        name = "add_parts"
-        total = torch.empty(SKETCH_NUMEL, device=device)
+    with _running("add_parts", device):
         add_parts_(total, partial, memory)
-        name = "scale"
+    with _running("scale", device):
         scale_(memory, step, factor.to(device))
-    except Exception as error:
-        raise KernelMismatchError(f"Triton's kernel '{name}' fails on {device}: {error!r}") from error
     _compare("gather", "the gradient", flat, gradient * factor, device)
     # The sketch was made of gradients as they were before they were scaled.
     _compare("sketch", "the sketch", partial.sum(dim=0), _sketch(expected_step, expected_draws), device, SKETCH_TOLERANCE)

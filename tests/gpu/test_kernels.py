@@ -686,6 +686,24 @@ def test_a_triton_that_computes_something_else_is_not_used_and_it_is_said(unchec
     assert kernels.name == "reference"
 
 
+def test_a_check_that_found_no_memory_decides_nothing(unchecked, monkeypatch):
+    """Neither that Triton is wrong here, nor, the next time, that it is right."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_check, "check_kernels", lambda device, check=triton_check.check_kernels: check(DEVICE))
+    for place, name in ((triton_kernels.TritonKernels, "serve_"), (triton_check, "_bucket")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            for _ in range(2):
+                with pytest.raises(torch.OutOfMemoryError):
+                    make_kernels(CompressionConfig(), device=torch.device("cuda"), dtype=torch.float32)
+    monkeypatch.setattr(triton_kernels, "_serve_kernel", NoKernel("serve"))
+    with pytest.warns(UserWarning, match="'serve' differs from the reference"):
+        assert make_kernels(CompressionConfig(), device=torch.device("cuda"), dtype=torch.float32).name == "reference"
+
+
 def test_the_kernels_are_used_where_they_pass(monkeypatch):
     monkeypatch.setattr(triton_check, "check_kernels", lambda device: None)
     kernels = make_kernels(CompressionConfig(scale="l1"), device=torch.device("cuda"), dtype=torch.float32)
