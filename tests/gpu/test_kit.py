@@ -40,7 +40,7 @@ def test_parts_pass_in_the_interpreter():
     )
     assert code == 0, errors
     assert parts["trainer"]["result"]["kernels"] == ["triton"]
-    assert set(parts["step"]["result"]["launches"].values()) == {parts["step"]["result"]["buckets"]}
+    assert set(parts["step"]["result"]["launches"].values()) == {parts["step"]["result"]["buckets"]} == {2}
 
 
 def test_a_missing_package_is_named_and_the_part_skipped(tmp_path):
@@ -61,6 +61,8 @@ def test_a_part_that_hangs_or_dies_fails_alone(monkeypatch, tmp_path):
         "time.sleep(60)"
     )
     assert gpu.run_apart("check", 5.0, interpret=False) == {"status": "failed", "why": "not done within 5 s"}
+    script.write_text("print('{\"status\": \"passed\"}')\nprint('a warning at exit')")
+    assert gpu.run_apart("check", 30.0, interpret=False) == {"status": "passed"}
     script.write_text("import os, sys\nprint('the reason', file=sys.stderr, flush=True)\nos.abort()")
     outcome = gpu.run_apart("check", 30.0, interpret=False)
     assert outcome["status"] == "failed"
