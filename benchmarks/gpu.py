@@ -470,6 +470,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     import torch
 
     from lightning_onebit.coefficients import RefreshNumbers
+    from lightning_onebit.engine.clipping import sketch_programs
     from lightning_onebit.quantize.tensor_sketch import TensorSketch
     from lightning_onebit.quantize.triton import TritonKernels
     from lightning_onebit.quantize.triton_gradients import draw_sketch, gather_, scale_, sketch_
@@ -478,7 +479,7 @@ def calls(numels: list[int], device: Any) -> dict[str, tuple[int, Callable[[], N
     kernels, numel = TritonKernels(), sum(numels)
     flat, one = torch.zeros(memory.layout.flat_numel, device=device), torch.ones((), device=device)
     draws = draw_sketch(0, total_numel=numel, numel=16384, rows_per_draw=256, device=device)
-    partial = torch.zeros(4 * torch.cuda.get_device_properties(device).multi_processor_count, 16384, device=device)
+    partial = torch.zeros(sketch_programs(device), 16384, device=device)
     places = np.cumsum([0, *numels[:-1]])
     tensor, chunk_tensor = 4 * numel, 4 * len(memory.server_error)
     messages, message = memory.layout.message_nbytes, memory.layout.chunk_nbytes

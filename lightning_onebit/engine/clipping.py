@@ -27,14 +27,21 @@ SMALLEST_SKETCH_NUMEL = 4096
 ELEMENTS_PER_BUCKET = 1024
 """Of a model between, one float of the sketch for so many elements: 1/32 of the bytes of their signs."""
 MOST_ROWS_PER_DRAW = 256
-PROGRAMS = 128
-"""Of a kernel that sketches a bucket, each with a sketch of its own: 8 MiB of the largest ones."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Of a kernel that sketches a bucket. Each works on one block after the other, and only others can hide how long it
+waits for memory. Each has a sketch of its own, 64 KiB of the largest ones. Chosen from that, not measured."""
 
 
 def sketch_numel(numel: int) -> int:
     """Size of a sketch for ``numel`` elements: a power of two, from 4096 (1.1% deviation of the norm) to 16384 (0.6%)."""
     wanted = 1 << max(0, (numel // ELEMENTS_PER_BUCKET).bit_length() - 1)
     return min(max(wanted, SMALLEST_SKETCH_NUMEL), SKETCH_NUMEL)
+
+
+def sketch_programs(device: torch.device) -> int:
+    """How many programs sketch a bucket at a time on ``device``; a few where kernels are interpreted."""
+    on_gpu = device.type == "cuda"
+    return PROGRAMS_PER_MULTIPROCESSOR * (torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1)
 
 
 class NormSketch:
@@ -119,11 +126,23 @@ def _norm(sketch: Tensor) -> Tensor:
     return torch.linalg.vector_norm(sketch, dtype=torch.float64).float()
 
 
+def norm_of_buckets(all_buckets: Sequence[Buckets], communicator: Communicator, *, seed: int) -> Tensor:
+    """The norm of the mean of the local gradients, 0-d, the same on all ranks, without a wait for the device. Collective.
+
+    In one launch per bucket, with the same random numbers as :class:`NormSketch`.
+
+    Args:
+        all_buckets: of one optimizer, all with device kernels.
+        communicator: the ranks.
+        seed: of the sketch, the same on all ranks.
+    """
+    return _sketched_norm(all_buckets, [_gradients_of(buckets) for buckets in all_buckets], communicator, seed)
+
+
 def clip_buckets_(all_buckets: Sequence[Buckets], communicator: Communicator, max_norm: float, *, seed: int) -> Tensor:
     """Scale the local gradients so that the norm of their mean is at most ``max_norm``, without a wait for the device.
 
-    In two launches per bucket, with the same random numbers as :class:`NormSketch`: one adds it to the sketch, one scales
-    it. Collective.
+    In one more launch per bucket than :func:`norm_of_buckets`. Collective.
 
     Args:
         all_buckets: of one optimizer, all with device kernels; gradients of their parameters are scaled in place.
@@ -134,14 +153,31 @@ def clip_buckets_(all_buckets: Sequence[Buckets], communicator: Communicator, ma
     Returns:
         The norm before clipping, 0-d, the same on all ranks.
     """
+    steps = [_gradients_of(buckets) for buckets in all_buckets]
+    norm = _sketched_norm(all_buckets, steps, communicator, seed)
+    # As torch. A norm that is not finite must not make NaN of all gradients, and hide where it came from.
+    coefficient = (max_norm / (norm.nan_to_num(nan=torch.inf, posinf=torch.inf) + 1e-6)).clamp(max=1.0)
+    for buckets, step in zip(all_buckets, steps, strict=True):
+        assert buckets.device_kernels is not None
+        for memory in buckets.memories:
+            buckets.device_kernels.scale_(memory, step, coefficient)
+        for p, gradient in zip(buckets.params, step.gradients, strict=True):
+            if p.grad is not None and gradient is not None and gradient.data_ptr() != p.grad.data_ptr():
+                p.grad.copy_(unflatten_like(gradient, p))  # it had other strides than its parameter
+    return norm
+
+
+def _sketched_norm(
+    all_buckets: Sequence[Buckets], steps: Sequence[StepInputs], communicator: Communicator, seed: int
+) -> Tensor:
     params = parameters_of(all_buckets[0].optimizer)
-    total_numel = sum(p.numel() for p in params)
-    k, device = sketch_numel(total_numel), all_buckets[0].device
+    total_numel, device = sum(p.numel() for p in params), all_buckets[0].device
+    k = sketch_numel(total_numel)
     place_of = dict(zip(params, np.cumsum([0, *(p.numel() for p in params)]).tolist(), strict=False))
-    partial = torch.zeros(PROGRAMS, k, dtype=torch.float32, device=device)
-    steps, draws = [], None
-    for buckets in all_buckets:
-        kernels, step = buckets.device_kernels, _gradients_of(buckets)
+    partial = torch.zeros(sketch_programs(device), k, dtype=torch.float32, device=device)
+    draws = None
+    for buckets, step in zip(all_buckets, steps, strict=True):
+        kernels = buckets.device_kernels
         assert kernels is not None
         if draws is None:
             rows = min(k // 2, MOST_ROWS_PER_DRAW)
@@ -149,20 +185,10 @@ def clip_buckets_(all_buckets: Sequence[Buckets], communicator: Communicator, ma
         places = np.array([place_of[p] for p in buckets.params], dtype=np.int64)
         for memory in buckets.memories:
             kernels.sketch_(partial, memory, step, draws, places)
-        steps.append((buckets, kernels, step))
     sketch = partial.sum(dim=0)
     with communicator.counters.counting_sketches():
         communicator.all_reduce_mean_(sketch)
-    norm = _norm(sketch)
-    # As torch. A norm that is not finite must not make NaN of all gradients, and hide where it came from.
-    coefficient = (max_norm / (norm.nan_to_num(nan=torch.inf, posinf=torch.inf) + 1e-6)).clamp(max=1.0)
-    for buckets, kernels, step in steps:
-        for memory in buckets.memories:
-            kernels.scale_(memory, step, coefficient)
-        for p, gradient in zip(buckets.params, step.gradients, strict=True):
-            if p.grad is not None and gradient is not None and gradient.data_ptr() != p.grad.data_ptr():
-                p.grad.copy_(unflatten_like(gradient, p))  # it had other strides than its parameter
-    return norm
+    return _norm(sketch)
 
 
 def _gradients_of(buckets: Buckets) -> StepInputs:

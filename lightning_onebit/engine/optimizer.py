@@ -35,7 +35,7 @@ from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.consistency.step import Outcome, StepAgreement
 from lightning_onebit.engine.buckets import Buckets
-from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, sketch_numel
+from lightning_onebit.engine.clipping import NormSketch, clip_buckets_, norm_of_buckets, sketch_numel
 from lightning_onebit.engine.compressed_state import CompressedState
 from lightning_onebit.engine.frozen_state import FrozenState
 from lightning_onebit.engine.parameter_set import ParameterSet
@@ -486,6 +486,8 @@ class CompressedOptimizer:
         params = parameters_of(self.optimizer)
         if self.communicator.world_size == 1:
             return get_total_norm([p.grad for p in params if p.grad is not None])
+        if self._waits_last:
+            return norm_of_buckets([each.buckets for each in self._sets], self.communicator, seed=self._steps)
         # The step is the seed: a resumed run draws the same.
         sketch = NormSketch(seed=self._steps, device=self._device, numel=sketch_numel(sum(p.numel() for p in params)))
         sketch.add_([p.grad for p in params], [p.numel() for p in params])

@@ -95,7 +95,7 @@ class BucketTables:
         """The same memory, read as int64."""
         self._sent: NDArray[np.int64] | None = None
         self._step: weakref.ref[StepInputs] | None = None
-        self._places: NDArray[np.int64] | None = None
+        self._places: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._places_on_device: Tensor | None = None
 
     def update_(self, step: StepInputs) -> None:
@@ -135,12 +135,12 @@ class BucketTables:
         return self._step is not None and self._step() is step
 
     def places(self, first_places: NDArray[np.int64]) -> Tensor:
-        """``first_places`` of the bucket's parameters, int64 ``[parameters of the bucket]``, sent if it is another array."""
-        if self._places is not first_places or self._places_on_device is None:
-            chosen = np.ascontiguousarray(first_places[self.members], dtype=np.int64)
+        """``first_places`` of the bucket's parameters, int64 ``[parameters of the bucket]``, sent if they are others."""
+        chosen = np.ascontiguousarray(first_places[self.members], dtype=np.int64)
+        if self._places_on_device is None or not np.array_equal(chosen, self._places):
             self._places_on_device = torch.empty(len(chosen), dtype=torch.int64, device=self.blocks.device)
             send_(self._places_on_device, chosen)
-            self._places = first_places
+            self._places = chosen
         return self._places_on_device
 
 

@@ -21,6 +21,8 @@ from lightning_onebit.quantize.reference import ReferenceKernels
 pytest.importorskip("triton")
 from interpreter import LateReferenceKernels, use_triton
 
+from lightning_onebit.quantize.triton_tables import count_launches
+
 SHAPES = ((12, 5), (3,), (1,), (20,), (4, 2))
 ROWS = (slice(0, 2), slice(5, 6))
 """Rows of the first parameter without a gradient in the warm-up."""
@@ -322,7 +324,11 @@ def test_a_coordinate_of_the_gradient_is_scaled_in_place_whatever_its_strides(mo
         compressed = CompressedOptimizer(optimizer, CompressionConfig(block_size=8), communicator, {})
         p.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(communicator.rank)).t()
         before = p.grad.clone()
-        norm = compressed.clip_grad_norm_(0.1)
+        with count_launches() as launched:
+            norm = compressed.grad_norm()
+        assert launched["_sketch_kernel"] > 0
+        assert torch.equal(p.grad, before)
+        assert torch.equal(compressed.clip_grad_norm_(0.1), norm)
         assert torch.allclose(p.grad, before * (0.1 / (norm + 1e-6)))
         assert p.grad.stride() == (1, 4)
         compressed.step()

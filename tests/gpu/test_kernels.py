@@ -566,6 +566,13 @@ def test_what_a_step_brings_is_sent_once_per_bucket_and_step(monkeypatch, no_ker
     assert sent[-1][1, 0] == step.gradients[1].data_ptr()
 
 
+def test_places_are_sent_again_only_if_they_are_others():
+    memory = copy_of_memory(random_memory(random_layouts([5, 9])[0]), DEVICE)
+    first = tables_of(memory).places(np.array([0, 5]))
+    assert tables_of(memory).places(np.array([0, 5])) is first
+    assert tables_of(memory).places(np.array([0, 6])).tolist() == [0, 6]
+
+
 def test_a_chunk_without_blocks_is_no_launch():
     [layout] = random_layouts([9], num_chunks=5)
     empty = next(c for c in range(5) if layout.first_block[c] == layout.first_block[c + 1])
