@@ -324,14 +324,9 @@ class Buckets:
         error = float(memory.error.norm().double().square())
         if not self.is_quantized:  # errors are u itself
             return 0.0, error
-        first, last = blocks = memory.share_blocks
-        numel, offset = memory.layout.numel[first:last], memory.layout.offset[first : last + 1]
-        if memory.live_before is not None and first < last:
-            mask = memory.live_before[offset[0] // BITS_PER_BYTE : offset[-1] // BITS_PER_BYTE].cpu().numpy()
-            live = np.unpackbits(mask, bitorder="little").view(bool) & memory.layout.exists(blocks)
-            numel = np.add.reduceat(live, offset[:-1] - offset[0], dtype=np.int64)
-        scales = memory.read(memory.result, 0, blocks)[1].double().cpu().numpy()
-        return error, float(scales**2 @ numel)
+        numels = memory.numels(memory.share_blocks, memory.live_before)
+        scales = memory.read_scales(memory.result, 0, memory.share_blocks).double()
+        return error, float(scales.square() @ numels.double())
 
 
 def _parts(memory: BucketMemory) -> Iterator[Part]:

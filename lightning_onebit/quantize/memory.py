@@ -16,6 +16,8 @@ from lightning_onebit.coefficients import Coefficients
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, SCALE_NBYTES, BucketLayout, Wire
 from lightning_onebit.quantize.logarithm import LARGEST_FLOAT32, decode_logarithm, encode_logarithm, largest_of_blocks
 
+BITS_IN_BYTE = torch.tensor([byte.bit_count() for byte in range(256)])
+
 
 class Encoded(NamedTuple):
     """Neighbouring blocks of one chunk, quantized."""
@@ -118,6 +120,10 @@ class Messages:
         scale, element = self._places(first_chunk, blocks)
         return messages[element], messages.view(torch.float32)[scale]
 
+    def read_scales(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int]) -> Tensor:
+        """The scales alone."""
+        return messages.view(torch.float32)[self._scale_places(first_chunk, blocks)]
+
     def write_(self, messages: Tensor, first_chunk: int, blocks: tuple[int, int], elements: Tensor, scales: Tensor) -> None:
         """Inverse of :meth:`read`."""
         scale, element = self._places(first_chunk, blocks)
@@ -126,12 +132,15 @@ class Messages:
 
     def _places(self, first_chunk: int, blocks: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of the blocks' scales among the float32 of messages, of the bytes of elements among their bytes."""
-        chosen, shift = slice(*blocks), first_chunk * self.wire.chunk_nbytes
-        scale = torch.from_numpy((self.wire.scale_byte[chosen] - shift) // SCALE_NBYTES)
+        shift = first_chunk * self.wire.chunk_nbytes
         ends = torch.from_numpy(self.layout.offset[blocks[0] : blocks[1] + 1] * self.wire.bits_per_element // BITS_PER_BYTE)
-        first = torch.from_numpy(self.wire.element_byte[chosen] - shift) - ends[:-1]
+        first = torch.from_numpy(self.wire.element_byte[slice(*blocks)] - shift) - ends[:-1]
         element = torch.arange(int(ends[0]), int(ends[-1])) + first.repeat_interleave(ends.diff())
-        return scale.to(self.device), element.to(self.device)
+        return self._scale_places(first_chunk, blocks), element.to(self.device)
+
+    def _scale_places(self, first_chunk: int, blocks: tuple[int, int]) -> Tensor:
+        shift = first_chunk * self.wire.chunk_nbytes
+        return torch.from_numpy((self.wire.scale_byte[slice(*blocks)] - shift) // SCALE_NBYTES).to(self.device)
 
     def spread(self, by_block: Tensor, blocks: tuple[int, int]) -> Tensor:
         """What blocks [first, last) have, ``[blocks]`` on this device, for every element of theirs, padding included."""
@@ -143,6 +152,22 @@ class Messages:
     def block_of(self, blocks: tuple[int, int]) -> Tensor:
         """Of every element of blocks [first, last) in flat memory, its block, counted from the first: int64."""
         return self.spread(torch.arange(blocks[1] - blocks[0], device=self.device), blocks)
+
+    def numels(self, blocks: tuple[int, int], live: Tensor | None) -> Tensor:
+        """Elements of blocks [first, last) that exist and are in the mask ``live``, if there is one: int64 ``[blocks]``, on
+        this device."""
+        numels = torch.from_numpy(self.layout.numel[slice(*blocks)])
+        if live is None or not len(numels):
+            return numels.to(self.device)
+        ends = torch.from_numpy(self.layout.offset[blocks[0] : blocks[1] + 1] // BITS_PER_BYTE)
+        masks = live[ends[0] : ends[-1]].clone()
+        ends = ends - ends[0]
+        ragged = (numels % BITS_PER_BYTE).nonzero().flatten()  # few: the last of a parameter
+        inside = (1 << numels[ragged] % BITS_PER_BYTE) - 1
+        masks[(ends[ragged + 1] - 1).to(self.device)] &= inside.to(masks)
+        totals = BITS_IN_BYTE.to(self.device)[masks.int()].cumsum(0)
+        totals = torch.cat([totals.new_zeros(1), totals])[ends.to(self.device)]
+        return totals.diff()
 
     def padded(self, blocks: tuple[int, int]) -> NDArray[np.int64]:
         """Elements of blocks [first, last), their padding included."""
