@@ -246,6 +246,7 @@ def step(device: Any) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from lightning_onebit.checkpoint.state import PartContent, shared_state
     from lightning_onebit.comm.primitives import Communicator
     from lightning_onebit.config import CompressionConfig
     from lightning_onebit.engine.optimizer import CompressedOptimizer
@@ -304,6 +305,13 @@ def step(device: Any) -> dict[str, Any]:
         result["seconds, compressed without network"] = sorted(taken)[len(taken) // 2]
         result |= profiled(ordinary_step)
         assert result["launches by the profiler"] <= 200, result
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        PartContent().add_optimizer(compressed)
+        shared_state([compressed])
+        saving = (torch.cuda.max_memory_allocated() - before) / sum(numels)
+        result["bytes_per_parameter, for a checkpoint"] = round(saving, 2)
+        assert saving < 0.5, result  # a parameter or a mask at a time
     dist.destroy_process_group()
     return result
 

@@ -93,7 +93,7 @@ class PartContent:
     arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def add_optimizer(self, compressed: CompressedOptimizer) -> None:
-        """Its errors, and second moments where they go on: all, or those of late coordinates. On the CPU no copy is made."""
+        """Its errors, and second moments where they go on: all, or those of late coordinates. Needs no memory of a GPU."""
         own = {
             "worker": compressed.state.worker_errors(),
             "server": compressed.state.server_errors(),

@@ -90,7 +90,7 @@ class BucketState:
         return errors
 
     def worker_errors(self) -> list[ElementRange]:
-        """This rank's worker errors, merged where neighbours. With one rank: u."""
+        """This rank's worker errors, merged where neighbours; on the CPU, as all ranges here. With one rank: u."""
         return self._merged(lambda part: part.of_share(part.memory.error))
 
     def server_errors(self) -> list[ElementRange]:
@@ -98,7 +98,7 @@ class BucketState:
         return self._merged(lambda part: part.of_chunk(part.memory.server_error))
 
     def _merged(self, view: Any) -> list[ElementRange]:
-        """Ranges of all elements that this rank has; copies, where padding lies between."""
+        """Ranges of all elements that this rank has, on the CPU."""
         parts = (part for parts in self.parts for part in parts)
         return merged(self._range(part, values) for part in parts if (values := view(part)) is not None)
 
@@ -192,7 +192,7 @@ class BucketState:
         add_ranges_([self._range(part, values) for part in parts if (values := view(part)) is not None], sources)
 
     def shared_state(self) -> dict[int, dict[str, Tensor]]:
-        """By parameter, what all ranks know and stock state does not tell exactly; restored by :meth:`restore_`.
+        """By parameter, what all ranks know and stock state does not tell exactly; restored by :meth:`restore_`. On the CPU.
 
         * ``rms``: sqrt(v_hat), ``[numel]``, in the dtype of the errors; or, where it is renewed by several ranks,
           ``rms_code`` and ``rms_scale``: its 8-bit logarithm, uint8 ``[numel]``, float32 ``[blocks]``. Only if there is a D.
@@ -217,11 +217,11 @@ class BucketState:
                 entry.setdefault("scales", []).append(part.average.scales)
             for name in ("live", "live_before"):
                 mask = getattr(memory, name)
-                everything = torch.full((sign_nbytes(part.numel),), 255, dtype=torch.uint8, device=self.device)
+                everything = torch.full((sign_nbytes(part.numel),), 255, dtype=torch.uint8)
                 entry.setdefault(name, []).append(everything if mask is None else part.of_bits(mask))
         shared: dict[int, dict[str, Tensor]] = {}
         for i, entry in enumerate(collected):
-            joined = {name: torch.cat(values) for name, values in entry.items()}
+            joined = {name: torch.cat([each.cpu() for each in values]) for name, values in entry.items()}
             for name in ("live", "live_before"):
                 if name in joined and _all_set(joined[name], self.params[i].numel()):
                     del joined[name]

@@ -161,7 +161,7 @@ class CompressedState:
                     yield each.buckets.params[i], "second moment", entry.values()
 
     def waiting_errors(self) -> WaitingErrors:
-        """Both errors of this rank, for another compressed phase; not copied. A single rank has none."""
+        """Both errors of this rank, for another compressed phase. A single rank has none."""
         places = {p: place for each in self._sets for p, place in zip(each.buckets.params, each.buckets.places, strict=True)}
         if self._communicator.world_size == 1:
             return WaitingErrors(places)

@@ -52,14 +52,15 @@ def add_ranges_(targets: Sequence[ElementRange], sources: Sequence[ElementRange]
 
 
 def merged(ranges: Iterable[ElementRange]) -> list[ElementRange]:
-    """Neighbours, where one ends at which the next begins, made one: copies; the others as they are."""
+    """Neighbours, where one ends at which the next begins, made one. On the CPU, so that a GPU needs no memory for them; those
+    of a CPU without a neighbour stay as they are."""
     found: list[tuple[int, list[Tensor]]] = []
     stop = -1
     for each in ranges:
         if each.start == stop:
-            found[-1][1].append(each.values)
+            found[-1][1].append(each.values.cpu())
         else:
-            found.append((each.start, [each.values]))
+            found.append((each.start, [each.values.cpu()]))
         stop = each.stop
     return [ElementRange(start, values[0] if len(values) == 1 else torch.cat(values)) for start, values in found]
 
@@ -72,7 +73,7 @@ class WaitingErrors:
 
     Args:
         places: of each parameter's first element, for the ranges (see :func:`first_places`).
-        worker: this rank's worker errors; not copied where they are on their parameter's device.
+        worker: this rank's worker errors; moved to their parameter's device, and not copied if they are there.
         server: its server errors, likewise.
     """
 

@@ -24,7 +24,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.topology import Topology
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.optimizer import CompressedOptimizer
-from lightning_onebit.engine.ranges import ElementRange, add_ranges_
+from lightning_onebit.engine.ranges import ElementRange, add_ranges_, merged
 from lightning_onebit.quantize.cpu import CpuKernels
 from lightning_onebit.quantize.memory import BucketMemory, StepInputs
 from lightning_onebit.quantize.reference import ReferenceKernels
@@ -353,3 +353,20 @@ def test_ranges_are_added_where_they_overlap():
     ]
     add_ranges_([target, ElementRange(30, torch.zeros(2))], [*sources, ElementRange(12, torch.ones(0))])
     assert target.values.tolist() == [1, 1, 0, 0, 0, 100, 101, 102, 103, 104]
+
+
+def test_neighbouring_ranges_are_merged_on_the_cpu_one_by_one():
+    class OnGPU:
+        """Whose memory has no room for a copy."""
+
+        def __init__(self, *values):
+            self.values = torch.tensor(values)
+
+        def numel(self):
+            return len(self.values)
+
+        def cpu(self):
+            return self.values
+
+    ranges = [ElementRange(3, OnGPU(1.0, 2.0)), ElementRange(5, OnGPU(3.0)), ElementRange(9, OnGPU(4.0))]
+    assert [(start, values.tolist()) for start, values in merged(ranges)] == [(3, [1.0, 2.0, 3.0]), (9, [4.0])]
