@@ -47,7 +47,8 @@ class Exchange:
         return self._seconds_waited, self._seconds_taken
 
     def run(self, failed: BaseException | None = None) -> BaseException | None:
-        """Do the work, unless an earlier one ``failed``. Returns the error, if there was one; never raises."""
+        """Do the work, unless an earlier one ``failed``. Returns the error, if there was one, and raises none but the user's
+        Ctrl-C, which reaches only a thread that has more to end than this."""
         self._error = failed
         if failed is None:
             start = time.perf_counter()
@@ -55,6 +56,8 @@ class Exchange:
                 self._work()
             except BaseException as error:
                 self._error = error
+                if isinstance(error, KeyboardInterrupt):
+                    raise
             self._seconds_taken = time.perf_counter() - start
         self._finished.set()
         return self._error

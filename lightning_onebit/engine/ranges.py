@@ -52,8 +52,8 @@ def add_ranges_(targets: Sequence[ElementRange], sources: Sequence[ElementRange]
 
 
 def merged(ranges: Iterable[ElementRange]) -> list[ElementRange]:
-    """Neighbours, where one ends at which the next begins, made one. On the CPU, so that a GPU needs no memory for them; those
-    of a CPU without a neighbour stay as they are."""
+    """Neighbours, where one ends at which the next begins, made one. On the CPU, so that a GPU needs no memory for them;
+    those of a CPU without a neighbour stay as they are."""
     found: list[tuple[int, list[Tensor]]] = []
     stop = -1
     for each in ranges:

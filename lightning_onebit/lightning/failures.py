@@ -89,7 +89,8 @@ def end_at_exit_(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     if all(process.poll() is not None for process in processes):
         return
-    if dist.is_initialized():  # so that those who wait for this rank see that it is gone
+    # So that those who wait for this rank see that it is gone. NCCL's way of ending a group would wait for them instead.
+    if dist.is_initialized() and "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:

@@ -53,6 +53,14 @@ def test_a_failure_reaches_the_waiting_thread_and_all_later_work_fails_with_it(e
     assert done == [1]
 
 
+def test_ctrl_c_during_an_exchange_in_the_main_thread_is_no_failed_exchange():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        InlineExchanger().submit(interrupted)
+
+
 def test_inline_exchanger_has_done_it_when_it_returns():
     done = []
     exchange = InlineExchanger().submit(lambda: done.append(1))

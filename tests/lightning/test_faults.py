@@ -299,6 +299,18 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_
         assert report == {"step": 14, "digest": expected[rank]}
 
 
+@pytest.mark.parametrize("backend", ["cpu:gloo", "cuda:nccl", "cpu:gloo,cuda:nccl"])
+def test_at_exit_the_group_is_ended_unless_that_waits_for_ranks_that_hang(monkeypatch, backend):
+    ended = []
+    monkeypatch.setattr(failures.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(failures.dist, "get_backend_config", lambda: backend)
+    monkeypatch.setattr(failures.dist, "destroy_process_group", lambda: ended.append(True))
+    with subprocess.Popen(["sh", "-c", "sleep 0.3"]) as ends:
+        failures._end([ends])
+    assert bool(ended) == (backend == "cpu:gloo")
+    monkeypatch.undo()
+
+
 def test_children_that_do_not_end_are_killed_at_exit(monkeypatch):
     """Such as stopped ones, which Lightning's launcher would leave behind."""
     registered = []
