@@ -293,12 +293,13 @@ class ReferenceKernels:
         return flat
 
     def _parts(self, memory: BucketMemory, blocks: tuple[int, int], tensors, flat):  # type: ignore[no-untyped-def]
-        """Block by block: index of the parameter, the block's elements in ``tensors``, and in ``flat``."""
+        """Parameter by parameter: its index, its elements in ``tensors`` that these blocks hold, and in ``flat``."""
         layout, base = memory.layout, int(memory.layout.offset[blocks[0]])
-        for block in range(*blocks):
-            p, start, numel = (int(each[block]) for each in (layout.parameter, layout.start, layout.numel))
-            if tensors[p] is not None:
-                place = int(layout.offset[block]) - base
+        for p, first, last in layout.parameter_blocks():  # its blocks are neighbours, and only the last one is padded
+            first, last = max(first, blocks[0]), min(last, blocks[1])
+            if first < last and tensors[p] is not None:
+                start, numel = int(layout.start[first]), int(layout.numel[first:last].sum())
+                place = int(layout.offset[first]) - base
                 yield p, tensors[p][start : start + numel], flat[place : place + numel]
 
     def _write(
