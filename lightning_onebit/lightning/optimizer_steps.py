@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +59,8 @@ class OptimizerSteps:
         self._max_skipped_steps = max_skipped_steps
         self._skipped: dict[Optimizer, SkippedSteps] = {}
         self._hooks: list[RemovableHandle] = []
-        self._stepping = False
+        self.is_stepping = False
+        """Whether an optimizer is making a step: with automatic optimization, `training_step` and backward are within."""
 
     def add(self, optimizer: Optimizer, precision: Precision, *, can_be_compressed: bool) -> None:
         """Count the steps of ``optimizer``; if it can be compressed, also guard them and count those that are skipped."""
@@ -96,35 +97,12 @@ class OptimizerSteps:
             FloatingPointError: on all ranks, at the end, after too many skipped steps in a row.
         """
         compressed, made_before = self.compressed.get(optimizer), self.made.get(optimizer, 0)
-        if compressed is None:
-            yield
-        else:
-
-            def compressed_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-                loss = None
-                if closure is not None:
-                    with torch.enable_grad():
-                        loss = closure()  # leaves local gradients in `p.grad`
-                self.is_torn = True
-                # Only a fused optimizer has the attribute, while a loss scaler calls it.
-                skip = hasattr(optimizer, "found_inf") and found_inf_after_unscaling_(optimizer)
-                self.made[optimizer] += compressed.step(skip=skip)  # steps 1 to 6 of the algorithm
-                self.is_torn = False
-                return loss
-
-            step_of_user = optimizer.__dict__.get("step")  # a scheduler's wrapper
-            # The decorator runs the step hooks, as for every torch optimizer.
-            optimizer.step = types.MethodType(Optimizer.profile_hook_step(compressed_step), optimizer)  # type: ignore[method-assign]
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
-            self._stepping = True
-            try:
+        was_stepping, self.is_stepping = self.is_stepping, True
+        try:
+            with nullcontext() if compressed is None else self._replaced_step(optimizer, compressed):
                 yield
-            finally:
-                self._stepping = False
-                if step_of_user is None:
-                    del optimizer.step
-                else:
-                    optimizer.step = step_of_user  # type: ignore[method-assign]
+        finally:
+            self.is_stepping = was_stepping
         if (skipped := self._skipped.get(optimizer)) is not None:
             if self.made[optimizer] > made_before:
                 skipped.made()
@@ -135,6 +113,32 @@ class OptimizerSteps:
         if optimizer is next(iter(self.made), None):  # with several, each steps as often
             self.ends[self.phase].append(time.perf_counter())
             self.waits[self.phase].append(self.counters.seconds_waited)
+
+    @contextmanager
+    def _replaced_step(self, optimizer: Optimizer, compressed: CompressedOptimizer) -> Iterator[None]:
+        def compressed_step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()  # leaves local gradients in `p.grad`
+            self.is_torn = True
+            # Only a fused optimizer has the attribute, while a loss scaler calls it.
+            skip = hasattr(optimizer, "found_inf") and found_inf_after_unscaling_(optimizer)
+            self.made[optimizer] += compressed.step(skip=skip)  # steps 1 to 6 of the algorithm
+            self.is_torn = False
+            return loss
+
+        step_of_user = optimizer.__dict__.get("step")  # a scheduler's wrapper
+        # The decorator runs the step hooks, as for every torch optimizer.
+        optimizer.step = types.MethodType(Optimizer.profile_hook_step(compressed_step), optimizer)  # type: ignore[method-assign]
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+        try:
+            yield
+        finally:
+            if step_of_user is None:
+                del optimizer.step
+            else:
+                optimizer.step = step_of_user  # type: ignore[method-assign]
 
     def _count_skipped(self, optimizer: Optimizer, skipped: SkippedSteps) -> None:
         """No step was made. In warm-up only a loss scaler refuses one, for averaged gradients."""
@@ -151,7 +155,7 @@ class OptimizerSteps:
 
     def _refuse_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
-        if self.phase is Phase.COMPRESSED and not self._stepping:
+        if self.phase is Phase.COMPRESSED and not self.is_stepping:
             raise RuntimeError(
                 "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
                 " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the"

@@ -181,6 +181,7 @@ class PhaseController:
             return
         if self.hook_state is None:
             raise RuntimeError(f"freeze_variance() {NOT_RUNNING}")
+        self._refuse_within_a_step("freeze_variance")
         waiting = [type(o).__name__ for o in self.optimizers.compressed if not self.steps.made[o] and needs_warmup(o)]
         if waiting:
             raise RuntimeError(
@@ -192,6 +193,14 @@ class PhaseController:
                 check_second_moments(optimizer, self.names)
         self.comparison.switches.append((self.optimizer_steps, reason))
         self.enter_compressed_phase()
+
+    def _refuse_within_a_step(self, switch: str) -> None:
+        """It would end in the phase in which it has begun, with gradients of the other: the ranks would drift apart."""
+        if self.steps.is_stepping:
+            raise RuntimeError(
+                f"{switch}() was called within an optimizer step: with automatic optimization, `training_step` and backward"
+                " are part of it. HINT: call it between two batches, as in `on_train_batch_start` or `on_train_batch_end`."
+            )
 
     def enter_compressed_phase(self) -> None:
         """Gradients stay local from the next backward on; :meth:`begin_compressing` freezes the optimizers' state."""
@@ -315,6 +324,7 @@ class PhaseController:
         self.drop_lost_state()
         if self.phase is Phase.WARMUP:
             return
+        self._refuse_within_a_step("resume_warmup")
         self.warmup_start = self.optimizer_steps
         stock = {o: dict(o.state) for o in self.optimizers.compressed if self.is_pending or self._is_replaced(o)}
         if self.is_pending and self.has_waiting_gradients:  # which may be local already

@@ -186,7 +186,8 @@ class OneBitDDPStrategy(DDPStrategy):
 
         Raises:
             ValueError: if a second moment is infinite or NaN.
-            RuntimeError: outside a running training, or before every optimizer that has a second moment has made a step.
+            RuntimeError: outside a running training, within an optimizer step (with automatic optimization, `training_step`
+                is), or before every optimizer that has a second moment has made a step.
         """
         self._phases.freeze_variance(reason)
 
@@ -239,6 +240,9 @@ class OneBitDDPStrategy(DDPStrategy):
 
         :class:`~lightning_onebit.PhaseSwitch` judges this warm-up as if the run began with it, so it will freeze again.
         Call on all ranks, between two batches. Without effect in warm-up.
+
+        Raises:
+            RuntimeError: within an optimizer step.
         """
         self._phases.resume_warmup()
 

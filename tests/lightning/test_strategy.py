@@ -359,6 +359,27 @@ def test_switching_by_hand_and_back():
     assert same_params(first, second)
 
 
+@pytest.mark.parametrize("switch", ["freeze_variance", "resume_warmup"])
+def test_no_switch_within_a_step_as_training_step_is_one(switch):
+    """The step would go on in its phase with gradients of the other one: each rank with its own."""
+
+    class WithinStep(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 4:
+                with pytest.raises(RuntimeError, match=rf"{switch}\(\) was called within an optimizer step.* HINT"):
+                    getattr(self.trainer.strategy, switch)()
+            return super().training_step(batch, batch_idx)
+
+    def fn(rank):
+        start = 100 if switch == "freeze_variance" else 2
+        trainer, recorder = fit("onebit_ddp", 2, model=WithinStep(), callbacks=[PhaseSwitch(FixedStep(start))])
+        assert trainer.global_step == 10
+        assert set(recorder.phases[3:]) == {WARMUP if switch == "freeze_variance" else COMPRESSED}
+        return recorder.params
+
+    assert same_params(*run_trainers(2, fn))
+
+
 def test_freezing_outside_a_run_or_too_early_is_explained():
     with pytest.raises(RuntimeError, match=r"running `trainer.fit`"):
         OneBitDDPStrategy().freeze_variance()
