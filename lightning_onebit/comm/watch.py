@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -89,16 +90,20 @@ class Watch:
         Raises:
             RuntimeError: if it failed; or if it never will be complete, as another rank is at another place.
         """
-        while True:
-            try:
-                work.wait(timedelta(seconds=LOOK_SECONDS))
-                return
-            except RuntimeError:
-                if work.is_completed():  # failed, or done since it was late: it says which
-                    work.wait()
+        global _abandoned
+        try:
+            while True:
+                try:
+                    work.wait(timedelta(seconds=LOOK_SECONDS))
                     return
-            if self.verdict is not None:
-                raise RuntimeError(self.verdict)
+                except RuntimeError:
+                    if work.is_completed():  # failed, or done since it was late: it says which
+                        work.wait()
+                        return
+                if self.verdict is not None:
+                    raise RuntimeError(self.verdict)
+        finally:
+            _abandoned = _abandoned or not work.is_completed()
 
     def meet(self, place: str, timeout: timedelta) -> None:
         """Come to ``place``, and wait for all others there: by the store, as a collective could meet another one of theirs.
@@ -201,6 +206,26 @@ def first_difference(count: int, places: list[str], other_count: int, other_plac
 
 _watch: Watch | None = None
 _number = 0
+_abandoned = False
+"""Whether this process has turned away from a collective that is not complete."""
+
+
+def has_abandoned_a_collective() -> bool:
+    """Whether the default process group ends only with this process, or at the timeout, as a thread of gloo waits in it."""
+    return _abandoned
+
+
+def _exit_at_once() -> None:
+    """The last thing at exit: the interpreter would wait for gloo's thread, and so would the others, as connections stay."""
+    if _abandoned:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+                stream.flush()
+        os._exit(1)
+
+
+atexit.register(_exit_at_once)  # as the module is imported: after all that programs register
 
 
 def start_watch(describe: Callable[[], str]) -> None:

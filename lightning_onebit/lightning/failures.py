@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_onebit.comm.watch import others_say
+from lightning_onebit.comm.watch import has_abandoned_a_collective, others_say
 from lightning_onebit.phase import Phase
 
 _LATE = re.compile(r"time[d -]*out", re.IGNORECASE)
@@ -90,9 +90,12 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     if all(process.poll() is not None for process in processes):
         return
     # So that those who wait for this rank see that it is gone. NCCL's way of ending a group would wait for them instead.
-    if dist.is_initialized() and "nccl" not in dist.get_backend_config():
+    grace_seconds = GRACE_SECONDS
+    if has_abandoned_a_collective():  # nor can gloo's end it; the others have been told, or wait in vain
+        grace_seconds /= 2
+    elif dist.is_initialized() and "nccl" not in dist.get_backend_config():
         dist.destroy_process_group()
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace_seconds
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

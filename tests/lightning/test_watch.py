@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -219,6 +222,25 @@ def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds)
     assert any("The ranks have parted" in message and "strategy.grad_norm()" in message for message in messages), messages
     if "clears_state" in scenario.__name__:
         assert any("the way back to warm-up, as the state of Adam was reset" in message for message in messages), messages
+
+
+SCRIPT = """
+import os
+from lightning_onebit.comm import watch
+watch.PATIENCE_SECONDS, watch.LOOK_SECONDS = 1.0, 0.5
+from test_watch import *
+by_trainer(int(os.environ.get("LOCAL_RANK", 0)), model=Classifier(), batches=(20, FAULT), strategy="onebit_ddp")
+"""
+
+
+def test_their_processes_end_too(tmp_path):
+    """Although a thread of gloo waits in the collective that one has turned away from, for up to 30 minutes."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "The ranks have parted" in done.stderr
 
 
 def test_the_norm_of_the_mean_gradient_is_the_same_on_all_ranks_in_both_phases():
