@@ -62,7 +62,8 @@ def compressible(optimizers: Sequence[Optimizer]) -> CompressibleOptimizers:
     if not compressed:
         beside = " Beside one that can be compressed, others may stand: their gradients stay dense, as under DDP."
         reasons = " ".join(dict.fromkeys(dense.values()))
-        raise ValueError(reasons + beside if reasons else "There is no optimizer: nothing can be compressed.")
+        none = "There is no optimizer: nothing can be compressed. HINT: return one from `configure_optimizers`."
+        raise ValueError(reasons + beside if reasons else none)
     return CompressibleOptimizers(compressed=compressed, dense=dense)
 
 

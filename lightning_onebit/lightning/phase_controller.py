@@ -102,7 +102,7 @@ class PhaseController:
         self.groups: ExchangeGroups | None = None
         self._exchanger: Exchanger = InlineExchanger()
         self._frozen: set[Tensor] = set()
-        self._had_state: set[Tensor] = set()
+        self._had_state: set[tuple[Optimizer, Tensor]] = set()
         """Parameters that had a state when the compressed phase began."""
         self._models: list[ReferenceType[DistributedDataParallel]] = []
         self._agreed_after: int | None = None
@@ -208,9 +208,10 @@ class PhaseController:
         compressed, dense = parameters_of(*self.optimizers.compressed), parameters_of(*self.optimizers.dense)
         # What a dense optimizer has as well is averaged: that one needs the mean, and the compressed one can do with it.
         self.hook_state.local = frozenset(compressed) - frozenset(dense)
-        have_state = {p for optimizer in self.optimizers.compressed for p, state in optimizer.state.items() if state}
+        # Two may have the same parameter, and one of them no state of it, as SGD without momentum.
+        self._had_state = {(o, p) for o in self.optimizers.compressed for p, state in o.state.items() if state}
+        have_state = {p for _, p in self._had_state}
         self._frozen = {p for p in compressed if p.requires_grad or p in have_state}
-        self._had_state = have_state
         self.is_pending = True
         self._set_phase(Phase.COMPRESSED)
 
@@ -386,7 +387,9 @@ class PhaseController:
         """
         replaced = [optimizer for optimizer, c in self.compressed.items() if c.state_was_replaced]
         if self.is_pending:
-            missing = [p for o in self.optimizers.compressed for p in self._trained_without_state(o) if p in self._had_state]
+            missing = [
+                p for o in self.optimizers.compressed for p in self._trained_without_state(o) if (o, p) in self._had_state
+            ]
         else:
             missing = [p for optimizer in replaced for p in self._trained_without_state(optimizer)]
         if not missing:

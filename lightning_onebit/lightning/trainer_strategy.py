@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -348,7 +348,8 @@ class OneBitDDPStrategy(DDPStrategy):
         assert module is not None
         self._name_parameters(module)
         check_module(module)
-        found = compressible(self.optimizers)
+        # Lightning's stands for none at all.
+        found = compressible([o for o in self.optimizers if not isinstance(o, _MockOptimizer)])
         for optimizer in found.compressed:
             check_optimizer(optimizer, self._phases.names)
         self._phases.steps.made.clear()

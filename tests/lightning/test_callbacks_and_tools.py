@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from ranks import run_trainers
+from test_strategy import Messages
 from torch import nn
 from trainers import CLASSES, FEATURES, Classifier, Recorder, data, fit, make_trainer, same_params
 
@@ -266,6 +267,33 @@ def test_batch_size_scaling_is_refused_as_under_ddp():
         trainer = make_trainer("onebit_ddp", 2)
         with pytest.raises(ValueError, match="not supported with distributed strategies"):
             Tuner(trainer).scale_batch_size(Classifier(), data(4, 2))
+
+    run_trainers(2, fn)
+
+
+def test_another_fit_of_the_same_trainer_is_as_long_as_it_is():
+    """The Trainer counts on, the strategy begins anew."""
+
+    def fn(rank):
+        trainer = make_trainer("onebit_ddp", 2, callbacks=[PhaseSwitch(FixedStep(4))])
+        trainer.fit(Classifier(), data(6, 2))
+        trainer.fit_loop.max_epochs = 3
+        with Messages() as messages:
+            trainer.fit(Classifier(), data(6, 2))
+        assert trainer.strategy.optimizer_steps == 12
+        assert rank or messages.count("The first 4 optimizer steps of 12 are plain DDP") == 1
+
+    run_trainers(2, fn)
+
+
+def test_without_an_optimizer_it_says_so():
+    class Nothing(Classifier):
+        def configure_optimizers(self):
+            return None
+
+    def fn(rank):
+        with pytest.raises(ValueError, match="There is no optimizer: nothing can be compressed"):
+            fit("onebit_ddp", 2, model=Nothing())
 
     run_trainers(2, fn)
 

@@ -268,6 +268,28 @@ def test_a_criterion_sees_what_it_needs_when_a_batch_holds_several_steps(window,
     run_trainers(2, fn)
 
 
+def test_one_that_never_has_state_may_share_a_parameter_with_one_that_has():
+    """SGD without momentum: that it has none is no loss, and no reason to go back to warm-up."""
+
+    class Shared(Adversaries):
+        def configure_optimizers(self):
+            return adam(self.parameters()), torch.optim.SGD(self.generator.parameters(), lr=1e-3)
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                self.update(optimizer, lambda: self.discriminator_loss(batch[0], batch_idx))
+
+    def fn(rank):
+        trainer, recorder = fit(
+            OneBitDDPStrategy(find_unused_parameters=True), 2, model=Shared(), callbacks=[PhaseSwitch(FixedStep(3))]
+        )
+        assert recorder.phases == [WARMUP] * 2 + [COMPRESSED] * 8
+        assert [step for step, _ in trainer.strategy._phases.comparison.switches] == [3]
+        return recorder.params
+
+    assert same_params(*run_trainers(2, fn))
+
+
 def test_a_run_limited_by_max_steps_is_shared_by_its_optimizers():
     """Lightning counts the steps of all optimizers: here each makes half of them, and 30% of those are warm-up."""
 

@@ -289,10 +289,13 @@ def slowest_beta2(optimizers: Sequence[Optimizer]) -> float:
 
 def _total_steps(trainer: pl.Trainer) -> float:
     """Steps that each optimizer makes in the whole run, if all step as often; infinite if the Trainer does not know."""
-    total = trainer.estimated_stepping_batches
+    total = float(trainer.estimated_stepping_batches)
     if trainer.max_steps > 0:  # of all optimizers added up
         total = min(total, trainer.max_steps / len(trainer.optimizers))
-    return float(total) if total > 0 else math.inf
+    strategy = strategy_of(trainer)
+    if strategy is not None and not strategy.optimizer_steps and total > 0:
+        total -= trainer.global_step / len(trainer.optimizers)  # an earlier `fit` of this Trainer has made them
+    return total if total > 0 else math.inf
 
 
 def ensure_phase_switch(trainer: pl.Trainer) -> None:
