@@ -165,7 +165,7 @@ class WrittenParameters:
 
 
 def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Raise ``ValueError`` if the optimizer, or one of its parameters, cannot be compressed.
+    """Raise ``ValueError`` if the optimizer, or one of its parameters that train, cannot be compressed.
 
     Args:
         optimizer: what ``configure_optimizers`` returned.
@@ -175,6 +175,8 @@ def check_optimizer(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names.get(p, "a parameter")
+            if not p.requires_grad:  # such as the frozen base of a model with adapters
+                continue
             if p.dtype == torch.float16:
                 raise ValueError(
                     f"The parameter {name!r} has dtype torch.float16. Must be float32, float64 or bfloat16: Adam's"

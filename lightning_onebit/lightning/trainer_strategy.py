@@ -393,6 +393,8 @@ class OneBitDDPStrategy(DDPStrategy):
             with agreement(Communicator(), self.root_device, about=about) as settings:
                 named = (phases.names.get(p, "a parameter") for p in dict.fromkeys([*unaveraged, *added]))
                 settings["begin to train"] = ", ".join(named)
+        for optimizer in phases.optimizers.compressed if unaveraged or added else ():
+            check_optimizer(optimizer, phases.names)  # which did not look at what was frozen
         if unaveraged:
             phases.steps.averaged.clear()
             self.model = self._setup_model(cast(pl.LightningModule, self.lightning_module))

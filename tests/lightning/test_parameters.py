@@ -221,7 +221,6 @@ def test_modules_that_write_to_parameters_in_forward_are_found():
             r"'extra' has dtype torch.complex64.*HINT: .*view_as_real",
             marks=needs_complex_gloo,
         ),
-        (torch.zeros(3, dtype=torch.int64), r"'extra' has dtype torch.int64.*HINT: .*only parameters that do"),
         (torch.zeros(3, dtype=torch.float16), r"'extra' has dtype torch.float16.*HINT: .*bf16"),
         (torch.zeros(6)[::2], r"'extra' \(strides \(2,\)\).*HINT: .*contiguous"),
     ],
@@ -230,7 +229,7 @@ def test_parameters_that_cannot_be_compressed_are_an_error_before_training(param
     class Extra(Classifier):
         def __init__(self):
             super().__init__()
-            self.extra = nn.Parameter(parameter, requires_grad=parameter.dtype != torch.int64)
+            self.extra = nn.Parameter(parameter)
 
         def training_step(self, batch, batch_idx):
             raise AssertionError("training has started")
@@ -238,6 +237,34 @@ def test_parameters_that_cannot_be_compressed_are_an_error_before_training(param
     def fn(rank):
         with pytest.raises(ValueError, match=message):
             compress(Extra())
+
+    run_trainers(2, fn)
+
+
+class HasFrozen(Classifier):
+    def __init__(self, dtype):
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.int8, pytest.param(torch.complex64, marks=needs_complex_gloo)], ids=str
+)
+def test_frozen_parameters_of_the_optimizer_may_be_of_any_type(dtype):
+    """Such as the base of a model with adapters, where the optimizer was given all parameters."""
+
+    def fn(rank):
+        return compress(HasFrozen(dtype))[1].params
+
+    assert same_params(*run_trainers(2, fn))
+
+
+@pytest.mark.parametrize("batch", [1, WARMUP_STEPS + 1])
+def test_what_begins_to_train_and_cannot_be_compressed_is_refused_then(batch):
+    def fn(rank):
+        unfreeze = Unfreeze("on_train_batch_end", batch, lambda trainer, module: module.extra.requires_grad_(True))
+        with pytest.raises(ValueError, match=r"'extra' has dtype torch\.float16"):
+            compress(HasFrozen(torch.float16), callbacks=[unfreeze])
 
     run_trainers(2, fn)
 

@@ -367,13 +367,15 @@ def test_float16_parameters_are_refused_before_training_and_diverge_under_ddp():
     run_trainers(2, fn)
 
 
-def test_quantized_weights_in_the_optimizer_are_refused():
-    """As of BitsandbytesPrecision, which needs CUDA. Beside them, others train."""
+def test_quantized_weights_in_the_optimizer_are_refused_if_they_train():
+    """As of BitsandbytesPrecision, which needs CUDA, where they do not. Beside them, others train."""
     quantized = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
-    adapter = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"'layer' has dtype torch.int8.*only parameters that do, such as adapters"):
-        check_optimizer(torch.optim.Adam([quantized, adapter]), {quantized: "layer"})
-    check_optimizer(torch.optim.Adam([adapter]), {quantized: "layer"})
+    adapter, narrow = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn))
+    check_optimizer(torch.optim.Adam([quantized, adapter]), {quantized: "layer"})
+    with pytest.raises(
+        ValueError, match=r"'layer' has dtype torch.float8_e4m3fn.*only parameters that do, such as adapters"
+    ):
+        check_optimizer(torch.optim.Adam([narrow, adapter]), {narrow: "layer"})
 
 
 def test_transformer_engine_trains_bfloat16_weights_in_both_phases(monkeypatch):
