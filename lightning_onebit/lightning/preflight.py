@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -66,9 +67,14 @@ def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None
         arguments: those that it hands on.
 
     Raises:
-        TypeError: if one is unknown. DDP would say so only when training starts, in its own words.
+        TypeError: if one is unknown, or `timeout` a number. DDP would say so only when training starts, in its own words.
         ValueError: if one asks for another communication.
     """
+    if not isinstance(arguments.get("timeout"), (timedelta, type(None))):
+        raise TypeError(
+            f"Invalid timeout: {arguments['timeout']!r}. Must be a datetime.timedelta, or None for torch's default. HINT:"
+            " datetime.timedelta(minutes=5)."
+        )
     for name in COMMUNICATION_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What users pass is checked where they pass it, and the message says what is allowed and what to write instead."""
 
 import re
+from datetime import timedelta
 
 import pytest
 import torch
@@ -146,3 +147,10 @@ def test_a_criterion_is_no_number(make, criterion):
 
 def test_no_criterion_is_the_default_one():
     assert PhaseSwitch(None).criterion == VarianceStability()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_timeout_is_no_number(kind):
+    kind(timeout=timedelta(seconds=30))
+    with pytest.raises(TypeError, match=r"Invalid timeout: 30\. Must be a datetime\.timedelta.*HINT"):
+        kind(timeout=30)
