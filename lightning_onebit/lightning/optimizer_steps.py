@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import Precision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +25,11 @@ from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, 
 from lightning_onebit.lightning.report import no_steps
 from lightning_onebit.methods import counted_steps, parameters_of
 from lightning_onebit.phase import Phase
+
+RAW_STEP = (
+    "the optimizer must step through Lightning, but `step()` was called on the optimizer itself. HINT: use"
+    " `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the optimizer that `fabric.setup` returned."
+)
 
 
 class OptimizerSteps:
@@ -59,6 +65,7 @@ class OptimizerSteps:
         self._max_skipped_steps = max_skipped_steps
         self._skipped: dict[Optimizer, SkippedSteps] = {}
         self._hooks: list[RemovableHandle] = []
+        self._has_warned = False
         self.is_stepping = False
         """Whether an optimizer is making a step: with automatic optimization, `training_step` and backward are within."""
 
@@ -155,12 +162,13 @@ class OptimizerSteps:
 
     def _refuse_raw_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step pre-hook: a raw ``optimizer.step()`` would apply local gradients, and the ranks would drift apart."""
-        if self.phase is Phase.COMPRESSED and not self.is_stepping:
-            raise RuntimeError(
-                "In the compressed phase the optimizer must step through Lightning, but `step()` was called on the"
-                " optimizer itself. HINT: use `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the"
-                " optimizer that `fabric.setup` returned."
-            )
+        if self.is_stepping:
+            return
+        if self.phase is Phase.COMPRESSED:
+            raise RuntimeError(f"In the compressed phase {RAW_STEP}")
+        if not (self._has_warned or self.is_alone):  # now, not hours later
+            rank_zero_warn(f"From the first compressed step on, which is still to come, {RAW_STEP}")
+            self._has_warned = True
 
     def _count_dense_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: a step that a loss scaler skipped, or that found no gradient, has left no second moment."""
