@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,6 +27,8 @@ from lightning_onebit.lightning.report import no_steps
 from lightning_onebit.methods import counted_steps, parameters_of
 from lightning_onebit.phase import Phase
 
+IDLE_STEPS = 100
+"""After so many of the others, an optimizer that makes no steps is spoken of."""
 RAW_STEP = (
     "the optimizer must step through Lightning, but `step()` was called on the optimizer itself. HINT: use"
     " `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the optimizer that `fabric.setup` returned."
@@ -66,6 +69,8 @@ class OptimizerSteps:
         self._skipped: dict[Optimizer, SkippedSteps] = {}
         self._hooks: list[RemovableHandle] = []
         self._has_warned = False
+        self._idle: Counter[Optimizer] = Counter()
+        """In warm-up, how many steps the others have made since each one's last."""
         self.is_stepping = False
         """Whether an optimizer is making a step: with automatic optimization, `training_step` and backward are within."""
 
@@ -85,6 +90,7 @@ class OptimizerSteps:
             hook.remove()
         self._hooks.clear()
         self._skipped.clear()
+        self._idle.clear()
         self.made.clear()
         self.averaged.clear()
         self.ends, self.waits = no_steps(), no_steps()
@@ -111,6 +117,8 @@ class OptimizerSteps:
         finally:
             self.is_stepping = was_stepping
         if (skipped := self._skipped.get(optimizer)) is not None:
+            if self.phase is Phase.WARMUP:
+                self._count_idle(optimizer)
             if self.made[optimizer] > made_before:
                 skipped.made()
             else:
@@ -146,6 +154,17 @@ class OptimizerSteps:
                 del optimizer.step
             else:
                 optimizer.step = step_of_user  # type: ignore[method-assign]
+
+    def _count_idle(self, optimizer: Optimizer) -> None:
+        """Say that the switch waits for one that makes no steps, such as that of an earlier model."""
+        for other in self._skipped:
+            self._idle[other] = 0 if other is optimizer else self._idle[other] + 1
+            if self._idle[other] == IDLE_STEPS and not self.is_alone:
+                rank_zero_warn(
+                    f"{type(other).__name__}, with {listed(parameters_of(other), self._names)}, has made no step while"
+                    f" others made {IDLE_STEPS}. All are compressed together, so the warm-up goes on until it has made its"
+                    " steps. HINT: for another model after the first one, make another Fabric or Trainer."
+                )
 
     def _count_skipped(self, optimizer: Optimizer, skipped: SkippedSteps) -> None:
         """No step was made. In warm-up only a loss scaler refuses one, for averaged gradients."""

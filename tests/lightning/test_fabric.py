@@ -20,6 +20,7 @@ from trainers import Classifier, adam, data, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.consistency.agreement import RanksDisagree
+from lightning_onebit.lightning import optimizer_steps
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 FREEZE = 5
@@ -97,6 +98,29 @@ def test_fabric_and_trainer_make_the_same_steps(options):
 
     first, second = run_trainers(2, fn)
     assert same_params(first, second)
+
+
+def test_a_second_model_after_the_first_is_told_what_the_switch_waits_for(monkeypatch):
+    monkeypatch.setattr(optimizer_steps, "IDLE_STEPS", 10)
+
+    def fn(rank):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=ours(5))
+        fabric.launch()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for steps in (3, 12):
+                module = Classifier()
+                model, optimizer = fabric.setup(module, adam(module))
+                for index, batch in enumerate(data(steps)):
+                    fabric.backward(model.training_step(batch, index))
+                    optimizer.step()
+                    optimizer.zero_grad()
+        assert fabric.strategy.phase is WARMUP
+        told = [str(w.message) for w in caught if "has made no step while others made 10" in str(w.message)]
+        assert len(told) == (rank == 0)
+        fabric.strategy.teardown()
+
+    run_trainers(2, fn)
 
 
 def test_accumulation_without_sync_equals_larger_batches():
