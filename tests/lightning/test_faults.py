@@ -305,8 +305,9 @@ def test_at_exit_the_group_is_ended_unless_that_waits_for_ranks_that_hang(monkey
     monkeypatch.setattr(failures.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(failures.dist, "get_backend_config", lambda: backend)
     monkeypatch.setattr(failures.dist, "destroy_process_group", lambda: ended.append(True))
-    with subprocess.Popen(["sh", "-c", "sleep 0.3"]) as ends:
-        failures._end([ends])
+    monkeypatch.setattr(failures, "GRACE_SECONDS", 0.1)
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        failures._end([process])
     assert bool(ended) == (backend == "cpu:gloo")
     monkeypatch.undo()
 
