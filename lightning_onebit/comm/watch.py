@@ -102,8 +102,9 @@ class Watch:
                         return
                 if self.verdict is not None:
                     raise RuntimeError(self.verdict)
-        finally:
+        except BaseException:
             _abandoned = _abandoned or not work.is_completed()
+            raise
 
     def meet(self, place: str, timeout: timedelta) -> None:
         """Come to ``place``, and wait for all others there: by the store, as a collective could meet another one of theirs.
