@@ -47,8 +47,8 @@ class Exchange:
         return self._seconds_waited, self._seconds_taken
 
     def run(self, failed: BaseException | None = None) -> BaseException | None:
-        """Do the work, unless an earlier one ``failed``. Returns the error, if there was one, and raises none but the user's
-        Ctrl-C, which reaches only a thread that has more to end than this."""
+        """Do the work, unless an earlier one ``failed``. Returns the error, if there was one. Only Ctrl-C is raised, which
+        Python has in the main thread alone: there is more to end than this exchange."""
         self._error = failed
         if failed is None:
             start = time.perf_counter()

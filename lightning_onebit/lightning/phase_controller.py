@@ -195,7 +195,7 @@ class PhaseController:
         self.enter_compressed_phase()
 
     def _refuse_within_a_step(self, switch: str) -> None:
-        """It would end in the phase in which it has begun, with gradients of the other: the ranks would drift apart."""
+        """It would end in the phase in which it has begun, with gradients of the other: local ones would not be averaged."""
         if self.steps.is_stepping:
             raise RuntimeError(
                 f"{switch}() was called within an optimizer step: with automatic optimization, `training_step` and backward"

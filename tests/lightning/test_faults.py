@@ -299,16 +299,21 @@ def test_torchrun_restarts_a_job_that_lost_a_rank_and_it_ends_as_if_nothing_had_
         assert report == {"step": 14, "digest": expected[rank]}
 
 
-@pytest.mark.parametrize("backend", ["cpu:gloo", "cuda:nccl", "cpu:gloo,cuda:nccl"])
-def test_at_exit_the_group_is_ended_unless_that_waits_for_ranks_that_hang(monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "has_abandoned"),
+    [("cpu:gloo", False), ("cpu:gloo", True), ("cuda:nccl", False), ("cpu:gloo,cuda:nccl", False)],
+)
+def test_at_exit_the_group_is_ended_unless_that_waits_for_ranks_that_hang(monkeypatch, backend, has_abandoned):
     ended = []
+    monkeypatch.setattr(failures, "has_abandoned_a_collective", lambda: has_abandoned)
     monkeypatch.setattr(failures.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(failures.dist, "get_backend_config", lambda: backend)
     monkeypatch.setattr(failures.dist, "destroy_process_group", lambda: ended.append(True))
     monkeypatch.setattr(failures, "GRACE_SECONDS", 0.1)
     with subprocess.Popen(["sleep", "1000"]) as process:
         failures._end([process])
-    assert bool(ended) == (backend == "cpu:gloo")
+    assert bool(ended) == (backend == "cpu:gloo" and not has_abandoned)
+    assert process.returncode == -signal.SIGKILL
     monkeypatch.undo()
 
 

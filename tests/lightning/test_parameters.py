@@ -250,11 +250,17 @@ class HasFrozen(Classifier):
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.int8, pytest.param(torch.complex64, marks=needs_complex_gloo)], ids=str
 )
-def test_frozen_parameters_of_the_optimizer_may_be_of_any_type(dtype):
-    """Such as the base of a model with adapters, where the optimizer was given all parameters."""
+def test_frozen_parameters_of_the_optimizer_may_be_of_any_type(dtype, tmp_path):
+    """Such as the base of a model with adapters, where the optimizer was given all parameters. A run with them resumes."""
 
     def fn(rank):
-        return compress(HasFrozen(dtype))[1].params
+        trainer, _ = compress(HasFrozen(dtype))
+        trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+        _, resumed = compress(HasFrozen(dtype), max_epochs=2, ckpt_path=tmp_path / "frozen.ckpt")
+        _, whole = compress(HasFrozen(dtype), max_epochs=2)
+        assert resumed.phases[0] is COMPRESSED
+        assert same_params(resumed.params, whole.params[-len(resumed.params) :])
+        return resumed.params
 
     assert same_params(*run_trainers(2, fn))
 
