@@ -69,8 +69,7 @@ class ErrorFeedback:
         scale: Scale = "l2",
         bucket_cap_mb: float | None = None,
     ) -> None:
-        if not tensor.is_floating_point():
-            raise TypeError(f"Cannot compress a tensor of dtype {tensor.dtype}. Must be real floating point.")
+        _check_dtype(tensor)
         config = CompressionConfig(block_size=block_size, scale=scale, bucket_cap_mb=bucket_cap_mb)
         self.communicator = Communicator(group)
         self.shape, self.dtype, self.device = tensor.shape, error_dtype(tensor.dtype), tensor.device
@@ -143,11 +142,13 @@ def compressed_all_reduce(
         ``tensor``.
 
     Raises:
+        TypeError: if the tensor is not real floating point.
         FloatingPointError: on all ranks, if a value is infinite or NaN on any, or beyond 1e30, which could overflow
             together with what was left out before; nothing has been changed then.
         ValueError: on all ranks, if the number of elements differs between ranks; and if ``error_feedback`` does
             not fit the tensor, or elements of the tensor share memory.
     """
+    _check_dtype(tensor)
     if error_feedback is None:
         error_feedback = ErrorFeedback(tensor, group=group, block_size=block_size, scale=scale)
     elif group is not None and group is not error_feedback.communicator.group:
@@ -190,6 +191,11 @@ def compressed_all_reduce(
 def error_dtype(dtype: torch.dtype) -> torch.dtype:
     """Errors are kept in float32, or in float64 for float64 tensors: half precision would lose them."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_dtype(tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"Cannot compress a tensor of dtype {tensor.dtype}. Must be real floating point.")
 
 
 def _check_agreement(tensor: Tensor, communicator: Communicator) -> None:

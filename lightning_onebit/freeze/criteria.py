@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_onebit.arguments import is_number
+from lightning_onebit.arguments import check_steps, is_number
 from lightning_onebit.config import VarianceRefresh
 
 
@@ -62,7 +62,11 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A criterion's settings in optimizer steps, for a run of known length."""
+    """A criterion's settings in optimizer steps, for a run of known length.
+
+    Raises:
+        TypeError, ValueError: if ``every`` is not a whole number >= 1.
+    """
 
     every: int
     """Steps between observations."""
@@ -84,6 +88,9 @@ class Plan:
     """Whether observations need ratios, which cost a little."""
     remarks: tuple[str, ...] = ()
     """What the user should know, such as a shortened window."""
+
+    def __post_init__(self) -> None:
+        check_steps("every of a Plan", self.every)
 
     def observes(self, step: int, previous: int | None = None) -> bool:
         """Whether the criterion wants to see ``step``, if ``previous`` was the last one that it could see.

@@ -112,7 +112,7 @@ def warn_if_alone(strategy: Ranks) -> None:
     if strategy.world_size == 1:
         rank_zero_warn(
             f"{type(strategy).__name__} runs with one process: there is nothing to send, so nothing is compressed and"
-            " training is plain Adam. HINT: use devices=2 or more, or num_nodes."
+            " training is that of the optimizer by itself. HINT: use devices=2 or more, or num_nodes."
         )
 
 

@@ -160,6 +160,8 @@ def test_parameters_are_reduced_as_by_torch_and_shared_memory_is_refused_before_
 def test_misuse_is_explained():
     with pytest.raises(TypeError, match="int64"):
         compressed_all_reduce(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="int64"):
+        compressed_all_reduce(torch.zeros(3, dtype=torch.int64), ErrorFeedback(torch.zeros(3)))
     with pytest.raises(ValueError, match="block_size: 12"):
         compressed_all_reduce(torch.zeros(3), block_size=12)
     with pytest.raises(ValueError, match=r"made for shape \(3,\)"):

@@ -273,6 +273,11 @@ def test_what_is_no_path_of_a_picture_is_refused(plot, error, message):
         CommMonitor(plot=plot)
 
 
+def test_what_is_no_switch_of_the_progress_bar_is_refused():
+    with pytest.raises(TypeError, match="Invalid progress_bar: 'no'. Must be True or False"):
+        CommMonitor(progress_bar="no")
+
+
 def test_without_matplotlib_a_picture_is_refused_at_once_and_one_that_cannot_be_written_is_warned_of(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()

@@ -362,6 +362,8 @@ def test_a_plan_observes_nothing_before_its_start():
     assert [step for step in range(1, 26) if plan.observes(step)] == [15, 20, 25]
     renewed = VarianceStability().plan(total_steps=10_000, beta2=BETA2)
     assert [step for step in range(1, 21) if renewed.observes(step)] == [16, 17, 18, 19, 20]
+    with pytest.raises(ValueError, match=r"Invalid every of a Plan: 0\. Must be >= 1"):
+        Plan(every=0)
 
 
 # ---- The numbers

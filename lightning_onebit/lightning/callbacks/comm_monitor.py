@@ -118,7 +118,8 @@ class CommMonitor(Callback):
             since training began or was resumed. Needs matplotlib. ``None``: none.
 
     Raises:
-        TypeError, ValueError: if ``every_n_steps`` is not a whole number >= 1, or ``plot`` is no path of a picture.
+        TypeError, ValueError: if ``every_n_steps`` is not a whole number >= 1, ``progress_bar`` neither True nor False, or
+            ``plot`` no path of a picture.
         ModuleNotFoundError: if ``plot`` is given, and matplotlib is not installed.
     """
 
@@ -131,6 +132,8 @@ class CommMonitor(Callback):
     ) -> None:
         if every_n_steps is not None:
             every_n_steps = check_steps("every_n_steps", every_n_steps, or_none="for the Trainer's log_every_n_steps")
+        if not isinstance(progress_bar, bool):
+            raise TypeError(f"Invalid progress_bar: {progress_bar!r}. Must be True or False.")
         self.every_n_steps = every_n_steps
         self.progress_bar = progress_bar
         self._plot = None if plot is None else MonitorPlot(plot)
