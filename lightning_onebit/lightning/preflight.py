@@ -81,10 +81,7 @@ def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None
                 f"{cls.__name__} does its own gradient communication and cannot be combined with {name}={arguments[name]!r}."
                 " HINT: leave it out, or use strategy='ddp'."
             )
-    takers = [*cls.__mro__[cls.__mro__.index(ours) + 1 :], DistributedDataParallel]
-    handed_on = {name for taker in takers for name in inspect.signature(taker.__init__).parameters}  # type: ignore[misc]
-    known = (handed_on | set(inspect.signature(ours.__init__).parameters)) - {"self", "args", "kwargs"}  # type: ignore[misc]
-    known -= {"module", "device_ids"}  # which Lightning's strategies pass to DDP
+    known = _known_arguments(cls, ours) if arguments else set()
     for name, value in arguments.items():
         if name in known:
             continue
@@ -100,6 +97,18 @@ def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None
             f"Unknown argument {name}={value!r}. Must be one of {ours.__name__}, Lightning's DDPStrategy or"
             f" DistributedDataParallel. HINT: {hint}"
         )
+
+
+def _known_arguments(cls: type, ours: type) -> set[str]:
+    takers = [each for each in cls.__mro__[cls.__mro__.index(ours) :] if "__init__" in vars(each) and each is not object]
+    names = {name for taker in [*takers, DistributedDataParallel] for name in inspect.signature(taker.__init__).parameters}  # type: ignore[misc]
+    return names - {
+        "self",
+        "args",
+        "kwargs",
+        "module",
+        "device_ids",
+    }  # the last two are passed to DDP by Lightning's strategies
 
 
 def _own_arguments(ours: type) -> list[str]:
