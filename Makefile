@@ -7,7 +7,8 @@ CONSTRAINTS ?= constraints.txt
 DEMO_ARGUMENTS ?=
 TEST_ARGUMENTS ?=
 GPU_ARGUMENTS ?=
-TEST_PROCESSES ?= 2
+# For two cores: many tests wait for their ranks, or on purpose.
+TEST_PROCESSES ?= 3
 EXTRAS ?= test,test-triton,examples
 UPGRADE ?=
 
