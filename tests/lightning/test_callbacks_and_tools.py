@@ -29,6 +29,7 @@ from torch import nn
 from trainers import CLASSES, FEATURES, Classifier, Recorder, data, fit, make_trainer, same_params
 
 from lightning_onebit import CommMonitor, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
+from lightning_onebit.lightning import phase_controller
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 FREEZE = 4
@@ -46,6 +47,28 @@ def weights(module):
 
 def equal(first, second):
     return same_params([first], [second])
+
+
+def test_no_batch_asks_for_what_is_computed_of_all_parameters(monkeypatch):
+    """Callbacks look at the strategy after each batch: to ask whether a protocol fits would compute its properties."""
+    asked, compression_ratio = [], phase_controller.compression_ratio
+
+    def counting(*args):
+        asked.append(args)
+        return compression_ratio(*args)
+
+    monkeypatch.setattr(phase_controller, "compression_ratio", counting)
+
+    def fn(rank):
+        counts = []
+        for batches in (8, 24):
+            asked.clear()
+            run(callbacks=[CommMonitor()], batches=batches)
+            counts.append(len(asked))
+        return counts
+
+    for short, long in run_trainers(2, fn):
+        assert 0 < short == long
 
 
 # Averaging of weights: both callbacks copy the module

@@ -274,7 +274,7 @@ def test_what_is_no_path_of_a_picture_is_refused(plot, error, message):
 
 
 def test_what_is_no_switch_of_the_progress_bar_is_refused():
-    with pytest.raises(TypeError, match="Invalid progress_bar: 'no'. Must be True or False"):
+    with pytest.raises(TypeError, match=r"Invalid progress_bar: 'no'\. Must be True or False"):
         CommMonitor(progress_bar="no")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 from weakref import WeakSet
 
 import lightning.pytorch as pl
@@ -17,7 +17,6 @@ from lightning_onebit.lightning.pytorch_lightning import HINT, is_pytorch_lightn
 from lightning_onebit.phase import Phase
 
 
-@runtime_checkable
 class TwoPhaseStrategy(Protocol):
     """A strategy that compresses: :class:`~lightning_onebit.OneBitDDPStrategy` and that for Fabric are such objects."""
 
@@ -63,7 +62,8 @@ def strategy_of(trainer: pl.Trainer) -> TwoPhaseStrategy | None:
     if is_pytorch_lightning(trainer):
         raise TypeError(HINT)
     strategy: object = trainer.strategy
-    if not isinstance(strategy, TwoPhaseStrategy):
+    # Not isinstance: of a protocol that asks for every property, at every batch, and some of them are computed.
+    if not hasattr(strategy, TwoPhaseStrategy.freeze_variance.__name__):
         if trainer not in _told:
             _told.add(trainer)
             rank_zero_warn(
@@ -71,4 +71,4 @@ def strategy_of(trainer: pl.Trainer) -> TwoPhaseStrategy | None:
                 " nothing there. HINT: Trainer(strategy='onebit_ddp') compresses."
             )
         return None
-    return strategy
+    return cast(TwoPhaseStrategy, strategy)
