@@ -18,7 +18,7 @@ from lightning_onebit.config import CompressionConfig, Scale
 from lightning_onebit.flat import all_within
 from lightning_onebit.quantize import make_kernels
 from lightning_onebit.quantize.layout import plan_buckets
-from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
+from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs, error_dtype
 
 
 def exchange_(messages: Messages, groups: ExchangeGroups, serve: Callable[[], object]) -> None:
@@ -186,11 +186,6 @@ def compressed_all_reduce(
     if flat.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(flat.view(tensor.shape))
     return tensor
-
-
-def error_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Errors are kept in float32, or in float64 for float64 tensors: half precision would lose them."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_dtype(tensor: Tensor) -> None:

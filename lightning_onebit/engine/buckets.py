@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_onebit.coefficients import RefreshNumbers
-from lightning_onebit.comm.compressed_allreduce import error_dtype
 from lightning_onebit.comm.groups import ExchangeGroups
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.engine.ranges import first_places
@@ -28,7 +27,7 @@ from lightning_onebit.quantize import DeviceKernels, Kernels, make_kernels
 from lightning_onebit.quantize.exact import ExactKernels
 from lightning_onebit.quantize.layout import BITS_PER_BYTE, plan_buckets, sign_nbytes
 from lightning_onebit.quantize.logarithm import square_root_
-from lightning_onebit.quantize.memory import BucketMemory, Encoded
+from lightning_onebit.quantize.memory import BucketMemory, Encoded, error_dtype
 from lightning_onebit.quantize.reference import ReferenceKernels, pack_bits
 
 

@@ -210,8 +210,9 @@ class CompressedOptimizer:
         outcome, changed = None, self._changed_parameters()
         if not self._commits_late:
             outcome = self._agree(skip=skip or not self._all_finite(), changed=changed)
-            self._refuse(changed)
-        else:
+            if changed:
+                self._refuse(changed)
+        elif not self._knows_live:
             self._learn_live_()
         if outcome is None or outcome.counts:
             for each, index in self._queue[self._num_sent :]:
@@ -229,7 +230,8 @@ class CompressedOptimizer:
             estimates = self._estimate()
             outcome = self._read(words, list(estimates.values()))
         self._end_step_(outcome, dict(zip(estimates, outcome.beside, strict=True)))
-        self._refuse(changed)
+        if changed:
+            self._refuse(changed)
         return outcome.counts
 
     def _read(self, words: Tensor, beside: Sequence[Tensor] = ()) -> Outcome:
@@ -369,7 +371,8 @@ class CompressedOptimizer:
             outcome = self.agreement.read(words)
         if outcome.counts:
             self._set_flags_(words)
-            self._learn_live_()
+            if not self._knows_live:
+                self._learn_live_()
         return outcome
 
     def _agree_on_device(self, *, skip: bool, changed: Sequence[Tensor]) -> Tensor:
@@ -400,13 +403,12 @@ class CompressedOptimizer:
 
     def _learn_live_(self) -> None:
         """Before the first step of a method without second moment."""
-        if not self._knows_live:
-            self._knows_live = self._learns_live = True
-            for each in self._sets:
-                for index in range(len(each.buckets.memories)):
-                    each.step_inputs(self._groups.topology.num_nodes)
-                    each.take_gradients_(index)
-                first_gradients_(each.buckets, each.gradients, self._groups)
+        self._knows_live = self._learns_live = True
+        for each in self._sets:
+            for index in range(len(each.buckets.memories)):
+                each.step_inputs(self._groups.topology.num_nodes)
+                each.take_gradients_(index)
+            first_gradients_(each.buckets, each.gradients, self._groups)
 
     def _forget_live_(self) -> None:
         """The gradients that told it do not count: they may be infinite where there never was one."""
@@ -582,18 +584,17 @@ class CompressedOptimizer:
         return [*self.added_parameters(), *(p for p, index in self._param_group_of.items() if now.get(p) != index)]
 
     def _refuse(self, changed: Sequence[Tensor]) -> None:
-        if changed:
-            now = _param_group_indices(self.optimizer)
-            what: dict[str, list[str]] = {"new": [], "removed": [], "moved to another group": []}
-            for p in changed:
-                how = "new" if p not in self._param_group_of else "moved to another group" if p in now else "removed"
-                what[how].append(self._names.get(p, f"one of shape {tuple(p.shape)}"))
-            raise RuntimeError(
-                "The optimizer's parameters have changed since the second moment was frozen:"
-                f" {'; '.join(f'{how}: {_first_of(names)}' for how, names in what.items() if names)}. State is kept for"
-                " those of then, group by group. HINT: call `strategy.resume_warmup()` before adding, removing or moving"
-                " parameters, and freeze again later. To train some no longer, `requires_grad_(False)` is enough."
-            )
+        now = _param_group_indices(self.optimizer)
+        what: dict[str, list[str]] = {"new": [], "removed": [], "moved to another group": []}
+        for p in changed:
+            how = "new" if p not in self._param_group_of else "moved to another group" if p in now else "removed"
+            what[how].append(self._names.get(p, f"one of shape {tuple(p.shape)}"))
+        raise RuntimeError(
+            "The optimizer's parameters have changed since the second moment was frozen:"
+            f" {'; '.join(f'{how}: {_first_of(names)}' for how, names in what.items() if names)}. State is kept for"
+            " those of then, group by group. HINT: call `strategy.resume_warmup()` before adding, removing or moving"
+            " parameters, and freeze again later. To train some no longer, `requires_grad_(False)` is enough."
+        )
 
     @torch.no_grad()
     def average_gradients_(self) -> None:

@@ -318,6 +318,11 @@ class BucketMemory(Messages):
         return Encoded(*self.views(messages, first_chunk, blocks))
 
 
+def error_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Errors are kept in float32, or in float64 for float64 tensors: half precision would lose them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(kw_only=True, eq=False)
 class StepInputs:
     """What one step reads and writes beside the buckets' memory. Lists and arrays are by parameter."""

@@ -14,7 +14,7 @@ from lightning_onebit.comm.stats import PhaseCounters
 from lightning_onebit.config import CompressionConfig
 from lightning_onebit.quantize.layout import num_blocks
 
-GRADIENT_FILES, GRADIENT_FUNCTIONS, SWITCH_FILES = 18, 82, 25
+GRADIENT_FILES, GRADIENT_FUNCTIONS, SWITCH_FILES = 18, 80, 25
 """What there is, with a frozen second moment; it must not grow. The goal is 8, 25 and 12: agreement, counting and exchange
 lie beside the formula. (17, 82 and 23 before there was a refresh, which shares modules with the step: spans and roots.)"""
 
