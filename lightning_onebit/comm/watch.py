@@ -7,8 +7,9 @@ same position, these ranks will never meet: one has left out a step, say, or has
 however slow a rank or the network is; where all have passed the same places, nothing is concluded, and only the timeout ends
 the waiting.
 
-On the CPU, whoever waits for a collective raises it. On a GPU it is the driver that waits, and cannot be interrupted: there
-the thread logs it, and NCCL's timeout ends the waiting.
+On the CPU, whoever waits for a collective of ours raises it. Those of other libraries (at the end of an epoch, at a
+checkpoint) cannot be interrupted: there the thread logs it and ends the process, which would wait until the timeout for what
+cannot come. On a GPU it is the driver that waits: the thread logs it, and NCCL's timeout ends the waiting.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -74,6 +75,8 @@ class Watch:
         """What other ranks that wait, or have finished, say of themselves."""
         self.host_waits = True
         """Whether collectives are waited for on the host, where the verdict is raised."""
+        self.is_elsewhere = False
+        """Whether this rank is in a collective of another library."""
         self._thread = threading.Thread(target=self._serve, name="onebit-watch", daemon=True)
         self._thread.start()
 
@@ -157,8 +160,10 @@ class Watch:
                     if found is not None and self.verdict is None:
                         self._closing.wait(LOOK_SECONDS)  # others read what this rank has just written
                         self.verdict = found
-                        if not self.host_waits:
+                        if self.is_elsewhere or not self.host_waits:
                             _log.error(found)
+                        if self.is_elsewhere and self.host_waits:
+                            end_process()
         except RuntimeError:
             return  # the store is gone: the rank that has it has ended, and collectives will say so
 
@@ -219,11 +224,16 @@ def has_abandoned_a_collective() -> bool:
 def _exit_at_once() -> None:
     """The last thing at exit: the interpreter would wait for gloo's thread, and so would the others, as connections stay."""
     if _abandoned:
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
-                stream.flush()
-        os._exit(1)
+        end_process()
+
+
+def end_process() -> None:
+    """At once, from whatever thread: as a failure, with all that was written."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+            stream.flush()
+    os._exit(1)
 
 
 atexit.register(_exit_at_once)  # as the module is imported: after all that programs register
@@ -258,6 +268,31 @@ def passing(place: str) -> None:
     """This rank comes to ``place``, as all others do; nothing if nobody watches."""
     if _watch is not None:
         _watch.passing(place)
+
+
+@contextlib.contextmanager
+def elsewhere(place: str, group: Any = None) -> Iterator[None]:
+    """Come to ``place``, as all others do, and wait there for them, in a collective of another library.
+
+    Args:
+        place: the same on all ranks.
+        group: of the collective. Nobody watches others than the default one.
+
+    Raises:
+        RuntimeError: if another rank is known to be at another place. If it comes out later, the process ends.
+    """
+    if _watch is None or group not in (None, dist.group.WORLD):
+        yield
+        return
+    _watch.passing(place)
+    if _watch.verdict is not None:
+        raise RuntimeError(_watch.verdict)
+    _watch.is_elsewhere = True
+    try:
+        yield
+    finally:
+        if _watch is not None:
+            _watch.is_elsewhere = False
 
 
 def meet(place: str, timeout: timedelta | None) -> None:

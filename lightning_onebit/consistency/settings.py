@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import Precision
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_onebit.consistency.agreement import ADVISORY
@@ -86,7 +87,9 @@ def precision_settings(precision: Precision) -> dict[str, str]:
 
 
 def trainer_settings(trainer: pl.Trainer) -> dict[str, str]:
-    """What decides when steps are made, and what is done before."""
+    """What decides when steps are made, what is done before, and when ranks are elsewhere."""
+    names = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches") if trainer.enable_validation else ()
+    evaluations = ", ".join(f"{name}={getattr(trainer, name)!r}" for name in names) or "none"
     return {
         **precision_settings(trainer.precision_plugin),
         "max_epochs": repr(trainer.max_epochs),
@@ -94,6 +97,8 @@ def trainer_settings(trainer: pl.Trainer) -> dict[str, str]:
         "accumulate_grad_batches": repr(trainer.accumulate_grad_batches),
         "gradient_clip_val": repr(trainer.gradient_clip_val),
         "gradient_clip_algorithm": repr(trainer.gradient_clip_algorithm),
+        "limit_train_batches": repr(trainer.limit_train_batches),
+        "evaluations": evaluations,
     }
 
 
@@ -112,6 +117,8 @@ def checkpoint_settings(steps: Iterable[int], header: Mapping[str, Any] | None) 
 
 
 def _tensor(tensor: Tensor) -> str:
+    if is_lazy(tensor):
+        return "not initialized"  # DDP says what to do
     dtype = str(tensor.dtype).removeprefix("torch.")
     strides = "" if tensor.layout != torch.strided or tensor.is_contiguous() else f" strides {tensor.stride()}"
     return f"{list(tensor.shape)} {dtype}{strides}"

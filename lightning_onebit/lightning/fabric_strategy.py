@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies import DDPStrategy, _StrategyRegistry
+from lightning.fabric.strategies.strategy import TBroadcast
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +23,7 @@ from lightning_onebit.checkpoint.io import durable_io
 from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.comm.watch import passing
+from lightning_onebit.comm.watch import elsewhere, passing
 from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
@@ -119,6 +120,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         self.hierarchical = hierarchical
         self.max_skipped_steps = check_max_skipped_steps(max_skipped_steps)
         self._phases = PhaseController(self)
+        self._phases.steps.are_all_through_lightning = True  # nobody tells the switch of others
         self._checkpoints = CheckpointManager(self, self._phases)
         self._loading = FabricCheckpoints(self._phases, self._checkpoints)
         self.switch = PhaseSwitch(criterion)
@@ -244,6 +246,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             settings.update(strategy_settings(self, self._phases.options, self._ddp_kwargs) | module_settings(module))
             settings.update(precision_settings(self.precision) | criterion_settings([self.switch.criterion]))
             settings["total_steps"] = repr(self.total_steps)
+            settings["every_n_steps of DivergenceGuard"] = repr(self.guard.every_n_steps)
         model = super().setup_module(module)
         self._modules.append(module)
         self._phases.names.update({p: name for name, p in module.named_parameters()})
@@ -279,7 +282,7 @@ class OneBitDDPFabricStrategy(DDPStrategy):
             yield
         except RuntimeError as error:
             rank, step, timeout = self.global_rank, self.optimizer_steps, self._timeout
-            explain_(error, rank=rank, phase=self.phase, step=step, timeout=timeout, checkpoint=None)
+            explain_(error, rank=rank, phase=self.phase, step=step, timeout=timeout, resume="fabric.load(path, state)")
             raise
 
     @override
@@ -346,14 +349,15 @@ class OneBitDDPFabricStrategy(DDPStrategy):
         error_if_nonfinite: bool = True,
     ) -> Tensor:
         """In the compressed phase by the norm of the mean gradient, as under DDP, estimated within about 1%."""
+        if float(norm_type) != 2.0 and self.world_size > 1:  # now, not at the switch
+            raise ValueError(
+                f"Invalid norm_type: {norm_type}. Must be 2, as in the compressed phase no rank has the mean gradient, and"
+                " only its 2-norm can be estimated from what the ranks can tell each other. HINT: leave norm_type out, or"
+                " clip values, with clip_val."
+            )
         compressed = self._agree_on_infinities(optimizer)
         if compressed is None:
             return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
-        if float(norm_type) != 2.0:
-            raise ValueError(
-                f"Invalid norm_type: {norm_type}. Must be 2 in the compressed phase: no rank has the mean gradient, and"
-                " only its 2-norm can be estimated from what the ranks can tell each other."
-            )
         self.precision.unscale_gradients(optimizer)
         norm = compressed.clip_grad_norm_(float(max_norm))
         if error_if_nonfinite and not torch.isfinite(norm):
@@ -362,6 +366,33 @@ class OneBitDDPFabricStrategy(DDPStrategy):
                 " error_if_nonfinite=False the step is skipped, on all ranks."
             )
         return norm
+
+    # Collectives of user code
+
+    @contextmanager
+    def _elsewhere(self, place: str, group: Any | None = None) -> Iterator[None]:
+        with self._failures_explained(), elsewhere(place, group):
+            yield
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with self._elsewhere("a barrier"):
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        with self._elsewhere("a broadcast"):
+            return super().broadcast(obj, src)
+
+    @override
+    def all_reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        with self._elsewhere("a reduction", group):
+            return super().all_reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        with self._elsewhere("an all-gather", group):
+            return super().all_gather(tensor, group, sync_grads)
 
     # State
 

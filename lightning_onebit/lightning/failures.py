@@ -36,7 +36,13 @@ def is_communication_failure(error: BaseException) -> bool:
 
 
 def explain_(
-    error: BaseException, *, rank: int, phase: Phase, step: int, timeout: timedelta | None, checkpoint: str | None
+    error: BaseException,
+    *,
+    rank: int,
+    phase: Phase,
+    step: int,
+    timeout: timedelta | None,
+    resume: str,
 ) -> None:
     """Say what happened and how to resume in the message of a communication failure, before what the library said.
 
@@ -46,7 +52,7 @@ def explain_(
         phase: of the run.
         step: optimizer steps that are complete.
         timeout: how long collectives wait; ``None`` for the library's default.
-        checkpoint: path of the last one, if it is known.
+        resume: what to call for that.
     """
     if not is_communication_failure(error) or str(error).startswith(_BEGIN):
         return
@@ -59,13 +65,12 @@ def explain_(
         )
     else:
         what = "another rank has died or failed, or is at another place of the program"
-    resume = "`trainer.fit(..., ckpt_path=...)`" if checkpoint is None else f"`trainer.fit(..., ckpt_path={checkpoint!r})`"
     others = others_say()
     if others:
         what += f" ({'; '.join(others)})"
     message = (
         f"{_BEGIN}, on rank {rank}, phase {phase.name}, after {step} optimizer steps: {what}. Training cannot go on without"
-        f" that rank, so all ranks end. HINT: start again, and resume from the last checkpoint with {resume}. What the"
+        f" that rank, so all ranks end. HINT: start again, and resume from the last checkpoint with `{resume}`. What the"
         f" library said: {error}"
     )
     error.args = (message, *error.args[1:])

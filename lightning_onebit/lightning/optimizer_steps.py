@@ -22,6 +22,7 @@ from lightning_onebit.engine.nonfinite import Found, SkippedSteps
 from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.flat import all_finite
 from lightning_onebit.lightning.compressible import listed
+from lightning_onebit.lightning.ddp_hook import HookState
 from lightning_onebit.lightning.loss_scaling import found_inf_after_unscaling_, loss_scale, uses_loss_scaling
 from lightning_onebit.lightning.report import no_steps
 from lightning_onebit.methods import counted_steps, parameters_of
@@ -32,6 +33,13 @@ IDLE_STEPS = 100
 RAW_STEP = (
     "the optimizer must step through Lightning, but `step()` was called on the optimizer itself. HINT: use"
     " `self.optimizers()`, without `use_pl_optimizer=False`; with Fabric, the optimizer that `fabric.setup` returned."
+)
+
+
+LOCAL_GRADIENTS = (
+    "The ranks would drift apart: {optimizer} has made a step, but DDP has seen no backward, so that gradients were not"
+    " averaged. HINT: in manual optimization write `self.manual_backward(loss)` instead of `loss.backward()`; with Fabric"
+    " `fabric.backward(loss)`, and call the module that `fabric.setup` returned."
 )
 
 
@@ -55,6 +63,10 @@ class OptimizerSteps:
         """Parameters whose gradients DDP knows, and averages unless they are to stay local."""
         self.is_alone = False
         """Whether there is one process only."""
+        self.hook_state: HookState | None = None
+        """Of DDP's communication."""
+        self.are_all_through_lightning = False
+        """Whether others than those within :meth:`step` would never be seen, not in warm-up either."""
         self.is_torn = False
         """Whether an exception came within a compressed step, when some parameters may be those of the next one."""
         self.scales_losses = False
@@ -185,6 +197,8 @@ class OptimizerSteps:
             return
         if self.phase is Phase.COMPRESSED:
             raise RuntimeError(f"In the compressed phase {RAW_STEP}")
+        if self.are_all_through_lightning and not self.is_alone:
+            raise RuntimeError(f"For the warm-up to end, {RAW_STEP}")
         if not (self._has_warned or self.is_alone):  # now, not hours later
             rank_zero_warn(f"From the first compressed step on, which is still to come, {RAW_STEP}")
             self._has_warned = True
@@ -194,6 +208,8 @@ class OptimizerSteps:
         if self.phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
             has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
             self.made[optimizer] += has_gradient
+            if has_gradient and not self.is_alone and self.hook_state is not None and not self.hook_state.backwards:
+                raise RuntimeError(LOCAL_GRADIENTS.format(optimizer=type(optimizer).__name__))
 
     def count_loaded(self, optimizer: Optimizer, saved: Sequence[int] = ()) -> None:
         """Go on counting where the state that was loaded into ``optimizer`` stopped.

@@ -555,6 +555,7 @@ class PhaseController:
         model.register_comm_hook(self.hook_state, phase_hook)
         self.hook_state.regrouping = None
         self.hook_state.model, self.hook_state.backwards = ref(model), 0
+        self.steps.hook_state = self.hook_state
         # DDP knows the parameters that required a gradient when it was made, and never averages those of others.
         self.steps.averaged.update(p for p in model.parameters() if p.requires_grad)
         self._models.append(ref(model))

@@ -56,10 +56,12 @@ class AgreedSignals:
         vars(self._trainer.fit_loop.epoch_loop).pop(_BROADCAST, None)
 
     def _begin_batch(self) -> None:
-        """Before Lightning's collective, in which a rank waits for one that has no other batch: the watch must know it."""
+        """In place of Lightning's broadcast, in which a rank waits for one that has no other batch until the timeout."""
         passing("another batch")
-        assert self._broadcast is not None
-        self._broadcast()
+        device = self._trainer.strategy.root_device
+        if Communicator().broadcast_int(int(self._connector.received_sigterm), device=device):
+            assert self._broadcast is not None
+            self._broadcast()  # once more, and raises
 
     def agree(self, compressed: Collection[CompressedOptimizer]) -> None:
         """Before a batch: do on all ranks what any of them was asked for. Collective after a batch without compressed step.

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from lightning_onebit.checkpoint.manager import CheckpointManager
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, PATH, Snapshot, read_header
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
-from lightning_onebit.comm.watch import passing
+from lightning_onebit.comm.watch import elsewhere, passing
 from lightning_onebit.config import CompressionConfig, Scale, Space, VarianceRefresh, WarmupPrecision
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.settings import (
@@ -40,7 +41,7 @@ from lightning_onebit.consistency.settings import (
 from lightning_onebit.engine.nonfinite import check_max_skipped_steps
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.callbacks.comm_monitor import CommMonitor
-from lightning_onebit.lightning.callbacks.divergence_guard import ensure_divergence_guard
+from lightning_onebit.lightning.callbacks.divergence_guard import DivergenceGuard, ensure_divergence_guard
 from lightning_onebit.lightning.callbacks.phase_switch import PhaseSwitch, ensure_phase_switch
 from lightning_onebit.lightning.compressible import compressible, listed
 from lightning_onebit.lightning.failures import end_at_exit_, explain_, last_checkpoint
@@ -338,6 +339,8 @@ class OneBitDDPStrategy(DDPStrategy):
             settings.update(criterion_settings(c.criterion for c in callbacks if isinstance(c, PhaseSwitch)))
             monitors = [c.entries(trainer) for c in callbacks if isinstance(c, CommMonitor)]
             settings["entries of CommMonitor"] = ", ".join(monitors) or "none"  # which are made by all ranks together
+            guards = [repr(c.every_n_steps) for c in callbacks if isinstance(c, DivergenceGuard)]
+            settings["every_n_steps of DivergenceGuard"] = ", ".join(guards)
             settings["exchanges start during backward"] = repr(self._phases.overlaps)
 
     def _set_up_optimizers(self, trainer: pl.Trainer) -> None:
@@ -376,6 +379,7 @@ class OneBitDDPStrategy(DDPStrategy):
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
+        passing("an evaluation")
         if self._signals is not None:
             self._signals.end_alone()
 
@@ -538,7 +542,8 @@ class OneBitDDPStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         passing("the end of training")
-        if self.world_size > 1 and self.comm_stats.steps:
+        is_trial = self._trainer is not None and self._trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.world_size > 1 and self.comm_stats.steps and not is_trial:
             rank_zero_info(f"{type(self).__name__}: what this run sent, and how long it took, on rank 0:\n{self.report()}")
 
     @property
@@ -561,15 +566,34 @@ class OneBitDDPStrategy(DDPStrategy):
         if self._trainer is not None:
             step, checkpoint = self._trainer.global_step, last_checkpoint(self._trainer)
             rank, timeout = self.global_rank, self._timeout
-            explain_(exception, rank=rank, phase=self.phase, step=step, timeout=timeout, checkpoint=checkpoint)
+            resume = f"trainer.fit(..., ckpt_path={'...' if checkpoint is None else repr(checkpoint)})"
+            explain_(exception, rank=rank, phase=self.phase, step=step, timeout=timeout, resume=resume)
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             end_at_exit_(self.launcher.procs)
+
+    # Collectives of Lightning and of user code
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         # Lightning has one after saving. If this rank alone failed it would wait for the timeout, and its error be lost.
         if not self._interrupted:
-            super().barrier(*args, **kwargs)
+            with elsewhere("a barrier"):
+                super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        with elsewhere("a broadcast"):
+            return super().broadcast(obj, src)
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        with elsewhere("a reduction", group):
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        with elsewhere("an all-gather", group):
+            return super().all_gather(tensor, group, sync_grads)
 
     @override
     def teardown(self) -> None:

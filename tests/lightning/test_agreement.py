@@ -14,9 +14,10 @@ from ranks import run_ranks, run_trainers
 from test_precision import mixed16
 from test_several_optimizers import Messages
 from torch import nn
-from trainers import Classifier, fit, same_params
+from trainers import Classifier, data, fit, same_params
 
 from lightning_onebit import (
+    DivergenceGuard,
     FixedStep,
     OneBitDDPFabricStrategy,
     OneBitDDPStrategy,
@@ -145,6 +146,11 @@ class Larger(Classifier):
         self.extra = nn.Linear(3, 3)
 
 
+class Validated(Classifier):
+    def val_dataloader(self):
+        return data(2)
+
+
 class WithBuffer(Classifier):
     def __init__(self):
         super().__init__()
@@ -222,6 +228,15 @@ MISMATCHES = {
     "steps": ({"max_steps": 3}, says("max_steps", -1, 3)),
     "scale": ({"plugins": [mixed16(init_scale=4.0)]}, "loss scaling: none on rank 0, but {'scale': 4.0"),
     "precision": ({"precision": "bf16-mixed"}, says("precision", "32-true", "bf16-mixed")),
+    "batches": ({"limit_train_batches": 3}, says("limit_train_batches", 1.0, 3)),
+    "evaluations": (
+        model(Validated),
+        says("evaluations", "none", "val_check_interval=1.0, check_val_every_n_epoch=1, limit_val_batches=1.0"),
+    ),
+    "guard": (
+        {"callbacks": [PhaseSwitch(FixedStep(4)), DivergenceGuard(7)]},
+        says("every_n_steps of DivergenceGuard", 100, 7),
+    ),
 }
 
 

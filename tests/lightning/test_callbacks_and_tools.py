@@ -325,11 +325,13 @@ def test_fast_dev_run_is_silent_about_the_switch():
     """It is too short to compress anything, and nobody expects it to."""
 
     def fn(rank):
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, Messages() as messages:
             warnings.simplefilter("always")
             _, recorder = run(fast_dev_run=3)
         assert recorder.phases == [WARMUP] * 3
         assert not [w for w in caught if "compress" in str(w.message)]
+        assert not messages.count("PhaseSwitch: "), messages.texts
+        assert not messages.count("what this run sent"), messages.texts
         assert run(fast_dev_run=6)[1].phases[-1] is COMPRESSED
 
     run_trainers(2, fn)

@@ -161,7 +161,7 @@ def test_clipped_gradients_are_what_is_compressed():
         switch = {"callbacks": [PhaseSwitch(FixedStep(FREEZE))], "gradient_clip_algorithm": "value"}
         assert same_params(by_value.params, fit("onebit_ddp", 2, batches=20, gradient_clip_val=0.01, **switch)[1].params)
 
-        with pytest.raises(ValueError, match=r"Invalid norm_type: inf. Must be 2 in the compressed phase"):
+        with pytest.raises(ValueError, match=r"Invalid norm_type: inf\. Must be 2, as .*leave norm_type out"):
             loop.fabric.clip_gradients(loop.model, loop.optimizer, max_norm=1.0, norm_type="inf")
         for p in loop.model.parameters():
             p.grad = torch.full_like(p, torch.nan if rank == 1 else 1.0)
@@ -545,3 +545,23 @@ def test_strategies_are_registered():
     strategy = STRATEGY_REGISTRY.get("onebit_ddp_find_unused_parameters_true")
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
     OneBitDDPFabricStrategy.register_strategies(STRATEGY_REGISTRY)  # again: no effect
+
+
+@pytest.mark.parametrize("how", ["the optimizer's own step", "the module's own forward"])
+def test_what_would_stay_dense_or_local_ends_at_the_first_step(how):
+    """Of an optimizer that steps by itself the switch is never told, and a module beside DDP's averages nothing."""
+    expected = {
+        "the optimizer's own step": r"For the warm-up to end, the optimizer must step through Lightning",
+        "the module's own forward": r"Adam has made a step, but DDP has seen no backward.*`fabric.setup` returned",
+    }
+
+    def fn(rank):
+        loop = Loop(ours())
+        batch = next(iter(data(1)))
+        whole = how == "the optimizer's own step"
+        module = loop.model if whole else loop.model.module
+        loop.fabric.backward(module.training_step(batch, 0))
+        with pytest.raises(RuntimeError, match=expected[how]):
+            (loop.optimizer.optimizer if whole else loop.optimizer).step()
+
+    run_trainers(2, fn)

@@ -350,13 +350,13 @@ GLOO = "[../third_party/gloo/gloo/transport/tcp/"
 def test_which_errors_are_explained(error, expected):
     before = str(error)
     for _ in range(2):  # of a fit within a fit, say
-        explain_(error, rank=2, phase=Phase.WARMUP, step=7, timeout=timedelta(seconds=5), checkpoint="a/last.ckpt")
+        explain_(error, rank=2, phase=Phase.WARMUP, step=7, timeout=timedelta(seconds=5), resume="fabric.load(path, state)")
     assert is_communication_failure(error) == (expected is not None)
     if expected is None:
         assert str(error) == before
     else:
         assert expected in str(error)
         assert "on rank 2, phase WARMUP, after 7 optimizer steps" in str(error)
-        assert "`trainer.fit(..., ckpt_path='a/last.ckpt')`" in str(error)
+        assert "`fabric.load(path, state)`" in str(error)
         assert str(error).endswith(before)
         assert str(error).count("HINT") == 1

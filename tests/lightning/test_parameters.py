@@ -557,3 +557,16 @@ def test_exchanges_during_backward_follow_unfrozen_parameters():
         assert same_params(params(True), params(False))
 
     run_trainers(2, fn)
+
+
+def test_what_is_not_initialized_is_ddps_to_explain():
+    class Lazy(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.LazyLinear(3)
+
+    def fn(rank):
+        with pytest.raises(RuntimeError, match=r"dry run|dummy forward"):
+            fit("onebit_ddp", 2, model=Lazy())
+
+    run_trainers(2, fn)

@@ -510,6 +510,25 @@ def test_raw_optimizer_step_in_the_compressed_phase_is_an_error():
     run_trainers(2, fn)
 
 
+def test_gradients_that_ddp_never_averages_end_the_run_at_the_first_step():
+    """Else the ranks would drift apart, as they do under DDP, and nothing would say why."""
+
+    class Bare(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx).backward()
+            self.optimizers().step()
+
+    def fn(rank):
+        model = Bare()
+        model.automatic_optimization = False
+        with pytest.raises(RuntimeError, match=r"Adam has made a step, but DDP has seen no backward.*manual_backward"):
+            fit("onebit_ddp", 2, model=model)
+
+    run_trainers(2, fn)
+
+
 # Arguments
 
 

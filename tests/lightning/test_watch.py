@@ -179,8 +179,61 @@ def clears_state(rank):
     by_trainer(rank, model=ClearsState(), batches=(20, 20), strategy="onebit_ddp")
 
 
+class Validated(Classifier):
+    """Metrics of epochs and evaluations are averaged over the ranks, and each rank knows those of the others."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("epoch_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        self.trainer.should_stop |= self.stops_alone and batch_idx == FAULT and self.global_rank == 1
+        return loss
+
+    stops_alone = False
+
+    def on_train_epoch_end(self):
+        self.all_gather(torch.ones(1))
+
+
+class StopsAlone(Validated):
+    stops_alone = True
+
+
+def has_fewer_batches_before_an_evaluation(rank):
+    trainer = make_trainer("onebit_ddp", 2, callbacks=[PhaseSwitch(FixedStep(FREEZE))], use_distributed_sampler=False)
+    trainer.fit(Validated(), data(20 if rank == 0 else FAULT), data(2))
+
+
+def stops_alone(rank):
+    by_trainer(rank, model=StopsAlone(), batches=(20, 20), strategy="onebit_ddp")
+
+
+class MeetsNobody(Classifier):
+    """In a collective of Lightning, on rank 1 only."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == FAULT and self.global_rank == 1:
+            getattr(self.trainer.strategy, self.collective)(*self.arguments)
+
+
+def waits_alone(name, *arguments):
+    def scenario(rank):
+        model = MeetsNobody()
+        model.collective, model.arguments = name, arguments
+        by_trainer(rank, model=model, batches=(20, 20), strategy="onebit_ddp")
+
+    return scenario
+
+
 def clears_state_while_overlapping(rank):
     by_trainer(rank, model=ClearsState(), batches=(20, 20), strategy=OneBitDDPStrategy(overlap=True))
+
+
+def waits_alone_with_fabric(name, *arguments):
+    def meets_nobody(fabric, index):
+        if index == FAULT and fabric.global_rank == 1:
+            getattr(fabric, name)(*arguments)
+
+    return lambda rank: train_with_fabric(rank, after_batch=meets_nobody)
 
 
 def leaves_out_a_step_with_fabric(rank):
@@ -191,7 +244,7 @@ def clears_state_with_fabric(rank):
     train_with_fabric(rank, clears=lambda index: index == FAULT and rank == 1)
 
 
-def train_with_fabric(rank, *, leaves_out=lambda index: False, clears=lambda index: False):
+def train_with_fabric(rank, *, leaves_out=lambda index: False, clears=lambda index: False, after_batch=lambda *_: None):
     strategy = OneBitDDPFabricStrategy(criterion=FixedStep(FREEZE), timeout=timedelta(seconds=60))
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     fabric.launch()
@@ -205,6 +258,7 @@ def train_with_fabric(rank, *, leaves_out=lambda index: False, clears=lambda ind
             optimizer.zero_grad()
             if clears(index):
                 optimizer.state.clear()
+            after_batch(fabric, index)
         watch._end_watch()  # as at the exit of a process
         time.sleep(3)  # rank 0, which has the store, may be the one that has finished
     finally:
@@ -245,6 +299,52 @@ def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds)
     assert any("The ranks have parted" in message and "strategy.grad_norm()" in message for message in messages), messages
     if "clears_state" in scenario.__name__:
         assert any("the way back to warm-up, as the state of Adam was reset" in message for message in messages), messages
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        has_fewer_batches_before_an_evaluation,
+        stops_alone,
+        *(
+            waits_alone(name, argument)
+            for name, argument in (
+                ("barrier", "here"),
+                ("broadcast", 1),
+                ("all_gather", torch.ones(1)),
+                ("reduce_boolean_decision", True),
+            )
+        ),
+        waits_alone_with_fabric("barrier"),
+        waits_alone_with_fabric("broadcast", 1),
+        waits_alone_with_fabric("all_reduce", torch.ones(1)),
+        waits_alone_with_fabric("all_gather", torch.ones(1)),
+    ],
+)
+def test_who_waits_in_a_collective_of_lightning_does_not_wait_for_the_timeout(scenario, tmp_path):
+    """Nothing can interrupt it: the process ends, after its last words. The other rank's may raise."""
+
+    def fn(rank):
+        watch.PATIENCE_SECONDS, watch.LOOK_SECONDS = 1.0, 0.5
+
+        def end(message=None):
+            (tmp_path / f"{rank}.txt").write_text(message or watch._watch.verdict)
+            os._exit(1)
+
+        watch.end_process = end
+        try:
+            scenario(rank)
+        except RuntimeError as error:
+            end(str(error))
+
+    start = time.perf_counter()
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_trainers(2, fn)
+    assert time.perf_counter() - start < 15
+    for rank in range(2):
+        words = (tmp_path / f"{rank}.txt").read_text()
+        assert "The ranks have parted" in words or "Communication with the other ranks failed" in words
+        assert f"rank {1 - rank} (phase COMPRESSED, after " in words, words
 
 
 SCRIPT = """

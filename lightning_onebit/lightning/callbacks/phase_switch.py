@@ -86,9 +86,10 @@ class PhaseSwitch(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (strategy := strategy_of(trainer)) is None:
             return
-        self.start(strategy, total_steps=_total_steps(trainer))
+        is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self.start(strategy, total_steps=_total_steps(trainer), silent=is_trial)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP:
+        if strategy.world_size > 1 and strategy.phase is Phase.WARMUP and not is_trial:
             remark = remark_on_shares(self._plan, callbacks, total_steps=_total_steps(trainer))
             if remark is not None:
                 rank_zero_info(f"{type(self).__name__}: {remark}")
@@ -101,6 +102,10 @@ class PhaseSwitch(Callback):
             passing("the end of a batch")
             self.after_step(strategy, pl_module)
 
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        passing("the end of an epoch")
+
     def progress(self) -> str:
         """In a few characters, for a progress bar: what the criterion saw last, and by which step it must decide.
 
@@ -110,8 +115,11 @@ class PhaseSwitch(Callback):
         when = f"by {last:.0f}" if math.isfinite(last) else f"not before {first}"
         return f"{self.verdict.seen}, {when}" if self.verdict is not None and self.verdict.seen else when
 
-    def start(self, strategy: TwoPhaseStrategy, *, total_steps: float) -> None:
-        """Fix the criterion's settings for a run of ``total_steps`` steps (``inf`` if unknown), and begin to watch."""
+    def start(self, strategy: TwoPhaseStrategy, *, total_steps: float, silent: bool = False) -> None:
+        """Fix the criterion's settings for a run of ``total_steps`` steps (``inf`` if unknown), and begin to watch.
+
+        ``silent``: say nothing of what is to come.
+        """
         if strategy.world_size == 1:
             return
         beta2 = slowest_beta2(strategy.compressed_optimizers)
@@ -119,7 +127,7 @@ class PhaseSwitch(Callback):
         self._watch(strategy)
         if self._needs_no_warmup(strategy):
             self._freeze_at_once(strategy)
-        elif strategy.phase is Phase.WARMUP:
+        elif strategy.phase is Phase.WARMUP and not silent:
             ratio, precision = strategy.expected_compression_ratio, strategy.config.warmup_precision
             line = outlook(self._plan, total_steps=total_steps, ratio=ratio, precision=precision)
             remarks = [line, *self._plan.remarks]
