@@ -575,9 +575,10 @@ def seconds(call: Callable[[], object]) -> float:
 
 def import_without_lightning() -> None:
     """Make the package's modules importable without its ``__init__``: that needs Lightning, which takes seconds."""
-    package = types.ModuleType("lightning_onebit")
-    package.__path__ = [str(ROOT / "lightning_onebit")]
-    sys.modules["lightning_onebit"] = package
+    if "lightning_onebit" not in sys.modules:
+        package = types.ModuleType("lightning_onebit")
+        package.__path__ = [str(ROOT / "lightning_onebit")]
+        sys.modules["lightning_onebit"] = package
 
 
 def missing_packages(part: Part) -> list[str]:

@@ -166,7 +166,7 @@ class FixedStep(Criterion):
 
     def judge(self, history: Sequence[Observation], plan: Plan) -> Verdict:
         step = history[-1].step
-        return Verdict(freeze=step >= self.n, reason=f"{step} of {self.n} warm-up steps are done")
+        return Verdict(freeze=step >= self.n, reason=f"{min(step, self.n)} of {self.n} warm-up steps are done")
 
 
 def is_whole(value: Any) -> bool:

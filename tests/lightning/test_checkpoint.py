@@ -713,7 +713,10 @@ def test_a_plain_checkpoint_with_a_stable_variance_goes_straight_into_compressio
 
     def fn(rank):
         fit("ddp", 2, batches=BATCHES, callbacks=[SaveAt(path, 12)], model=Stepwise(), max_steps=12)
-        trainer, recorder = run(2, ckpt_path=path)
+        with Messages() as messages:
+            trainer, recorder = run(2, ckpt_path=path)
+        assert not messages.count("are plain DDP"), messages.texts  # that is over
+        assert messages.count(f"{FREEZE} of {FREEZE} warm-up steps are done") == 2 * (rank == 0), messages.texts
         assert recorder.phases == [COMPRESSED] * 18
         assert trainer.strategy.optimizer_steps == BATCHES
         compressed = trainer.strategy.comm_stats[COMPRESSED]

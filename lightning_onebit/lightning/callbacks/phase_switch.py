@@ -127,7 +127,7 @@ class PhaseSwitch(Callback):
         self._watch(strategy)
         if self._needs_no_warmup(strategy):
             self._freeze_at_once(strategy)
-        elif strategy.phase is Phase.WARMUP and not silent:
+        elif strategy.phase is Phase.WARMUP and strategy.optimizer_steps - self._start < self._plan.max_steps and not silent:
             ratio, precision = strategy.expected_compression_ratio, strategy.config.warmup_precision
             line = outlook(self._plan, total_steps=total_steps, ratio=ratio, precision=precision)
             remarks = [line, *self._plan.remarks]
