@@ -102,6 +102,8 @@ class HookState:
         """The parameters of DDP's buckets, as of the last backward."""
         self.backwards = 0
         """How many of ``model`` there were with communication."""
+        self.was_called = False
+        """Whether there was any, of whichever model."""
         self.regrouping: Regrouping | None = None
         """Averages in other buckets than DDP's; ``None``: nobody wants that."""
 
@@ -134,6 +136,7 @@ def phase_hook(state: HookState, bucket: dist.GradBucket) -> torch.futures.Futur
     if bucket.index() == 0:
         state.buckets = []
         state.backwards += 1
+        state.was_called = True
         if state.regrouping is not None and state.regrouping.is_over:
             state.regrouping = None
     params = bucket.parameters()

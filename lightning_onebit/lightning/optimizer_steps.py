@@ -208,7 +208,7 @@ class OptimizerSteps:
         if self.phase is Phase.WARMUP and not getattr(optimizer, "found_inf", False):
             has_gradient = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
             self.made[optimizer] += has_gradient
-            if has_gradient and not self.is_alone and self.hook_state is not None and not self.hook_state.backwards:
+            if has_gradient and not self.is_alone and self.hook_state is not None and not self.hook_state.was_called:
                 raise RuntimeError(LOCAL_GRADIENTS.format(optimizer=type(optimizer).__name__))
 
     def count_loaded(self, optimizer: Optimizer, saved: Sequence[int] = ()) -> None:
