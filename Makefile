@@ -24,7 +24,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --no-compile -c $(CONSTRAINTS)
 
 help:
 	@echo 'make demo    train a small GPT with ddp and with onebit_ddp, on 2 CPU processes (5 minutes)'
-	@echo 'make test    run the tests, with the versions of constraints.txt'
+	@echo 'make test    run the tests, with the versions of constraints.txt, on 2 cores (10 minutes)'
 	@echo 'make test-oldest, test-newest'
 	@echo '             the same with the oldest and the newest torch and Lightning that are supported; several GB each'
 	@echo 'make gpu     check and measure on a GPU, with the Python that is there: nothing is installed'
