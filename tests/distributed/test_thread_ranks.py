@@ -143,6 +143,7 @@ def every_collective(communicator):
     return [gathered, received, uneven, largest, number], [mean, later], counted
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="there `broadcast` knows no groups but torch's own")
 def test_each_collective_does_what_gloo_does():
     forked = run_ranks(WORLD_SIZE, lambda rank: every_collective(Communicator()))
     threads = run_threads(WORLD_SIZE, every_collective)
