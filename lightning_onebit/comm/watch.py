@@ -285,10 +285,10 @@ def elsewhere(place: str, group: Any = None) -> Iterator[None]:
         yield
         return
     _watch.passing(place)
-    if _watch.verdict is not None:
-        raise RuntimeError(_watch.verdict)
-    _watch.is_elsewhere = True
+    _watch.is_elsewhere = True  # before the look: a verdict that comes between finds it
     try:
+        if _watch.verdict is not None:
+            raise RuntimeError(_watch.verdict)
         yield
     finally:
         if _watch is not None:

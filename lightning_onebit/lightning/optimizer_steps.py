@@ -44,7 +44,8 @@ LOCAL_GRADIENTS = (
 
 
 class OptimizerSteps:
-    """Steps of the optimizers of a run. The phase controller owns it, and sets ``phase``, ``counters`` and ``compressed``.
+    """Steps of the optimizers of a run. The phase controller owns it, and sets ``phase``, ``counters``, ``compressed`` and
+    ``hook_state``.
 
     Args:
         names: parameter names for messages; read whenever there is one, so the owner may fill it later.

@@ -579,7 +579,7 @@ class PhaseController:
         """
         self._exchanger.close()
         stop_watch("" if after_failure else "the end")
-        self.hook_state = None
+        self.hook_state = self.steps.hook_state = None
         # NCCL's way of ending a group waits for the other ranks.
         if self.groups is not None and not (after_failure and self._strategy.root_device.type == "cuda"):
             self.groups.destroy()

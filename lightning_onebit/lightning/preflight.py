@@ -102,13 +102,8 @@ def check_arguments(cls: type, ours: type, arguments: Mapping[str, Any]) -> None
 def _known_arguments(cls: type, ours: type) -> set[str]:
     takers = [each for each in cls.__mro__[cls.__mro__.index(ours) :] if "__init__" in vars(each) and each is not object]
     names = {name for taker in [*takers, DistributedDataParallel] for name in inspect.signature(taker.__init__).parameters}  # type: ignore[misc]
-    return names - {
-        "self",
-        "args",
-        "kwargs",
-        "module",
-        "device_ids",
-    }  # the last two are passed to DDP by Lightning's strategies
+    # Lightning's strategies pass the module and its devices to DDP.
+    return names - {"self", "args", "kwargs", "module", "device_ids"}
 
 
 def _own_arguments(ours: type) -> list[str]:

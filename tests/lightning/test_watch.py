@@ -207,6 +207,31 @@ def stops_alone(rank):
     by_trainer(rank, model=StopsAlone(), batches=(20, 20), strategy="onebit_ddp")
 
 
+class WaitsByItself(Classifier):
+    """At the end of an epoch, or in an evaluation: in a collective of which nobody has told us."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def on_train_epoch_end(self):
+        if self.place == "the end of an epoch":
+            dist.barrier()
+
+    def validation_step(self, batch, batch_idx):
+        if self.place == "an evaluation" and not self.trainer.sanity_checking:
+            dist.barrier()
+
+
+def waits_by_itself(place):
+    def scenario(rank):
+        callbacks = [PhaseSwitch(FixedStep(FREEZE))]
+        trainer = make_trainer("onebit_ddp", 2, callbacks=callbacks, use_distributed_sampler=False)
+        trainer.fit(WaitsByItself(place), data(20 if rank == 0 else FAULT), data(1))
+
+    return scenario
+
+
 class MeetsNobody(Classifier):
     """In a collective of Lightning, on rank 1 only."""
 
@@ -306,6 +331,8 @@ def test_ranks_that_part_end_soon_and_both_are_named(scenario, patience_seconds)
     [
         has_fewer_batches_before_an_evaluation,
         stops_alone,
+        waits_by_itself("the end of an epoch"),
+        waits_by_itself("an evaluation"),
         *(
             waits_alone(name, argument)
             for name, argument in (
