@@ -6,6 +6,7 @@ gloo and NCCL say "Connection closed by peer" or "Timed out waiting": true on th
 from __future__ import annotations
 
 import atexit
+import logging
 import re
 import subprocess
 import time
@@ -18,6 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_onebit.comm.watch import has_abandoned_a_collective, others_say
 from lightning_onebit.phase import Phase
+
+_log = logging.getLogger(__name__)
 
 _LATE = re.compile(r"time[d -]*out", re.IGNORECASE)
 _CLOSED = re.compile(r"closed by peer|reset by peer|broken pipe|pair closure", re.IGNORECASE)
@@ -45,6 +48,8 @@ def explain_(
     resume: str,
 ) -> None:
     """Say what happened and how to resume in the message of a communication failure, before what the library said.
+
+    It is logged as well, at once: torchrun ends the ranks that are left, which then may not come to their tracebacks.
 
     Args:
         error: changed in place: its message, not its type, cause or traceback. Any other error stays as it is.
@@ -74,6 +79,7 @@ def explain_(
         f" library said: {error}"
     )
     error.args = (message, *error.args[1:])
+    _log.error(message)
 
 
 def last_checkpoint(trainer: pl.Trainer) -> str | None:
