@@ -21,6 +21,11 @@ NUM_REQUESTS = 2
 """Whole numbers that ride along for whoever wants to tell all ranks something between two batches."""
 
 
+def agreement_nbytes(num_parameters: int) -> int:
+    """Bytes of the message of a step of ``num_parameters`` parameters; see :meth:`StepAgreement.propose`."""
+    return torch.int32.itemsize * (1 + num_parameters + NEWS + NUM_REQUESTS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The same on all ranks."""

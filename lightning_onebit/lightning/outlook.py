@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
-from torch import Tensor
 
 from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig, WarmupPrecision
+from lightning_onebit.consistency.step import agreement_nbytes
 from lightning_onebit.freeze.criteria import Plan, Verdict
-from lightning_onebit.quantize.layout import SCALE_NBYTES, encoded_nbytes, num_blocks
-from lightning_onebit.quantize.tensor_sketch import WIDTH
+from lightning_onebit.quantize.layout import plan_buckets
+from lightning_onebit.quantize.tensor_sketch import SUMS, WIDTH
 from lightning_onebit.refresh_schedule import SKETCH_STEPS, longest_interval
 
 
-def compression_ratio(
-    dense: Collection[Tensor],
-    compressed: Collection[Tensor],
-    with_second_moment: Collection[Tensor],
-    config: CompressionConfig,
-) -> float:
-    """Bytes of a step with float32 gradients over those of a compressed step, by the sizes of the parameters.
+def step_nbytes(numels: Sequence[int], config: CompressionConfig, *, num_chunks: int, has_second_moment: bool) -> float:
+    """Bytes of a compressed step of one optimizer, in units in which those of a float32 gradient are 4 per element.
 
-    Refreshes and sketches count as often as they are late in a run.
+    With the padding of messages, which is most of them where there are fewer blocks than ranks, and with what the ranks
+    agree on. Refreshes and sketches count as often as they are late in a run.
 
     Args:
-        dense: trained parameters whose gradients stay dense.
-        compressed: all others that are trained.
-        with_second_moment: those of them that have one.
+        numels: elements of the parameters that it trains, in their order.
         config: how they are compressed, and how often second moments are renewed.
+        num_chunks: ranks that serve.
+        has_second_moment: whether there is one to renew and to watch.
     """
-    stay_dense = FLOAT32_NBYTES * sum(p.numel() for p in dense)
-    sent: float = stay_dense + sum(encoded_nbytes(p.numel(), config.block_size) for p in compressed)
-    for p in with_second_moment:
-        sent += FLOAT32_NBYTES * min(WIDTH, p.numel()) / SKETCH_STEPS
+    cap = config.bucket_numel(sum(numels))
+    layouts = plan_buckets(numels[::-1], block_size=config.block_size, num_chunks=num_chunks, bucket_numel=cap)
+    sent: float = agreement_nbytes(len(numels)) + sum(layout.message_nbytes for layout in layouts)
+    if has_second_moment:
+        sent += FLOAT32_NBYTES * sum(min(WIDTH, numel) + SUMS - 1 for numel in numels) / SKETCH_STEPS
         if config.renews_variance:
             interval = longest_interval(config.variance_refresh)
-            sent += (p.numel() + SCALE_NBYTES * num_blocks(p.numel(), config.block_size)) / interval
-    return (stay_dense + FLOAT32_NBYTES * sum(p.numel() for p in compressed)) / max(1, sent)
+            sent += sum(layout.codes.message_nbytes for layout in layouts) / interval
+    return sent
 
 
 def outlook(plan: Plan, *, total_steps: float, ratio: float, precision: WarmupPrecision = "fp32") -> str:

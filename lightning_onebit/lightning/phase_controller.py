@@ -28,7 +28,7 @@ from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.comm.stats import CommStats
 from lightning_onebit.comm.topology import ALONE, Topology
 from lightning_onebit.comm.watch import meet, start_watch, stop_watch
-from lightning_onebit.config import CompressionConfig
+from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
@@ -39,7 +39,7 @@ from lightning_onebit.lightning.compressible import CompressibleOptimizers, list
 from lightning_onebit.lightning.ddp_hook import HookState, Regrouping, phase_hook
 from lightning_onebit.lightning.dense_comparison import DenseComparison
 from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
-from lightning_onebit.lightning.outlook import compression_ratio
+from lightning_onebit.lightning.outlook import step_nbytes
 from lightning_onebit.lightning.process_groups import make_process_groups
 from lightning_onebit.methods import counted_steps, needs_warmup, parameters_of
 from lightning_onebit.phase import Phase
@@ -145,11 +145,18 @@ class PhaseController:
 
     @property
     def expected_compression_ratio(self) -> float:
-        """See :func:`~lightning_onebit.lightning.outlook.compression_ratio`, of the parameters that are trained."""
-        trained = {p for p in self.names if p.requires_grad}
-        compressed = {p for p in parameters_of(*self.optimizers.compressed) if p.requires_grad}
-        with_second_moment = compressed & set(parameters_of(*filter(needs_warmup, self.optimizers.compressed)))
-        return compression_ratio(trained - compressed, compressed, with_second_moment, self._strategy.config)
+        """Bytes of a step with float32 gradients over those of a compressed step, as they will be late in the run."""
+        trained = {p for p in (*self.names, *parameters_of(*self.optimizers.compressed)) if p.requires_grad}
+        stay_dense = trained - set(parameters_of(*self.optimizers.compressed))
+        sent: float = FLOAT32_NBYTES * sum(p.numel() for p in stay_dense)
+        for optimizer in self.optimizers.compressed:
+            sent += step_nbytes(
+                [p.numel() for p in parameters_of(optimizer) if p.requires_grad],
+                self._strategy.config,
+                num_chunks=self._strategy.world_size,
+                has_second_moment=needs_warmup(optimizer),
+            )
+        return FLOAT32_NBYTES * sum(p.numel() for p in trained) / max(1, sent)
 
     @property
     def options(self) -> dict[str, object]:

@@ -63,11 +63,6 @@ def sign_nbytes(numel: int) -> int:
     return -(-numel // BITS_PER_BYTE)
 
 
-def encoded_nbytes(numel: int, block_size: int) -> int:
-    """Bytes of ``numel`` elements of one parameter on the wire: signs and scales, without padding."""
-    return sign_nbytes(numel) + SCALE_NBYTES * num_blocks(numel, block_size)
-
-
 @dataclass(frozen=True)
 class Span:
     """Blocks ``[first, last)`` of a bucket, all of one chunk."""

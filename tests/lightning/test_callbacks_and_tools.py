@@ -51,13 +51,13 @@ def equal(first, second):
 
 def test_no_batch_asks_for_what_is_computed_of_all_parameters(monkeypatch):
     """Callbacks look at the strategy after each batch: to ask whether a protocol fits would compute its properties."""
-    asked, compression_ratio = [], phase_controller.compression_ratio
+    asked, step_nbytes = [], phase_controller.step_nbytes
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         asked.append(args)
-        return compression_ratio(*args)
+        return step_nbytes(*args, **kwargs)
 
-    monkeypatch.setattr(phase_controller, "compression_ratio", counting)
+    monkeypatch.setattr(phase_controller, "step_nbytes", counting)
 
     def fn(rank):
         counts = []

@@ -15,13 +15,17 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from ranks import run_ranks
+from thread_ranks import run_threads
 from torch import nn
 
 from lightning_onebit import FixedStep, Observation, OneBitDDPStrategy, PhaseSwitch, VarianceStability, Verdict
+from lightning_onebit.comm.stats import ring_all_reduce_nbytes
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.freeze.criteria import Plan
 from lightning_onebit.lightning.callbacks.phase_switch import of_each
 from lightning_onebit.lightning.compressible import CompressibleOptimizers
-from lightning_onebit.lightning.outlook import outlook, remark_on_shares, why_still_in_warmup
+from lightning_onebit.lightning.outlook import outlook, remark_on_shares, step_nbytes, why_still_in_warmup
 from lightning_onebit.lightning.process_groups import find_topology
 from lightning_onebit.quantize.tensor_sketch import WIDTH
 
@@ -162,28 +166,59 @@ def strategy_for(model, **options):
     return strategy
 
 
+AGREEMENT = 4 * 7  # with one parameter; each has a flag more
+
+
 @pytest.mark.parametrize("options", [{"variance_refresh": None}, {"variance_refresh": "auto", "space": "momentum"}])
 def test_the_expected_ratio_counts_what_stays_dense(options):
     model = nn.ModuleList([nn.Linear(2048, 3, bias=False), nn.Linear(100, 5, bias=False)])
     strategy = strategy_for(model, **options)
-    signs, sketch = 2048 * 3 / 8 + 3 * 4, 4 * WIDTH / 16
-    assert strategy.expected_compression_ratio == pytest.approx(4 * (2048 * 3 + 500) / (signs + sketch + 4 * 500))
+    signs, sketch = 2048 * 3 / 8 + 3 * 4 + 4, 4 * (WIDTH + 3) / 16  # the message is a multiple of 8 bytes
+    sent = signs + sketch + AGREEMENT
+    assert strategy.expected_compression_ratio == pytest.approx(4 * (2048 * 3 + 500) / (sent + 4 * 500))
     model[1].requires_grad_(False)
-    assert strategy.expected_compression_ratio == pytest.approx(4 * 2048 * 3 / (signs + sketch))
-    assert 31.4 < 4 * 2048 * 3 / signs < 31.6
+    assert strategy.expected_compression_ratio == pytest.approx(4 * 2048 * 3 / sent)
 
 
 @pytest.mark.parametrize(("refresh", "interval"), [("auto", 64), (1, 1), (100, 100)])
 def test_the_expected_ratio_counts_refreshes_and_sketches(refresh, interval):
     model = nn.ModuleList([nn.Linear(2048, 300, bias=False)])
     numel = 2048 * 300
-    signs, codes, sketch = numel / 8 + 300 * 4, numel + 300 * 4, 4 * WIDTH
-    expected = 4 * numel / (signs + codes / interval + sketch / 16)
+    signs, codes, sketch = numel / 8 + 300 * 4, numel + 300 * 4, 4 * (WIDTH + 3)
+    expected = 4 * numel / (signs + codes / interval + sketch / 16 + AGREEMENT)
     strategy = strategy_for(model, variance_refresh=refresh)
     assert strategy.expected_compression_ratio == pytest.approx(expected)
     assert (27.9 < expected < 28.1) == (refresh == "auto")
     strategy._phases.optimizers = CompressibleOptimizers(compressed=[torch.optim.SGD(model.parameters())])
-    assert strategy.expected_compression_ratio == pytest.approx(4 * numel / signs)  # there is nothing to renew
+    assert strategy.expected_compression_ratio == pytest.approx(4 * numel / (signs + AGREEMENT))  # nothing to renew
+
+
+@pytest.mark.parametrize(
+    ("shapes", "ranks"),
+    [([(40,)], 2), *(([(64, 32), (64,), (2, 64), (2,)], ranks) for ranks in (2, 8, 32)), ([(100, 300), (300,)], 8)],
+)
+def test_the_expected_bytes_are_those_of_a_step(shapes, ranks):
+    """Of a model with fewer blocks than ranks, too, where most of what is sent is padding."""
+    config, interval = CompressionConfig(variance_refresh=16), 16
+
+    def fn(communicator):
+        generator = torch.Generator().manual_seed(communicator.rank)
+        params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        optimizer = torch.optim.Adam(params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        compressed, sent = CompressedOptimizer(optimizer, config, communicator, {}), []
+        for _ in range(2 * interval):  # at first there are more sketches
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            compressed.step()
+            sent.append(communicator.counters.bytes_sent)
+        return (sent[-1] - sent[-1 - interval]) / interval
+
+    expected = step_nbytes([math.prod(s) for s in shapes], config, num_chunks=ranks, has_second_moment=True)
+    for measured in run_threads(ranks, fn):
+        assert measured == pytest.approx(ring_all_reduce_nbytes(round(expected), ranks), rel=0.02)
 
 
 @pytest.mark.parametrize(("num_nodes", "num_processes", "said"), [(2, 4, True), (3, 2, True), (1, 4, False), (4, 1, False)])
