@@ -355,7 +355,7 @@ def load_gradients(
                 if list(p.shape) != shape or _dtype_name(p.dtype) != dtype:
                     raise ValueError(f"the gradient of {name} is {dtype} {shape}")
                 data = part.array(f"gradient/{index}", dtype=np.uint8, numel=p.numel() * p.element_size())
-                gradients[p] = torch.from_numpy(data).view(p.dtype).view(p.shape)
+                gradients[p] = torch.from_numpy(data).view(p.dtype).view(p.shape) if p.numel() else torch.empty_like(p)
     except PartError as error:
         return {}, {topology.rank: error.problem}
     return gradients, {}

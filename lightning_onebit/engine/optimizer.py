@@ -63,7 +63,7 @@ class CompressedOptimizer:
         overlap: whether :meth:`gradients_ready` will be called during backward.
 
     Raises:
-        ValueError: if the optimizer is not supported, or its second moment is not finite.
+        ValueError: if the optimizer is not supported, or its momentum or second moment is not finite.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class CompressedOptimizer:
         self._groups = groups or flat_groups(communicator)
         self._exchanger = exchanger or InlineExchanger()
         self._overlap = overlap and communicator.world_size > 1
-        check_second_moments(optimizer, names)
+        check_moments(optimizer, names)
         # Reversed: roughly the order in which backward produces gradients. What was frozen all the time has no state, and
         # is to cost neither memory nor bytes.
         params = [p for p in parameters_of(optimizer) if p.requires_grad or optimizer.state.get(p)][::-1]
@@ -609,26 +609,27 @@ class CompressedOptimizer:
                 p.grad = unflatten_like(mean, p)
 
 
-def check_second_moments(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Raise ``ValueError`` if a second moment is infinite or NaN: such a warm-up cannot go on compressed."""
+def check_moments(optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
+    """Raise ``ValueError`` if a second moment or momentum is infinite or NaN: such a warm-up cannot go on compressed."""
     diverged = [repr(names.get(p, "a parameter")) for p in diverged_parameters(optimizer)]
     if diverged:
         more = f" and {len(diverged) - 3} more" if len(diverged) > 3 else ""
         raise ValueError(
-            f"Cannot freeze: the second moment of {', '.join(diverged[:3])}{more} holds infinite or NaN values, so the"
-            " warm-up has already diverged, as it would under plain DDP. HINT: resume from an earlier checkpoint with a"
-            " smaller learning rate or with gradient clipping."
+            f"Cannot freeze: the momentum or second moment of {', '.join(diverged[:3])}{more} holds infinite or NaN values,"
+            " so the warm-up has already diverged, as it would under plain DDP. HINT: resume from an earlier checkpoint with"
+            " a smaller learning rate or with gradient clipping."
         )
 
 
 def diverged_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Those whose second moment is infinite or NaN somewhere, and will stay so."""
+    """Those whose momentum or second moment is infinite or NaN somewhere, and will stay so."""
     method = method_for(optimizer)
     diverged = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            second_moment = method.second_moment(optimizer.state.get(p, {}), group)
-            if second_moment is not None and not bool(torch.isfinite(second_moment).all()):
+            state = optimizer.state.get(p, {})
+            moments = [m for m in (method.momentum(state), method.second_moment(state, group)) if m is not None]
+            if not all_finite(moments):
                 diverged.append(p)
     return diverged
 

@@ -88,8 +88,9 @@ class VarianceStability(Criterion):
                 raise ValueError(text)
         if self.max_steps == 0:
             raise ValueError("Invalid max_steps: 0. Must be > 0, or None to wait for ever.")
-        longest = self.max_steps
-        if longest is not None and not isinstance(longest, str) and longest >= 1 and (self.min_steps or 0) > longest:
+        shortest, longest = self.min_steps or 0, self.max_steps
+        # A number of steps and a share of a run cannot be compared yet.
+        if isinstance(longest, (int, float)) and (longest < 1) == (shortest < 1) and shortest > longest:
             raise ValueError(
                 f"Invalid min_steps: {self.min_steps}. Must not be more than max_steps={self.max_steps}."
                 " HINT: lower min_steps or raise max_steps."

@@ -32,7 +32,7 @@ from lightning_onebit.config import FLOAT32_NBYTES, CompressionConfig
 from lightning_onebit.consistency.agreement import agreement
 from lightning_onebit.consistency.divergence import difference_between_ranks, divergence_error, replicas, replicated_state
 from lightning_onebit.consistency.ranks import Ranks
-from lightning_onebit.engine.optimizer import CompressedOptimizer, check_second_moments
+from lightning_onebit.engine.optimizer import CompressedOptimizer, check_moments
 from lightning_onebit.engine.ranges import ElementRange, WaitingErrors
 from lightning_onebit.freeze.drift import Drift
 from lightning_onebit.lightning.compressible import CompressibleOptimizers, listed
@@ -197,7 +197,7 @@ class PhaseController:
             )
         with agreement(Communicator(), self._strategy.root_device, about="the second moments to be frozen"):
             for optimizer in self.optimizers.compressed:
-                check_second_moments(optimizer, self.names)
+                check_moments(optimizer, self.names)
         self.comparison.switches.append((self.optimizer_steps, reason))
         self.enter_compressed_phase()
 

@@ -362,7 +362,7 @@ def test_parameters_that_begin_to_train_on_one_rank_only_end_the_run_on_all(batc
     run_trainers(2, fn)
 
 
-@pytest.mark.parametrize("where", ["check_second_moments", "CompressedOptimizer"])
+@pytest.mark.parametrize("where", ["check_moments", "CompressedOptimizer"])
 def test_a_rank_that_cannot_switch_ends_all(monkeypatch, where):
     def full(*_, **__):
         raise MemoryError("no room for errors")

@@ -271,12 +271,19 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
 def test_resuming_within_an_accumulation_is_bitwise(tmp_path):
     """Gradients that wait for a step are each rank's own: in warm-up, at the freeze (after batch 30) and later.
 
-    On three ranks, whose sums depend on DDP's buckets, and these are cut anew after a resume.
+    On three ranks, whose sums depend on DDP's buckets, and these are cut anew after a resume. A parameter is empty.
     """
 
     class More(Late):
+        def __init__(self):
+            super().__init__()
+            self.empty = torch.nn.Parameter(torch.zeros(0))
+
         def batch(self, batch_idx):
             return super().batch(batch_idx // 3 + 100 * (batch_idx % 3))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.empty.sum()
 
     def fn(rank):
         saves = (2, 4, 29, 30, 31, 44)

@@ -245,9 +245,23 @@ def test_in_warmup_all_is_as_under_ddp_and_the_freeze_is_refused_on_all_ranks():
                 for a, b in zip(run("ddp"), run("onebit_ddp", [PhaseSwitch(FixedStep(9))]), strict=True):
                     assert all(torch.equal(x.nan_to_num(0.1), y.nan_to_num(0.1)) for x, y in zip(a, b, strict=True))
                     assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(a, b, strict=True))
-                refused = r"Cannot freeze: the second moment of 'body.0.weight', .* and 3 more holds infinite or NaN"
+                refused = (
+                    r"Cannot freeze: the momentum or second moment of 'body.0.weight', .* and 3 more holds infinite or NaN"
+                )
                 with pytest.raises(ValueError, match=refused):
                     run("onebit_ddp", [PhaseSwitch(FixedStep(6))])
+
+    run_trainers(2, fn)
+
+
+def test_a_warmup_of_sgd_that_is_nan_is_refused_at_its_end():
+    """Of its momentum: else the first compressed step ends, and says that its gradients should have been skipped."""
+
+    def fn(rank):
+        model = Scripted([3], [1])
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with pytest.raises(ValueError, match=r"Cannot freeze: the momentum or second moment of 'body\.0\.weight'"):
+            fit("onebit_ddp", 2, batches=9, model=model, callbacks=[PhaseSwitch(FixedStep(6))])
 
     run_trainers(2, fn)
 
@@ -258,7 +272,7 @@ def test_a_warmup_that_is_nan_ends_as_soon_as_its_second_moment_is_looked_at():
     def fn(rank):
         model = Scripted([21], [1])
         switch = PhaseSwitch(VarianceStability(window=50, min_steps=60, max_steps=90))
-        with pytest.raises(ValueError, match="Cannot freeze: the second moment of"):
+        with pytest.raises(ValueError, match="Cannot freeze: the momentum or second moment of"):
             fit("onebit_ddp", 2, batches=100, model=model, callbacks=[switch])
         return model.batches
 

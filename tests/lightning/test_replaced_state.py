@@ -139,12 +139,23 @@ def test_state_that_is_replaced_in_the_compressed_phase_is_taken_over_or_warmed_
 
 
 def test_state_cannot_be_looked_up_and_it_is_said_where_it_is():
-    def look(optimizer, initial):
-        optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].zero_()
+    looks = [
+        lambda state, p: state[p]["exp_avg"].zero_(),
+        lambda state, p: state.get(p),
+        lambda state, p: state.setdefault(p, {}),
+        lambda state, p: state.pop(p, None),
+        lambda state, p: state.__delitem__(p),
+        lambda state, p: p in state,
+    ]
 
     def fn(rank):
-        with pytest.raises(RuntimeError, match=r"is empty in the compressed phase.*HINT: read `optimizer.state_dict\(\)`"):
-            compress(callbacks=[Replaces(look)])
+        for look in looks:
+
+            def looks_at_first(optimizer, initial, look=look):
+                look(optimizer.state, optimizer.param_groups[0]["params"][0])
+
+            with pytest.raises(RuntimeError, match=r"is empty in the compressed phase.*HINT: read `optimizer.state_dict"):
+                compress(callbacks=[Replaces(looks_at_first)])
         copies = []
         compress(callbacks=[Replaces(lambda optimizer, initial: copies.append(copy.deepcopy(optimizer)))])
         assert type(copies[0].state) is defaultdict

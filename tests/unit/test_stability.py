@@ -330,9 +330,12 @@ def test_a_run_shorter_than_its_warmup_is_told_so():
     assert "nothing will be compressed" in remark
 
 
-def test_more_min_steps_than_max_steps_is_refused_with_both():
-    with pytest.raises(ValueError, match=r"Invalid min_steps: 500\..*max_steps=400"):
-        VarianceStability(min_steps=500, max_steps=400)
+@pytest.mark.parametrize(("shortest", "longest"), [(500, 400), (0.5, 0.1)])
+def test_more_min_steps_than_max_steps_is_refused_with_both(shortest, longest):
+    with pytest.raises(ValueError, match=rf"Invalid min_steps: {shortest}\..*max_steps={longest}"):
+        VarianceStability(min_steps=shortest, max_steps=longest)
+    VarianceStability(min_steps=longest, max_steps=shortest)
+    VarianceStability(min_steps=0.5, max_steps=400)  # of 800 steps, say
 
 
 @pytest.mark.parametrize(("refresh", "shortest"), [("auto", 20), (None, 40)])
