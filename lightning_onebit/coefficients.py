@@ -73,8 +73,10 @@ class Coefficients(NamedTuple):
         return self.sign * self.root_r * self.square_root_weight
 
 
-LARGEST_RESCALING = 4.0
-"""u grows no more than so much at a refresh: where v has fallen to less than a 16th, D was not that of these gradients."""
+LARGEST_RESCALING = 1.25
+"""u grows no more than so much at a refresh. What came out of the quantizer is plus or minus the scale of the block, also
+where the momentum is nothing: with beta2 = 0.95, coordinates whose gradients had ended went as far as others with a bound of
+4. Gradients that shrink need no more than this (benchmarks/results/rescaling.txt)."""
 
 
 class RefreshNumbers(NamedTuple):

@@ -8,7 +8,7 @@ which begins as Adam's v at the switch and is updated in the pass that has g at 
 **refresh**, after the step's gradient has entered, v = mean_i v_i goes through the exchange that the signs take, as an
 8-bit logarithm, and D = sqrt(v / (1 - beta2^t)) + eps is the same on all ranks from the next step on. What travels in update
 space is divided by D already, so errors stay as they are whatever D becomes. The momentum is u D, and is to stay, too: the
-next step will add beta u, and is owed ``beta u (min(D_old / D_new, 4) - 1)`` more, as an error.
+next step will add beta u, and is owed ``beta u (min(D_old / D_new, 1.25) - 1)`` more, as an error.
 
 r, one number per tensor, brings one rank's gradients to the scale of the mean's
 (:mod:`lightning_onebit.engine.gradient_statistics`).

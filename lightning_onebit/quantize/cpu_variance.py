@@ -107,7 +107,7 @@ def _views(messages: Messages, buffer: Tensor, first_chunk: int, part: SpanViews
 
 
 def rescaling_less_one(messages: Messages, part: SpanViews, eps: NDArray[np.float64], work: Workspace) -> Tensor:
-    """``min(D_old / D_new, 4) - 1``, in ``work.values``; 0 where an element has no D before or now."""
+    """``min(D_old / D_new, 1.25) - 1``, in ``work.values``; 0 where an element has no D before or now."""
     change, eps_of = work.values, numbers_of(part, eps)
     new, old = rms_code(*_views(messages, messages.result, 0, part)), part.rms_code
     assert old is not None

@@ -60,7 +60,7 @@ class ExactKernels:
         """Nothing to serve."""
 
     def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
-        """``rms = sqrt(v correction)``, with the rank's own v, and ``u = u min(D_old / D_new, 4)``."""
+        """``rms = sqrt(v correction)``, with the rank's own v, and ``u = u min(D_old / D_new, 1.25)``."""
         assert memory.second_moment is not None
         assert memory.rms is not None
         layout, largest = memory.layout, torch.finfo(memory.dtype).max

@@ -199,7 +199,7 @@ class ReferenceKernels:
     def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
         """Take over v (see :func:`~lightning_onebit.quantize.reference_variance.apply_variance_`), and keep the momentum:
 
-            ``error = error + beta u (min(D_old / D_new, 4) - 1)``
+            ``error = error + beta u (min(D_old / D_new, 1.25) - 1)``
 
         The momentum is u D. The average u stays as it was sent, alike on all ranks; what the new D makes of it is owed to
         the next step, which adds ``beta u``. Elements without D, before or now, owe nothing.

@@ -149,7 +149,7 @@ def _apply_variance_kernel(
         v = divide(v_hat, tl.zeros(element.shape, dtype) + correction.to(dtype))
         store_flat(second_moment, place, element, exists, byte_exists, v)
 
-        # error = error + beta u (min(D_old / D_new, 4) - 1)
+        # error = error + beta u (min(D_old / D_new, 1.25) - 1)
         old = load_decoded_rms(rms_code, rms_scale, block, offset, element, byte_exists).to(dtype)
         has_both = (old > 0) & (rms > 0)
         rescaling = tl.minimum(divide(old + eps, tl.where(has_both, rms + eps, 1.0)), LARGEST_RESCALING)

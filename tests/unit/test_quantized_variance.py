@@ -195,7 +195,8 @@ def test_a_refresh_is_that_of_the_model(dtype, ranks, dead, block_size):
 @every_dtype
 @pytest.mark.parametrize("numels", [[130, 9, 64], [3000]], ids=str)
 def test_a_refresh_keeps_the_momentum(kind, dtype, numels):
-    """u D: beta u is added at the next step, and what the new D makes of it is owed to that, up to four-fold."""
+    """u D: beta u is added at the next step, and what the new D makes of it is owed to that; u grows by a quarter
+    at most, as it is noise where there is no momentum."""
     [layout] = random_layouts(numels, block_size=64, num_chunks=2)
     memories = [random_memory(layout, chunk=rank, masked=True, renews=True, dtype=dtype) for rank in range(2)]
     kernels, numbers = kernels_of(kind, 64, dtype), refresh_numbers(np.full(len(numels), 1.5))
@@ -209,9 +210,9 @@ def test_a_refresh_keeps_the_momentum(kind, dtype, numels):
         u = ReferenceKernels().decode(memory, memory.result, 0, whole, memory.live_before).double()
         has_both = (old > 0) & (new > 0)
         rescaling = torch.where(has_both, (old + eps) / (new + eps), 1.0)
-        assert rescaling.max() > 4
+        assert rescaling.max() > 1.25
         assert rescaling.min() < 0.25
-        owed = beta * u * (rescaling.clamp(max=4) - 1)
+        owed = beta * u * (rescaling.clamp(max=1.25) - 1)
         assert ((owed != 0) == (has_both & (u != 0) & (rescaling != 1))).all()
         torch.testing.assert_close(memory.error.double(), error + owed, rtol=1e-5, atol=1e-6)
 
