@@ -334,3 +334,26 @@ def test_half_of_a_block_changes_its_scale():
     first, second = run_threads(2, fn, timeout=110)
     assert torch.equal(first, second)
     assert first.sub(1).abs().max() <= 0.1, first
+
+
+@pytest.mark.parametrize("ranks", [2, 16])
+def test_where_gradients_have_ended_a_refresh_makes_no_noise(ranks):
+    """There u is what the quantizer makes of nothing: plus or minus the scale of its block. It must not grow with 1 / D."""
+    numel, ended = 512, slice(0, None, 2)
+
+    def fn(communicator):
+        x = nn.Parameter(torch.zeros(numel))
+        optimizer = torch.optim.Adam([x], lr=1.0, betas=(0.9, 0.95))
+        for step in range(WARMUP_STEPS):
+            x.grad = torch.stack([noise((numel,), rank, step) for rank in range(ranks)]).mean(0).float()
+            optimizer.step()
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(variance_refresh=32), communicator, {})
+        for step in range(WARMUP_STEPS, 200):
+            x.grad = noise((numel,), communicator.rank, step).float()
+            x.grad[ended] = 0.0
+            compressed.step()
+            if step == 40:
+                before = x.detach().clone()
+        return (x.detach() - before)[ended].square().mean().sqrt().item()
+
+    assert run_threads(ranks, fn)[0] < 4  # learning rates
