@@ -277,6 +277,21 @@ def test_parameters_that_sit_out(monkeypatch):
     run_both(monkeypatch, 2, 5, change=missing)
 
 
+def test_a_parameter_sits_out_whoever_of_another_dtype_does_not(monkeypatch):
+    seen = {}
+
+    def missing(rank, step, params, optimizer):
+        seen[rank, step] = params[1].detach().clone()
+        if step == 2:
+            params[1].grad = None
+
+    use_triton(monkeypatch, LateReferenceKernels)
+    dtypes = (torch.float32, torch.float64)
+    run_threads(2, lambda communicator: train(communicator, 5, change=missing, dtypes=dtypes))
+    for rank in range(2):
+        assert [bool((seen[rank, step + 1] != seen[rank, step]).any()) for step in range(4)] == [True, True, False, True]
+
+
 @pytest.mark.parametrize(("variance_refresh", "refreshed"), [(None, 8), ("auto", 4)])
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32)], ids=["one dtype", "two dtypes"])
 def test_late_coordinates_take_part_after_the_refresh(monkeypatch, dtypes, variance_refresh, refreshed):

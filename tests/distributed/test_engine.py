@@ -705,6 +705,14 @@ def test_strange_parameters(world_size):
     assert all((a - b).abs().max() < 0.3 for a, b in zip(plain[2:], strange[2:], strict=True))
 
 
+def test_dtypes_travel_in_the_order_of_their_names():
+    """On all ranks, which order what they hash in other ways."""
+    names = ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
+    params = [nn.Parameter(torch.zeros(1, dtype=getattr(torch, name))) for name in names[::-1]]
+    compressed = freeze(torch.optim.SGD(params, lr=0.1))
+    assert [str(each.buckets.params[0].dtype) for each in compressed._sets] == [f"torch.{name}" for name in names]
+
+
 def test_strided_gradients_of_contiguous_parameters():
     def fn(strided):
         p = nn.Parameter(torch.zeros(6, 5))

@@ -357,3 +357,53 @@ def test_where_gradients_have_ended_a_refresh_makes_no_noise(ranks):
         return (x.detach() - before)[ended].square().mean().sqrt().item()
 
     assert run_threads(ranks, fn)[0] < 4  # learning rates
+
+
+# D in blocks
+
+
+@pytest.mark.parametrize("block_size", [64, 4096])
+def test_coded_in_blocks_of_another_size_each_element_keeps_its_d(block_size):
+    """Of a parameter whose second part begins within a block of before."""
+    numel, before = 5000, 2048
+
+    def fn(communicator):
+        p = nn.Parameter(torch.zeros(numel))
+        optimizer = torch.optim.Adam([p])
+
+        def freeze(size):
+            return CompressedOptimizer(optimizer, CompressionConfig(block_size=size), communicator, {})
+
+        p.grad = torch.logspace(-3, 0, numel)
+        optimizer.step()
+        compressed = freeze(before)
+        saved, shared = optimizer.state_dict()["state"][0]["exp_avg_sq"], compressed.state.shared_state()
+        compressed.give_back_()
+        freeze(block_size).restore_(shared, block_size=before)
+        return saved, optimizer.state_dict()["state"][0]["exp_avg_sq"]
+
+    for saved, restored in run_threads(2, fn):
+        assert torch.allclose(restored, saved, rtol=0.1)
+
+
+# A parameter without a step
+
+
+def test_a_parameter_whose_first_gradient_comes_after_a_refresh_trains_from_the_next_one_on():
+    """Refreshes end steps 2, 4, 6 and 8."""
+
+    def fn(communicator):
+        params = [nn.Parameter(torch.zeros(40)) for _ in range(2)]
+        optimizer = torch.optim.Adam(params, lr=1e-2)
+        params[0].grad = torch.ones(40)
+        optimizer.step()
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(variance_refresh=2), communicator, {})
+        moved = []
+        for step in range(2, 9):
+            params[0].grad, params[1].grad = torch.ones(40), torch.ones(40) if step >= 5 else None
+            compressed.step()
+            moved.append(bool((params[1] < 0).all()))
+        assert moved == [step > 6 for step in range(2, 9)]
+        assert all(bool(p.isfinite().all()) for p in params)
+
+    run_threads(2, fn)

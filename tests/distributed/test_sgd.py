@@ -335,6 +335,25 @@ def test_coordinates_without_gradient_stay_bitwise_and_late_ones_lose_nothing(op
     assert (trace[REFRESH_STEPS + 1, :40] != trace[0, :40]).all()
 
 
+@pytest.mark.parametrize(("options", "dense_steps"), [({"weight_decay": 0.1}, 0), ({"momentum": 0.5}, 1)])
+def test_without_gradient_in_the_first_compressed_step_decay_and_dense_momentum_still_move_as_torchs(options, dense_steps):
+    """All of one block is alike: nothing is lost when it is quantized."""
+
+    def train(communicator, compresses):
+        p = nn.Parameter(torch.ones(2 * BLOCK_SIZE, dtype=torch.float64))
+        optimizer = torch.optim.SGD([p], lr=0.1, **options)
+        for _ in range(dense_steps):
+            make_step(optimizer, [p], [torch.ones_like(p)])
+        stepping, before = compress(optimizer, communicator) if compresses else optimizer, p.detach().clone()
+        for _ in range(30):
+            make_step(stepping, [p], [(torch.arange(2 * BLOCK_SIZE) >= BLOCK_SIZE).double()])
+        return (p.detach() - before)[:BLOCK_SIZE]
+
+    (expected,) = run_threads(1, train, False)
+    assert (expected < -0.04).all()
+    assert all(torch.allclose(moved, expected, rtol=1e-6) for moved in run_threads(2, train, True))
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_first_step_that_does_not_count_makes_nothing_live(overlap):
     """Its gradient is infinite where there never is one; and the run is, bitwise, the one without this step."""

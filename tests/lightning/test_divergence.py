@@ -11,14 +11,17 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from ranks import run_ranks, run_trainers
 from test_fabric import Loop
 from test_several_optimizers import Adversaries, adam, rmsprop
+from thread_ranks import run_threads
 from torch import nn
 from torch.nn import functional as F
 from trainers import CLASSES, FEATURES, Classifier, data, fit, make_trainer
 
 from lightning_onebit import DivergenceError, DivergenceGuard, FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch
 from lightning_onebit.comm.primitives import Communicator
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.checksum import CHUNK_NUMEL, MULTIPLIER, Checksum, words
 from lightning_onebit.consistency.divergence import difference_between_ranks
+from lightning_onebit.engine.optimizer import CompressedOptimizer
 from lightning_onebit.flat import flat_view
 from lightning_onebit.lightning.fabric_strategy import OneBitDDPFabricStrategy
 
@@ -319,6 +322,23 @@ def test_one_flipped_bit_is_found_wherever_it_is(world_size, overlap):
     assert len(late) > 0
     assert (values > 0).all()
     assert len(elsewhere) == 0
+
+
+@pytest.mark.parametrize("name", ["rms_code", "rms_scale"])
+def test_one_flipped_bit_of_a_d_that_is_renewed_is_found(name):
+    def fn(communicator):
+        p = nn.Parameter(torch.ones(40))
+        optimizer = torch.optim.Adam([p])
+        p.grad = torch.arange(40.0)
+        optimizer.step()
+        compressed = CompressedOptimizer(optimizer, CompressionConfig(), communicator, {})
+        if communicator.rank == 1:
+            flip(getattr(compressed._sets[0].buckets.memories[0], name), 9)
+        return difference_between_ranks({p: "p"}, compressed.state.replicated_state(), communicator, CPU)
+
+    for difference in run_threads(3, fn):
+        assert "rank 1 holds" in str(difference)
+        assert "'p': its second moment" in str(difference)
 
 
 def test_late_coordinates_are_compared_as_far_as_ranks_share_them():

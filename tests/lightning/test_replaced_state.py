@@ -334,6 +334,28 @@ def test_errors_and_second_moments_of_late_coordinates_stay_when_state_is_replac
     run_trainers(2, fn)
 
 
+def test_one_process_that_loads_its_own_state_goes_on_as_it_was():
+    """Of two optimizers the first does, and stays the first. What a single rank has for errors is u: not to be applied."""
+
+    class Loads(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == AT:
+                load_own(trainer.optimizers[0], None)
+            if batch_idx == AT + 1:
+                self.order = [trainer.optimizers.index(optimizer) for optimizer in trainer.strategy._phases.compressed]
+
+    def fn(rank):
+        loads = Loads()
+        plain, loaded = (
+            fit(OneBitDDPStrategy(), 1, batches=AT + 3, model=WithTwoOptimizers(), callbacks=[Freezes(), *more])[1].params
+            for more in ([], [loads])
+        )
+        assert loads.order == [0, 1]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(loaded[-1], plain[-1], strict=True))
+
+    run_trainers(1, fn)
+
+
 def test_state_of_another_run_and_with_other_blocks_is_taken_over(tmp_path):
     """What has the stock momentum in its errors already, as blocks have another size, must not get it twice."""
 

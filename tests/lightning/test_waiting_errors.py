@@ -201,6 +201,11 @@ def test_parameters_that_come_and_go_meanwhile():
     assert same_params(first, second)
 
 
+class Drops(pl.Callback):
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        checkpoint["optimizer_states"][0]["state"].clear()
+
+
 def test_errors_wait_where_state_is_missing(tmp_path):
     """Reset in the run, and dropped from a checkpoint of the compressed phase."""
     path = tmp_path / "compressed.ckpt"
@@ -215,10 +220,6 @@ def test_errors_wait_where_state_is_missing(tmp_path):
                 assert trainer.strategy.phase is WARMUP
                 self.waiting = [owed(o, errors) for o, errors in trainer.strategy._phases.waiting_errors.items()]
 
-    class Drops(pl.Callback):
-        def on_load_checkpoint(self, trainer, pl_module, checkpoint):
-            checkpoint["optimizer_states"][0]["state"].clear()
-
     def fn(rank):
         clears, loads = Clears(), ThereAndBack(back=0, again=0)
         run(2, clears, batches=10)
@@ -229,6 +230,20 @@ def test_errors_wait_where_state_is_missing(tmp_path):
             assert same_bits(each[0], clears.before[0])
 
     run_trainers(2, fn)
+
+
+def test_a_single_process_has_none_that_could_wait_where_state_is_missing(tmp_path):
+    """What its part of a checkpoint has in the place of errors is u."""
+    path = tmp_path / "compressed.ckpt"
+
+    def fn(rank):
+        loads = ThereAndBack(back=0, again=0)
+        run(1, ThereAndBack(back=0, again=4), SaveAt(path, 6), batches=8)
+        _, recorder = run(1, loads, Drops(), ckpt_path=path, batches=8)
+        assert recorder.phases == [WARMUP] * 2
+        assert loads.at_start == []
+
+    run_trainers(1, fn)
 
 
 def test_errors_wait_under_fabric(tmp_path):

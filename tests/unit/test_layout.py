@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_onebit.comm.topology import Topology
@@ -275,6 +275,7 @@ spanned = st.lists(
 
 @settings(max_examples=40, deadline=None)
 @given(spanned, st.sampled_from([8, 2048, 16384]), st.integers(1, 3), st.integers(1, 3))
+@example([SMALL_NUMEL] * 40, 2048, 1, 1)  # small ones, but more than a span holds
 def test_spans_cover_all_blocks_and_join_only_small_parameters(numels, block_size, ranks, first_chunk):
     layouts = plan_buckets(numels, block_size=block_size, num_chunks=ranks, bucket_numel=10**6)
     for layout in layouts:
