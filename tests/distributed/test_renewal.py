@@ -160,6 +160,30 @@ def test_100_steps_equal_the_float64_model(ranks, kind, every):
     assert (p != first)[is_rare].all()
 
 
+def test_what_ranks_have_in_common_is_learned_from_the_first_estimate_of_a_tensor_on():
+    """Whatever others had before; and anew with another number of ranks."""
+
+    def fn(communicator):
+        optimizer = start(torch.optim.Adam, 2)
+        statistics = CompressedOptimizer(optimizer, CompressionConfig(), communicator, {})._sets[0].statistics
+
+        def estimate(*quotients):
+            squares = np.array([quotient > 0 for quotient in quotients], dtype=np.float32)
+            statistics.take_over_(np.stack([np.array(quotients, dtype=np.float32), squares, squares, 0 * squares]))
+
+        for _ in range(3):
+            estimate(0.0, 0.6, 0.6, 0.6)
+        estimate(0.9, 1.0, 0.6, 0.6)
+        assert statistics.root_r**2 == pytest.approx([0.9, 0.8, 0.6, 0.6])
+        saved = torch.tensor([0.7, 1.0, 1.0, 0.0, 9.0, 4.0], dtype=torch.float64)  # of four ranks
+        statistics.restore_({i: {"gradient_statistics": saved} for i in range(4)})
+        assert statistics.root_r**2 == pytest.approx([0.8] * 4)  # 0.6 + 0.4 / 2
+        estimate(*[0.5] * 4)
+        assert statistics.root_r**2 == pytest.approx([0.5] * 4)
+
+    run_threads(2, fn)
+
+
 def test_auto_refreshes_often_at_first():
     """The next after max(1, min(64, step / 8)) steps, whatever the step of the switch."""
     due, step = [], 1

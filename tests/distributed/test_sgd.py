@@ -403,6 +403,10 @@ def saved_run(communicator, steps, **options):
     compressed = compress(optimizer, communicator)
     for step in range(steps):
         make_step(compressed, params, gradients_of(step, communicator.rank, torch.float32))
+    return saved_state(params, optimizer, compressed)
+
+
+def saved_state(params, optimizer, compressed):
     shared = compressed.state.shared_state()
     return {
         "params": [p.detach().clone() for p in params],
@@ -438,6 +442,30 @@ def test_before_the_first_average_a_resumed_run_still_asks_who_is_live():
             make_step(compressed, params, gradients)
         assert torch.equal(params[3][:70], before[:70])
         assert (params[3][70:] != before[70:]).all()
+
+    run_threads(2, fn)
+
+
+def test_a_resumed_run_goes_on_bitwise_where_gradients_are_missing():
+    """In its first step, all of a tensor and half of another. Neither run has errors then, which would tell who is live."""
+
+    def fn(communicator):
+        params = params_of(torch.float32)
+        optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        compressed = compress(optimizer, communicator)
+        for step in range(3):
+            make_step(compressed, params, gradients_of(step, communicator.rank, torch.float32))
+        saved = saved_state(params, optimizer, compressed)
+        compressed.state.add_errors_(*([r._replace(values=-r.values) for r in saved[each]] for each in ("worker", "server")))
+        others, _, other = resumed(saved, communicator, momentum=0.9)
+        for step in range(3, 7):
+            gradients = gradients_of(step, communicator.rank, torch.float32)
+            if step == 3:
+                gradients[0][::2], gradients[3] = 0.0, None
+            make_step(compressed, params, gradients)
+            make_step(other, others, gradients)
+            assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True)), step
+        assert not torch.equal(params[3], saved["params"][3])
 
     run_threads(2, fn)
 

@@ -100,6 +100,20 @@ def test_the_failure_of_a_rank_ends_all_and_its_own_error_is_kept():
     assert messages[1:] == ["'lost'", "worse"]
 
 
+def test_an_own_error_is_kept_where_the_others_cannot_be_told():
+    class Broken:
+        def all_reduce_max_(self, tensor):
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(KeyError, match="lost"), agreement(Broken(), CPU, about="things"):
+        raise KeyError("lost")
+    with (
+        pytest.raises(RuntimeError, match="could not compare things: Connection closed by peer"),
+        agreement(Broken(), CPU, about="things"),
+    ):
+        pass
+
+
 def test_other_versions_of_what_we_stand_on_are_only_worth_a_warning():
     def fn(rank):
         with Messages() as messages:
@@ -149,6 +163,14 @@ class Larger(Classifier):
 class Validated(Classifier):
     def val_dataloader(self):
         return data(2)
+
+
+class Normalizing(Classifier):
+    """Without parameters and buffers: what is seen is how it communicates, or does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16, affine=False, track_running_stats=False)
 
 
 class WithBuffer(Classifier):
@@ -202,6 +224,7 @@ MISMATCHES = {
     "number": (model(Larger), says("number of parameters", 6, 8)),
     "frozen": (model(Freezing), says("parameter 1", BIAS, f"{BIAS} frozen")),
     "buffers": (model(WithBuffer), says("buffer 0", "none", "mean [4] float32")),
+    "batch norm": (model(Normalizing), says("batch normalization", "none", "BatchNorm1d")),
     "does not fit": (model(DoesNotFit), "rank 1: MemoryError: the device is full"),
     "block size": (strategy(block_size=64), says("block_size", 2048, 64)),
     "space": (strategy(space="momentum"), says("space", "'update'", "'momentum'")),
@@ -224,6 +247,10 @@ MISMATCHES = {
     "groups": (configure(two_groups), says(f"{GROUP} 1, lr", "none", 0.001)),
     "criterion": ({"callbacks": [PhaseSwitch(FixedStep(9))]}, says("criterion", "FixedStep(n=4)", "FixedStep(n=9)")),
     "clipping": ({"gradient_clip_val": 0.5}, says("gradient_clip_val", None, 0.5)),
+    "clip algorithm": (
+        {"gradient_clip_algorithm": "value"},
+        says("gradient_clip_algorithm", None, "<GradClipAlgorithmType.VALUE: 'value'>"),
+    ),
     "accumulation": ({"accumulate_grad_batches": 2}, says("accumulate_grad_batches", 1, 2)),
     "steps": ({"max_steps": 3}, says("max_steps", -1, 3)),
     "scale": ({"plugins": [mixed16(init_scale=4.0)]}, "loss scaling: none on rank 0, but {'scale': 4.0"),

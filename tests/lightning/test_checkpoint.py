@@ -10,6 +10,7 @@ import shutil
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,8 +22,11 @@ from test_strategy import Messages
 from trainers import Stepwise, fit, same_params
 
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
+from lightning_onebit.checkpoint.manager import CheckpointManager
+from lightning_onebit.checkpoint.parts import Parts
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY, node_weights
 from lightning_onebit.comm.topology import Topology
+from lightning_onebit.config import CompressionConfig
 from lightning_onebit.consistency.agreement import RanksDisagree
 from lightning_onebit.engine import optimizer as engine
 from lightning_onebit.engine.compressed_state import CompressedState
@@ -516,6 +520,22 @@ def test_a_part_that_cannot_be_used_is_one_warning_and_its_errors_start_at_zero(
     assert not nothing
 
 
+def test_gradients_of_a_warmup_that_are_lost_with_a_part_are_warned_of(tmp_path):
+    p = torch.nn.Parameter(torch.zeros(3))
+    strategy = SimpleNamespace(config=CompressionConfig(), world_size=1, root_device=torch.device("cpu"))
+    phases = SimpleNamespace(
+        names={p: "p"},
+        topology=Topology(num_nodes=1, node_rank=0),
+        space="update",
+        compressed={},
+        resume=lambda *_, **__: None,
+    )
+    header = {"phase": "WARMUP", "is_pending": False, "save_id": "0" * 16, "has_gradients": True, "errors_wait": False}
+    header |= {"world_size": 1, "local_world_size": 1, "space": "update", "ddp_buckets": []}
+    with pytest.warns(UserWarning, match=r"parts of rank 0 \(missing\) cannot be used: .*gradients that waited for a step"):
+        CheckpointManager(strategy, phases).resume(header, [], [], tmp_path / "x.ckpt")
+
+
 def test_a_checkpoint_that_was_moved_alone_says_so(checkpoint):
     path, _ = checkpoint
     moved = path.rename(path.with_name("moved.ckpt"))
@@ -619,6 +639,16 @@ def test_saving_again_to_the_same_path_leaves_one_set_of_parts(tmp_path):
     (others / "0123-rank-5.npz").touch()  # of a larger run
     run_trainers(2, fn)
     assert sorted(part.name[-11:] for part in others.iterdir()) == ["-rank-0.npz", "-rank-1.npz"]
+
+
+@pytest.mark.parametrize("newest", ["a", "b"])
+def test_while_a_save_goes_on_the_newest_of_the_earlier_ones_stays(tmp_path, newest):
+    parts = Parts(tmp_path / "x.ckpt")
+    for save_id in ("a", "b", "c"):
+        parts.write(save_id, 0, {}, {})
+        os.utime(parts.path(save_id, 0), (1000.0 + (save_id == newest),) * 2)
+    parts.remove(0, 1, keep="c", keep_others=1)
+    assert {path.name for path in Path(parts.folder).iterdir()} == {f"{newest}-rank-0.npz", "c-rank-0.npz"}
 
 
 class Killed(BaseException):
@@ -874,17 +904,22 @@ def test_rolling_back_to_a_checkpoint_of_the_warmup_leaves_the_compressed_phase(
                 self.checkpoint = copy.deepcopy({"optimizer_states": states})
             if batch_idx + 1 == 20:
                 assert trainer.strategy.phase is COMPRESSED
-                trainer.strategy.load_optimizer_state_dict(self.checkpoint)
+                trainer.strategy.load_optimizer_state_dict(copy.deepcopy(self.checkpoint))
                 assert trainer.strategy.phase is WARMUP
                 assert trainer.strategy.optimizer_steps == 5
                 state = trainer.optimizers[0].state_dict()["state"]
                 for index, entry in self.checkpoint["optimizer_states"][0]["state"].items():
                     assert all(torch.equal(value, state[index][key]) for key, value in entry.items())
+            if batch_idx + 1 == 28:
+                trainer.strategy.resume_warmup()
+                assert trainer.strategy._phases.waiting_errors
+                trainer.strategy.load_optimizer_state_dict(copy.deepcopy(self.checkpoint))
+                assert not trainer.strategy._phases.waiting_errors  # those of the run that is given up
 
     def fn(rank):
         _, recorder = run(2, callbacks=[RollBack()])
         # Step 10 is reached again five batches later.
-        assert recorder.phases[19:] == [WARMUP] * 5 + [COMPRESSED] * 6
+        assert recorder.phases[19:] == [WARMUP] * 5 + [COMPRESSED] * 3 + [WARMUP] * 3
         return recorder.params
 
     first, second = run_trainers(2, fn)

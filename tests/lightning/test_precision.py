@@ -14,6 +14,7 @@ from lightning.fabric.plugins.precision import transformer_engine
 from lightning.pytorch.plugins import MixedPrecision, TransformerEnginePrecision
 from ranks import run_ranks, run_trainers
 from test_engine import WARMUP_STEPS, freeze, gradient, make_optimizer, params_of, warm_up
+from thread_ranks import run_threads
 from torch import nn
 from trainers import Classifier, fit, same_params
 
@@ -324,6 +325,24 @@ def test_a_disabled_scaler_is_none():
 
     first, second = run_trainers(2, fn)
     assert same_params(first, second)
+
+
+def test_an_overflow_reaches_a_rank_that_lacks_any_one_gradient():
+    def fn(communicator):
+        optimizer = make_optimizer(torch.optim.Adam, torch.float32)
+        warm_up(optimizer, WARMUP_STEPS, 2)
+        compressed, params = freeze(optimizer, communicator), params_of(optimizer)
+        for unused in range(len(params)):
+            for index, p in enumerate(params):
+                p.grad = gradient(communicator.rank, 20, index, p.shape, p.dtype)
+            if communicator.rank == 0:
+                params[unused].grad.fill_(torch.inf)
+            else:
+                params[unused].grad = None
+            compressed.spread_nonfinite_()
+            assert any(p.grad is not None and bool(p.grad.isinf().any()) for p in params)
+
+    run_threads(2, fn)
 
 
 def test_spreading_without_any_gradient_anywhere_does_nothing():

@@ -138,6 +138,30 @@ def test_state_that_is_replaced_in_the_compressed_phase_is_taken_over_or_warmed_
     assert all(same_params(first[name], second[name]) for name in first)
 
 
+class Refreshes(pl.Callback):
+    """Right after the freeze, and after the state was replaced: when it is still to be frozen."""
+
+    def __init__(self):
+        self.collecting = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == AT:
+            load_own(trainer.optimizers[0], None)
+        if batch_idx + 1 in (FREEZE, AT + 1):
+            trainer.strategy.refresh_variance()
+        if batch_idx in (FREEZE, AT + 1):
+            self.collecting += [each.is_collecting for each in trainer.strategy._phases.compressed.values()]
+
+
+def test_a_refresh_is_of_the_state_that_the_next_step_freezes():
+    def fn(rank):
+        refreshes = Refreshes()
+        compress(callbacks=[refreshes], strategy=OneBitDDPStrategy(variance_refresh=None), batches=AT + 2)
+        assert refreshes.collecting == [True, True]
+
+    run_trainers(2, fn)
+
+
 def test_state_cannot_be_looked_up_and_it_is_said_where_it_is():
     looks = [
         lambda state, p: state[p]["exp_avg"].zero_(),

@@ -1,8 +1,10 @@
 """What a run says of itself: the report at its end, measured seconds, advice, and what is timed for it."""
 
+import itertools
 import re
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +21,12 @@ from lightning_onebit import (
     PhaseSwitch,
     VarianceStability,
 )
-from lightning_onebit.comm.stats import PhaseCounters
-from lightning_onebit.config import MEBIBYTE
+from lightning_onebit.comm.stats import CommStats, PhaseCounters
+from lightning_onebit.config import MEBIBYTE, CompressionConfig
 from lightning_onebit.lightning import baseline, dense_comparison
-from lightning_onebit.lightning.report import step_time
+from lightning_onebit.lightning.dense_comparison import DenseComparison
+from lightning_onebit.lightning.report import no_steps, step_time
+from lightning_onebit.lightning.report import report as report_at_the_end
 
 DENSE_STEPS = 12
 
@@ -217,6 +221,35 @@ def test_the_first_steps_of_a_phase_are_not_timed_and_a_pause_is_one_among_many(
     assert step_time([0, 50, 60, *(61 + i for i in range(7))]) is None
     assert step_time([0, 50, 60, *(61 + i for i in range(8))]).median == 1
     assert step_time([0, 50, 60, *(61 + i for i in range(8)), 500, *(502 + i for i in range(8))]).median == 1
+
+
+@pytest.mark.parametrize(
+    ("dense", "compressed", "warns"),
+    [
+        ([1.0] * 12, [1.0] * 12, True),
+        ([1.0] * 12, [0.8] * 4 + [1.1] * 4 + [1.4] * 4, False),  # the quickest quarter of the steps counts
+        ([0.8] * 5 + [1.0] * 7, [0.9] * 12, False),  # beside the median of dense ones
+    ],
+)
+def test_the_first_compressed_steps_are_warned_of_unless_the_quickest_beat_dense_ones(dense, compressed, warns):
+    ends = {
+        phase: list(itertools.accumulate([0.0, 50.0, 10.0, *seconds]))
+        for phase, seconds in ((Phase.WARMUP, dense), (Phase.COMPRESSED, compressed))
+    }
+    steps = SimpleNamespace(ends=ends, waits=ends, made={"optimizer": 30}, phase=Phase.COMPRESSED)
+    comparison = DenseComparison(steps, CommStats(), CompressionConfig())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        comparison.warn_if_no_faster([], torch.device("cpu"), of="Strategy")
+    assert ["after the first 11 compressed steps: Speed-up: none" in str(w.message) for w in caught] == [True] * warns
+
+
+def test_a_run_that_sent_more_than_plain_ddp_is_told_so():
+    stats = CommStats()
+    counters = stats[Phase.COMPRESSED]
+    counters.steps, counters.bytes_sent, counters.dense_equivalent_bytes = 5, 300, 100
+    text = report_at_the_end(stats, no_steps(), no_steps(), [], exchange=None, warmup="plain DDP", earlier_steps=0)
+    assert "In all 3.0 times the bytes of DDP with float32 gradients: there is little to compress." in text
 
 
 def test_fabric_reports_when_asked():

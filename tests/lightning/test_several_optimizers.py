@@ -1,8 +1,11 @@
 """Manual optimization with several optimizers: all compressed, or some dense beside them."""
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins import Precision
 from ranks import run_ranks, run_trainers
 from test_strategy import Messages
 from torch import nn
@@ -12,8 +15,11 @@ from trainers import CLASSES, FEATURES, Classifier, fit, needs_complex_gloo, sam
 from lightning_onebit import FixedStep, OneBitDDPStrategy, Phase, PhaseSwitch, VarianceStability
 from lightning_onebit.checkpoint.state import CHECKPOINT_KEY
 from lightning_onebit.comm.primitives import Communicator, completed_future
-from lightning_onebit.freeze.criteria import Verdict
+from lightning_onebit.comm.stats import PhaseCounters
+from lightning_onebit.config import CompressionConfig
+from lightning_onebit.freeze.criteria import Criterion, Plan, Verdict
 from lightning_onebit.lightning.ddp_hook import HookState, phase_hook
+from lightning_onebit.lightning.optimizer_steps import OptimizerSteps
 
 WARMUP, COMPRESSED = Phase.WARMUP, Phase.COMPRESSED
 WARMUP_STEPS, BATCHES = 4, 12
@@ -288,6 +294,62 @@ def test_one_that_never_has_state_may_share_a_parameter_with_one_that_has():
         return recorder.params
 
     assert same_params(*run_trainers(2, fn))
+
+
+def test_steps_are_timed_by_the_first_optimizer_and_a_new_run_has_none():
+    steps = OptimizerSteps({}, None, PhaseCounters())
+    first, second = (sgd([nn.Parameter(torch.zeros(1))]) for _ in range(2))
+    for optimizer in (first, second):
+        steps.add(optimizer, Precision(), can_be_compressed=False)
+    for optimizer in (first, second) * 3:
+        with steps.step(optimizer):
+            pass
+    assert [len(steps.ends[phase]) for phase in Phase] == [len(steps.waits[phase]) for phase in Phase] == [3, 0]
+    steps.forget()
+    assert not any(steps.ends[phase] or steps.waits[phase] for phase in Phase)
+
+
+class EveryOther(Criterion):
+    def __init__(self):
+        self.seen = []
+
+    def plan(self, *, total_steps, beta2, refresh="auto"):
+        return Plan(every=2, history=10)
+
+    def judge(self, history, plan):
+        self.seen.append((history[-1].step, set(history[-1].ratios)))
+        return Verdict(freeze=False, reason="")
+
+
+def test_a_criterion_sees_the_last_step_of_all_optimizers():
+    """Steps are those of the slowest: the first one's is looked at before it is counted."""
+    module = nn.ParameterDict({name: torch.ones(300) for name in "ab"})
+    optimizers = [adam([p]) for p in module.values()]
+
+    class Strategy(SimpleNamespace):
+        @property
+        def optimizer_steps(self):
+            return min(int(optimizer.state[p]["step"]) if optimizer.state else 0 for optimizer, p in self.pairs)
+
+    strategy = Strategy(
+        pairs=list(zip(optimizers, module.values(), strict=True)),
+        compressed_optimizers=optimizers,
+        config=CompressionConfig(),
+        phase=WARMUP,
+        world_size=2,
+        is_global_zero=True,
+        rounds_coarsely=False,
+        warmup_start=0,
+        broadcast_decision=bool,
+    )
+    switch = PhaseSwitch(EveryOther())
+    switch.start(strategy, total_steps=100, silent=True)
+    for _ in range(6):
+        for optimizer, p in strategy.pairs:
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        switch.after_step(strategy, module)
+    assert switch.criterion.seen == [(step, {"a", "b"}) for step in (2, 4, 6)]
 
 
 def test_a_run_limited_by_max_steps_is_shared_by_its_optimizers():

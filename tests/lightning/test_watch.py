@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from ranks import run_trainers
 from torch import nn
-from trainers import Classifier, adam, data, make_trainer
+from trainers import Classifier, Stepwise, adam, data, make_trainer
 
 from lightning_onebit import FixedStep, OneBitDDPFabricStrategy, OneBitDDPStrategy, PhaseSwitch
 from lightning_onebit.comm import watch
@@ -138,6 +138,24 @@ def test_who_never_comes_to_a_meeting_is_not_waited_for_beyond_the_timeout():
     finally:
         for seen in ranks:
             seen.close()
+
+
+def test_who_knows_that_another_is_elsewhere_does_not_begin_to_wait(monkeypatch):
+    seen = watch.Watch(dist.HashStore(), 0, 2, 1, lambda: "here")
+    monkeypatch.setattr(watch, "_watch", seen)
+    try:
+        with watch.elsewhere("a barrier"):
+            assert seen.is_elsewhere
+        seen.verdict = "The ranks have parted"
+        with watch.elsewhere("a barrier of two of four", group=object()):  # which others do not pass
+            assert not seen.is_elsewhere
+        assert list(seen._places) == ["a barrier"]
+        with pytest.raises(RuntimeError, match="parted"), watch.elsewhere("a barrier"):
+            pytest.fail("waits in a collective that cannot be interrupted")
+        with pytest.raises(RuntimeError, match="parted"):
+            seen.meet("the way back", timedelta(seconds=0.2))
+    finally:
+        seen.close()
 
 
 class LeavesOut(Classifier):
@@ -394,7 +412,7 @@ def test_their_processes_end_too(tmp_path):
 
 
 def test_the_norm_of_the_mean_gradient_is_the_same_on_all_ranks_in_both_phases():
-    class Norms(Classifier):
+    class Norms(Stepwise):
         def on_before_optimizer_step(self, optimizer):
             gradients = torch.cat([p.grad.reshape(-1) for p in self.parameters()])
             mean = self.trainer.strategy.reduce(gradients.clone(), reduce_op="mean")
@@ -416,6 +434,30 @@ def test_the_norm_of_the_mean_gradient_is_the_same_on_all_ranks_in_both_phases()
         assert norm == pytest.approx(mean, rel=0.2)  # of a model so small that its sketch is
     for norm, mean, _ in first[:FREEZE]:
         assert norm == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_first_norm_of_the_compressed_phase_is_that_of_all_ranks_with_manual_optimization_too():
+    """Asked for before the step that freezes the state, when gradients are local already."""
+
+    class Norms(Stepwise):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.norms.append(float(self.trainer.strategy.grad_norm()))
+            optimizer.step()
+
+    def fn(rank):
+        model = Norms()
+        model.norms = []
+        by_trainer(rank, model=model, batches=(FREEZE + 2, FREEZE + 2), strategy=OneBitDDPStrategy(overlap=False))
+        return model.norms
+
+    first, second = run_trainers(2, fn)
+    assert len(first) == FREEZE + 2
+    assert first == second
 
 
 def test_a_long_wait_is_no_parting():

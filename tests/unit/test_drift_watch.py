@@ -47,11 +47,22 @@ def test_gradients_that_shrink_are_drift_too():
         ([0.1, 1.9, 0.2, 1.8] * 20, {}),  # noise of a small tensor
         ([16.0] * 20, {"share": 0.001}),
         ([0.001] * 20, {}),  # eps is most of D from the beginning
+        ([3.0] + [0.5] * 40, {}),  # from above 1 to half of it
         ([16.0] * 20, {"is_frozen": False}),  # a refresh is due
     ],
 )
 def test_what_is_no_drift(ratios, values):
     assert not warnings_of(ratios, **values)
+
+
+def test_drift_to_the_other_side_is_counted_anew():
+    watch, found = DriftWatch(), []
+    for number, ratio in enumerate([16.0] * 3 + [0.01] * 4, 1):
+        drifts = {"only": FITS._replace(ratio=ratio, last_ratio=ratio, estimates=number)}
+        found.append(watch.observe(16 * number, drifts, is_frozen=True))
+    *before, (warning,) = found
+    assert not any(before)
+    assert "beyond 1/4 at all estimates since step 64" in warning
 
 
 @pytest.mark.parametrize(("is_frozen", "hint"), [(True, "variance_refresh='auto'"), (False, "clip gradients")])

@@ -155,6 +155,16 @@ def test_the_reason_holds_the_numbers_that_decided():
     assert f"change by {change:.1%} in the {interval} steps between refreshes (1.5% allowed)" in verdict.reason
 
 
+@pytest.mark.parametrize("rho", [0.1, 1.9])
+def test_a_second_moment_that_falls_changes_d_by_more_than_one_that_rises(rho):
+    ratios = {"weight": Ratio(mean=rho, numel=NUMEL, steps=20)}
+    history = [Observation(step=step, ratios=ratios, learning_rate=1e-3) for step in range(16, 21)]
+    plan = VarianceStability().plan(total_steps=1000, beta2=BETA2)
+    share = share_of_new(refresh_interval("auto", 20), 20, BETA2)
+    change = abs(math.sqrt(1 + (rho - 1) * share) - 1)
+    assert f"so D will change by {change:.1%} in" in VarianceStability().judge(history, plan).reason
+
+
 def test_parameters_without_a_second_moment_that_matters_delay_nothing():
     step, verdict, *_ = run(VarianceStability(), lambda step: 0.0)
     assert (step, verdict.forced) == (20, False)
@@ -217,6 +227,19 @@ def test_frozen_for_good_what_scatters_may_be_off_by_its_noise():
     k = effective_samples(100, BETA2)
     assert rho == 4.0
     assert noise == pytest.approx(math.sqrt(4.0**2 + 2 / 4 * (1 / 3 + 1 / k)))
+
+
+@pytest.mark.parametrize(("scatter", "moves"), [(0.5, False), (0.0, True)])
+def test_frozen_for_good_the_noise_of_the_window_before_counts_too(scatter, moves):
+    means = [1.1 + scatter, 1.1 - scatter] * 2 + [1.3] * 4
+    history = [
+        Observation(step=step, ratios={"weight": Ratio(mean=mean, numel=10**6, steps=1000)}, learning_rate=1e-3)
+        for step, mean in enumerate(means, 1)
+    ]
+    criterion = VarianceStability(window=4, patience=1, min_steps=1, max_steps=None)
+    verdict = criterion.judge(history, criterion.plan(total_steps=1000, beta2=BETA2, refresh=None))
+    assert verdict.freeze != moves
+    assert ("the second moment moves" in verdict.reason) == moves
 
 
 def test_frozen_for_good_a_rising_learning_rate_blocks():
