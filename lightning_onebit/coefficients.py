@@ -75,8 +75,8 @@ class Coefficients(NamedTuple):
 
 LARGEST_RESCALING = 1.25
 """u grows no more than so much at a refresh. What came out of the quantizer is plus or minus the scale of the block, also
-where the momentum is nothing: with beta2 = 0.95, coordinates whose gradients had ended went as far as others with a bound of
-4. Gradients that shrink need no more than this (benchmarks/results/rescaling.txt)."""
+where the momentum is nothing: with beta2 = 0.95 and a bound of 4, coordinates whose gradients had ended went six times as
+far. Gradients that shrink need no more than this (benchmarks/results/rescaling.txt)."""
 
 
 class RefreshNumbers(NamedTuple):
