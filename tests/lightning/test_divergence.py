@@ -280,7 +280,7 @@ class Probe(pl.Callback):
             if not p.numel():
                 continue
             yield name, "value", p
-            state = optimizer.state.get(p, {})
+            state = optimizer.state.get(p, {}) if trainer.strategy.phase is WARMUP else {}
             if "exp_avg" in state:
                 yield name, "momentum", state["exp_avg"]
             if "exp_avg_sq" in state:
