@@ -363,7 +363,7 @@ def test_half_of_a_block_changes_its_scale():
 @pytest.mark.parametrize("ranks", [2, 16])
 def test_where_gradients_have_ended_a_refresh_makes_no_noise(ranks):
     """There u is what the quantizer makes of nothing: plus or minus the scale of its block. It must not grow with 1 / D."""
-    numel, ended = 512, slice(0, None, 2)
+    numel, ended = 256, slice(0, None, 2)
 
     def fn(communicator):
         x = nn.Parameter(torch.zeros(numel))
@@ -372,7 +372,7 @@ def test_where_gradients_have_ended_a_refresh_makes_no_noise(ranks):
             x.grad = torch.stack([noise((numel,), rank, step) for rank in range(ranks)]).mean(0).float()
             optimizer.step()
         compressed = CompressedOptimizer(optimizer, CompressionConfig(variance_refresh=32), communicator, {})
-        for step in range(WARMUP_STEPS, 200):
+        for step in range(WARMUP_STEPS, 140):
             x.grad = noise((numel,), communicator.rank, step).float()
             x.grad[ended] = 0.0
             compressed.step()
@@ -380,7 +380,7 @@ def test_where_gradients_have_ended_a_refresh_makes_no_noise(ranks):
                 before = x.detach().clone()
         return (x.detach() - before)[ended].square().mean().sqrt().item()
 
-    assert run_threads(ranks, fn)[0] < 4  # learning rates
+    assert run_threads(ranks, fn)[0] < 3  # learning rates
 
 
 # D in blocks
