@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_onebit.comm.primitives import Communicator
 from lightning_onebit.consistency.agreement import exchange, raise_disagreement, short_digest
-from lightning_onebit.methods import hyperparameters, parameters_of, used_values
+from lightning_onebit.methods import hyperparameters, method_for, parameters_of, used_values
 
 DIGEST, NEWS = 1, 3
 """Places in the message, after those of the parameters."""
@@ -87,9 +87,13 @@ class StepAgreement:
             skip: whether this rank wants to skip the step.
             has_news: whether it asks for a refresh.
             changed: parameters that are new, or in another group, since the second moment was frozen.
+
+        Raises:
+            ValueError: if an option of the optimizer is one that is not supported.
         """
         settings = (*(value for _, _, value in used_values(self._optimizer)), *map(id, changed))
         if settings != self._settings:  # told apart cheaply, described only then
+            method_for(self._optimizer)  # refuses an option that is not supported and was set since the freeze
             self._settings, self._changed = settings, changed
             self._digest = short_digest(self._description())
         has_gradient = [p.grad is not None for p in self._parameters]

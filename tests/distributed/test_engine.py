@@ -705,6 +705,18 @@ def test_strange_parameters(world_size):
     assert all((a - b).abs().max() < 0.3 for a, b in zip(plain[2:], strange[2:], strict=True))
 
 
+def test_an_option_that_is_refused_is_refused_in_mid_run():
+    p = nn.Parameter(torch.zeros(8))
+    optimizer = torch.optim.Adam([p])
+    p.grad = torch.ones(8)
+    optimizer.step()
+    compressed = freeze(optimizer)
+    compressed.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        compressed.step()
+
+
 def test_dtypes_travel_in_the_order_of_their_names():
     """On all ranks, which order what they hash in other ways."""
     names = ["bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]
