@@ -77,6 +77,9 @@ LARGEST_RESCALING = 1.25
 """u grows no more than so much at a refresh. What came out of the quantizer is plus or minus the scale of the block, also
 where the momentum is nothing: with beta2 = 0.95 and a bound of 4, coordinates whose gradients had ended went six times as
 far. Gradients that shrink need no more than this (benchmarks/results/rescaling.txt)."""
+LARGEST_EXACT_RESCALING = 4.0
+"""The same for a single rank, whose u is the momentum itself: where v has fallen to less than a 16th, D was not that of
+these gradients."""
 
 
 class RefreshNumbers(NamedTuple):

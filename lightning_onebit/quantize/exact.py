@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_onebit.coefficients import LARGEST_RESCALING, RefreshNumbers
+from lightning_onebit.coefficients import LARGEST_EXACT_RESCALING, RefreshNumbers
 from lightning_onebit.quantize.logarithm import square_root_
 from lightning_onebit.quantize.memory import BucketMemory, Messages, StepInputs
 from lightning_onebit.quantize.reference import unpack_bits
@@ -60,7 +60,7 @@ class ExactKernels:
         """Nothing to serve."""
 
     def apply_variance_(self, memory: BucketMemory, messages: Messages | None, numbers: RefreshNumbers) -> None:
-        """``rms = sqrt(v correction)``, with the rank's own v, and ``u = u min(D_old / D_new, 1.25)``."""
+        """``rms = sqrt(v correction)``, with the rank's own v, and ``u = u min(D_old / D_new, 4)``."""
         assert memory.second_moment is not None
         assert memory.rms is not None
         layout, largest = memory.layout, torch.finfo(memory.dtype).max
@@ -70,7 +70,7 @@ class ExactKernels:
             old = rms.clone()
             torch.mul(memory.second_moment[flat], float(numbers.correction[p]), out=rms)
             square_root_(rms.clamp_(max=largest), out=rms)
-            rescaling = ((old + eps) / (rms + eps)).clamp_(max=LARGEST_RESCALING)
+            rescaling = ((old + eps) / (rms + eps)).clamp_(max=LARGEST_EXACT_RESCALING)
             memory.error[flat].mul_(torch.where((old > 0) & (rms > 0), rescaling, 1.0))
 
     def sketch_tensors_(self, memory: BucketMemory, index: int, step: StepInputs, sketch: TensorSketch) -> None:

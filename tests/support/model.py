@@ -202,7 +202,7 @@ class RenewedAdamModel(AdamModel):
             each[:] = np.clip(each / correction - its_code + v, v / 2, 2 * v) * correction
         old, had_d = self.D, self.live
         self.set_d(v)
-        rescaling = np.where(had_d & self.live, np.minimum(old / self.D, 1.25), 1.0)
+        rescaling = np.where(had_d & self.live, np.minimum(old / self.D, 1.25 if self.compression else 4), 1.0)
         if self.compression:  # what the next step adds, beta u, is not what it should be by now: owed by every worker
             self.compression.worker_errors += self.beta1 * self.u * (rescaling - 1)
         else:
